@@ -1,0 +1,89 @@
+# Culvert: make demo shows it, make test checks it, make bench measures it. Only Go, make and git are needed to build.
+
+GO          ?= go
+STATICCHECK ?= honnef.co/go/tools/cmd/staticcheck@v0.8.2
+FUZZTIME    ?= 10s
+BENCHTIME   ?= 1x
+VERSION     ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+
+BINARIES := bin/culvert-coordinator bin/culvert-gateway bin/culvert
+PACKAGES  = $(shell $(GO) list ./... | grep -v '/internal/e2e')
+
+# Static programs: no C library, no paths of this machine.
+export CGO_ENABLED = 0
+GOBUILD = $(GO) build -trimpath -ldflags '-s -w -X main.version=$(VERSION)'
+
+.PHONY: build demo test check unit e2e bench fuzz clean tools-test tools-bench FORCE
+
+build: $(BINARIES)
+
+bin/culvert-coordinator: FORCE
+	@$(GOBUILD) -o $@ ./coordinator
+bin/culvert-gateway: FORCE
+	@$(GOBUILD) -o $@ ./gateway
+bin/culvert: FORCE
+	@$(GOBUILD) -o $@ ./client
+
+# The main job on one machine, no root needed.
+demo: build
+	@$(GO) build -trimpath -o bin/demo ./internal/demo
+	@bin/demo -bin bin
+
+# Everything that is checked before a change goes in. What cannot run here is named; with CI=true nothing may be skipped.
+test: tools-test check unit e2e
+
+check:
+	@unformatted="$$(gofmt -l $$(git ls-files '*.go'))"; \
+	if [ -n "$$unformatted" ]; then echo "not gofmt-ed: $$unformatted"; exit 1; fi
+	$(GO) vet ./...
+	GOOS=darwin $(GO) build ./client/... ./internal/demo/...
+	GOOS=windows $(GO) build ./client/...
+	@if $(GO) run $(STATICCHECK) -version >/dev/null 2>&1; then \
+		echo "$(GO) run $(STATICCHECK) ./..."; $(GO) run $(STATICCHECK) ./...; \
+	elif [ "$$CI" = true ]; then echo "staticcheck cannot be fetched, and CI must not skip"; exit 1; \
+	else echo "skipped: staticcheck cannot be fetched ($(STATICCHECK))"; fi
+
+# The race detector needs a C compiler.
+unit: build
+	@if command -v gcc >/dev/null || command -v cc >/dev/null; then \
+		echo "$(GO) test -race ./..."; \
+		CGO_ENABLED=1 CULVERT_E2E_BIN=$(CURDIR)/bin $(GO) test -race -p 2 -timeout 10m $(PACKAGES); \
+	elif [ "$$CI" = true ]; then echo "the race detector needs a C compiler, and CI must not skip"; exit 1; \
+	else echo "skipped: the race detector, which needs a C compiler"; \
+		CULVERT_E2E_BIN=$(CURDIR)/bin $(GO) test -p 2 -timeout 10m $(PACKAGES); fi
+
+# The real programs in namespaces, alone on the machine because they are timed.
+e2e: build
+	CULVERT_E2E_BIN=$(CURDIR)/bin $(GO) test -count=1 -timeout 10m ./internal/e2e/...
+
+# Throughput, memory and time to the first byte, in Go's benchmark format.
+bench: tools-bench build
+	@CULVERT_E2E_BIN=$(CURDIR)/bin $(GO) test -run '^$$' -bench . -benchtime $(BENCHTIME) -timeout 20m ./internal/e2e
+
+# Every fuzzer for FUZZTIME each.
+fuzz:
+	@for pkg in $$($(GO) list ./...); do \
+		for name in $$($(GO) test -list '^Fuzz' $$pkg | grep '^Fuzz' || true); do \
+			echo "$$pkg $$name"; \
+			$(GO) test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) $$pkg || exit 1; \
+		done; \
+	done
+
+clean:
+	rm -rf bin
+
+# What the tests use of the distribution. Only root on Debian has it installed; elsewhere the tests name what they miss.
+tools-test:
+	@$(call want,curl gcc,curl gcc libc6-dev)
+tools-bench:
+	@$(call want,iperf3,iperf3)
+
+# want PROGRAMS,PACKAGES installs the packages where one of the programs is missing and that is possible.
+want = missing=; for p in $(1); do command -v $$p >/dev/null || missing="$$missing $$p"; done; \
+	if [ -n "$$missing" ]; then \
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+			echo "installing $(2)"; \
+			{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(2); } >/dev/null \
+				|| echo "could not install $(2)"; \
+		else echo "missing:$$missing (Debian: apt-get install $(2)); what needs it is skipped"; fi; \
+	fi

@@ -1,0 +1,346 @@
+// Package agent is a job's side of one session: join, tunnel, renew, rejoin, leave.
+//
+// Everything that can happen at the same time does: the token, the connection to the coordinator, the tunnel and the
+// reflexive address are all under way before the first of them is there, and path checks start on the first line of the
+// coordinator's answer.
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/culvertnet/culvert/client/control"
+	"github.com/culvertnet/culvert/client/proxy"
+	"github.com/culvertnet/culvert/internal/problem"
+	"github.com/culvertnet/culvert/internal/tunnel"
+	"github.com/culvertnet/culvert/internal/wire"
+)
+
+// Mode is how programs get into the tunnel.
+type Mode string
+
+// The modes.
+const (
+	ModeTUN   Mode = "tun"   // a network interface with routes; needs CAP_NET_ADMIN
+	ModeProxy Mode = "proxy" // SOCKS5 and HTTP on loopback; needs nothing
+)
+
+// TokenSource asks the issuer for a token with this audience.
+type TokenSource interface {
+	Token(ctx context.Context, audience string) (wire.Secret, error)
+}
+
+// Options configure an [Agent].
+type Options struct {
+	Coordinator  string        // URL; part of every token's audience
+	Network      string        // may be empty where the coordinator has one network
+	Mode         Mode          // default proxy
+	Pins         []wire.Key    // the only gateways to talk to; empty trusts the coordinator to name them
+	WaitFor      []string      // "host:port", each to answer a TCP connect before the tunnel counts as up
+	Timeout      time.Duration // until the tunnel is up; default 60 s
+	InsecureHTTP bool          // allow http:// to a coordinator that is not on loopback
+	ProxyListen  string        // in mode proxy; default a free port of 127.0.0.1
+	ProxyUsers   []int         // who may use the proxy, by user id; default the process's own
+	Client       string        // program, version and platform, for the coordinator's log
+	Started      time.Time     // what timings count from; default now
+	Logger       *slog.Logger
+
+	// Tokens makes the source of tokens; requests go through the given client.
+	Tokens func(*http.Client) (TokenSource, error)
+	// OnReady is called once, when the tunnel is usable.
+	OnReady func(Ready)
+
+	openLink func(Mode, *slog.Logger) (link, error) // a test's own link; default is the real one
+	url      *url.URL
+}
+
+// Ready is what `culvert up` reports.
+type Ready struct {
+	Session string       `json:"session"`
+	Network string       `json:"network"`
+	Address string       `json:"address"` // the session's first overlay address
+	Gateway string       `json:"gateway"`
+	Path    control.Path `json:"path"`
+	Proxy   string       `json:"proxy,omitempty"` // "IP:port" in mode proxy
+	Mode    Mode         `json:"mode"`
+	Timings Timings      `json:"timings"`
+}
+
+// Timings tells how long after the start each thing was there, in milliseconds. They overlap.
+type Timings struct {
+	Token     float64 `json:"token_ms"`
+	Connect   float64 `json:"connect_ms"`   // connected to the coordinator, TLS included
+	Join      float64 `json:"join_ms"`      // the coordinator's first word
+	Path      float64 `json:"path_ms"`      // a path to the gateway was validated
+	Handshake float64 `json:"handshake_ms"` // WireGuard's
+	Usable    float64 `json:"usable_ms"`    // bytes have flowed both ways
+	Total     float64 `json:"total_ms"`     // and every --wait-for has answered
+}
+
+// Validate fills defaults and refuses what cannot work. Errors are *problem.Error.
+func (o *Options) Validate() error {
+	if o.Mode == "" {
+		o.Mode = ModeProxy
+	}
+	if o.Timeout <= 0 {
+		o.Timeout = time.Minute
+	}
+	if o.Started.IsZero() {
+		o.Started = time.Now()
+	}
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	if o.OnReady == nil {
+		o.OnReady = func(Ready) {}
+	}
+	if o.openLink == nil {
+		o.openLink = openLink
+	}
+	if o.Tokens == nil {
+		return errors.New("an agent needs a source of tokens")
+	}
+	for _, target := range o.WaitFor {
+		if err := checkTarget(target); err != nil {
+			return err
+		}
+	}
+	return o.parseURL()
+}
+
+func (o *Options) parseURL() error {
+	const next = "give --coordinator (or CULVERT_COORDINATOR) its URL, such as https://culvert.example.com"
+	u, err := url.Parse(o.Coordinator)
+	switch {
+	case o.Coordinator == "":
+		return problem.New(problem.Usage, "no coordinator is named", next)
+	case err != nil:
+		return problem.New(problem.Usage, "the coordinator's URL does not parse", next)
+	case u.Host == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" || (u.Scheme != "https" && u.Scheme != "http"):
+		return problem.New(problem.Usage, fmt.Sprintf("%q is not a coordinator's URL", u.Redacted()), next)
+	case u.Scheme == "http" && !o.InsecureHTTP && !loopback(u.Hostname()):
+		return problem.New(problem.Usage, "plain http would show the job's token to everybody on the way",
+			"use https, or say --insecure-http if you mean it")
+	}
+	o.Coordinator = strings.TrimRight(o.Coordinator, "/")
+	o.url, err = url.Parse(o.Coordinator)
+	return err
+}
+
+func loopback(host string) bool {
+	addr, err := netip.ParseAddr(host)
+	return host == "localhost" || (err == nil && addr.Unmap().IsLoopback())
+}
+
+// checkTarget refuses what is not "host:port".
+func checkTarget(target string) error {
+	host, port, err := net.SplitHostPort(target)
+	if err == nil && host != "" {
+		if n, perr := net.LookupPort("tcp", port); perr == nil && n > 0 {
+			return nil
+		}
+	}
+	return problem.New(problem.Usage, fmt.Sprintf("%q is not HOST:PORT", target), "write it like 10.20.0.5:5432")
+}
+
+// Agent holds one session after the other until its context ends.
+type Agent struct {
+	opts   Options
+	log    *slog.Logger
+	tokens TokenSource
+	api    *coordinator
+	direct *outside
+
+	stop context.CancelFunc
+	done chan struct{} // closed when Run has returned
+	wait sync.WaitGroup
+
+	mu      sync.Mutex // guards what follows
+	link    link
+	tunnel  *tunnel.Tunnel
+	proxy   *proxy.Server
+	session *session // nil before the first and between two
+	state   control.State
+	since   time.Time
+	rejoins int
+	history []control.Event
+	problem *problem.Error
+	marks   marks
+	routes  routes
+}
+
+// New makes an agent. It asks nothing of the network yet, but says at once when no token can be had.
+func New(opts Options) (*Agent, error) {
+	if err := opts.Validate(); err != nil {
+		return nil, err
+	}
+	a := &Agent{
+		opts:   opts,
+		log:    opts.Logger,
+		direct: newOutside(),
+		done:   make(chan struct{}),
+		stop:   func() {},
+		state:  control.Joining,
+		since:  time.Now(),
+		marks:  marks{started: opts.Started},
+	}
+	client := a.direct.client()
+	a.api = &coordinator{base: opts.Coordinator, http: client}
+	var err error
+	if a.tokens, err = opts.Tokens(client); err != nil {
+		return nil, err
+	}
+	a.direct.onNew = a.keepOutside
+	return a, nil
+}
+
+// Run joins and holds the session until ctx ends or Down is called, and then leaves. It returns nil in that case, and a
+// *problem.Error when the session could not be had, or is over for good. It is called once.
+func (a *Agent) Run(ctx context.Context) error {
+	defer close(a.done)
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	a.mu.Lock()
+	a.stop = stop
+	a.mu.Unlock()
+	err := a.run(ctx)
+	if ctx.Err() != nil && a.wasUp() {
+		err = nil
+	}
+	a.close(err)
+	return err
+}
+
+func (a *Agent) run(ctx context.Context) error {
+	if err := a.startProxy(); err != nil {
+		return err
+	}
+	joining, cancel := context.WithTimeoutCause(ctx, a.opts.Timeout, errGaveUp)
+	s, err := a.establish(joining, a.opts.WaitFor)
+	cancel()
+	if err != nil {
+		return err
+	}
+	a.ready(s)
+	return a.hold(ctx, s)
+}
+
+// hold keeps a session alive, and takes a new one when it is lost.
+func (a *Agent) hold(ctx context.Context, s *session) error {
+	var pause backoff
+	for {
+		began := time.Now()
+		why, err := s.keep(ctx)
+		if err != nil {
+			return err
+		}
+		a.note(control.Rejoining, "lost the session: "+why)
+		a.log.Warn("lost the session, joining again", "session", s.ID, "reason", why)
+		a.discard(s)
+		if time.Since(began) > time.Minute {
+			pause = backoff{}
+		} else if pause.wait(ctx) != nil { // a session that is lost at once is not asked for again at once
+			return ctx.Err()
+		}
+		if s, err = a.establish(ctx, nil); err != nil {
+			return err
+		}
+		a.mu.Lock()
+		a.rejoins++
+		a.mu.Unlock()
+		a.note(control.Up, "up again as session "+s.ID)
+		a.log.Info("joined again", "session", s.ID, "gateway", s.gateway.Name)
+	}
+}
+
+// Down ends the session and returns when everything is closed, or ctx ended.
+func (a *Agent) Down(ctx context.Context) error {
+	a.mu.Lock()
+	stop := a.stop
+	a.mu.Unlock()
+	stop()
+	select {
+	case <-a.done:
+		return nil
+	case <-ctx.Done():
+		return problem.Wrap(ctx.Err(), problem.Timeout, "the tunnel did not close in time", "end its process")
+	}
+}
+
+// close leaves the session and takes everything down, in parallel; the coordinator's word is waited for 2 s at most.
+func (a *Agent) close(err error) {
+	a.note(control.Closing, "closing")
+	a.mu.Lock()
+	s, tun, link, server := a.session, a.tunnel, a.link, a.proxy
+	a.session = nil
+	a.mu.Unlock()
+	if server != nil {
+		_ = server.Close()
+	}
+	if s != nil {
+		a.discard(s)
+	}
+	switch {
+	case tun != nil:
+		_ = tun.Close() // closes the link's device too
+	case link != nil:
+		_ = link.Device().Close()
+	}
+	a.wait.Wait()
+	a.api.http.CloseIdleConnections()
+	if err != nil {
+		a.fail(err)
+	}
+	a.note(control.Ended, "ended")
+}
+
+func (a *Agent) startProxy() error {
+	if a.opts.Mode != ModeProxy {
+		return nil
+	}
+	server, err := proxy.Listen(proxy.Options{
+		Listen:  a.opts.ProxyListen,
+		Dial:    a.dialInside,
+		Inside:  a.inside,
+		Explain: a.explain,
+		Users:   a.opts.ProxyUsers,
+		Logger:  a.log,
+	})
+	if err != nil {
+		return err
+	}
+	a.mu.Lock()
+	a.proxy = server
+	a.mu.Unlock()
+	return nil
+}
+
+func (a *Agent) ready(s *session) {
+	a.mu.Lock()
+	a.marks.set(&a.marks.total)
+	r := Ready{
+		Session: s.ID,
+		Network: s.Network,
+		Address: s.Addresses[0].String(),
+		Gateway: s.gateway.Name,
+		Path:    describe(s.peer.Status().Path),
+		Mode:    a.opts.Mode,
+		Timings: a.marks.timings(),
+	}
+	if a.proxy != nil {
+		r.Proxy = a.proxy.Addr().String()
+	}
+	a.mu.Unlock()
+	a.note(control.Up, "up")
+	a.log.Info("up", "session", s.ID, "network", s.Network, "gateway", s.gateway.Name, "addr", r.Path.Remote)
+	a.opts.OnReady(r)
+}

@@ -1,0 +1,214 @@
+package agent
+
+import (
+	"context"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/culvertnet/culvert/internal/problem"
+	"github.com/culvertnet/culvert/internal/wire"
+)
+
+// api makes a coordinator client for a server that answers with handler.
+func api(t *testing.T, handler http.HandlerFunc) *coordinator {
+	t.Helper()
+	server := httptest.NewServer(handler)
+	t.Cleanup(server.Close)
+	return client(t, server.URL)
+}
+
+func client(t *testing.T, base string) *coordinator {
+	t.Helper()
+	c := &coordinator{base: base, http: newOutside().client()}
+	t.Cleanup(c.http.CloseIdleConnections)
+	return c
+}
+
+func ignore(wire.JoinEvent) error { return nil }
+
+func TestAnswersThatAreNotCulverts(t *testing.T) {
+	for name, c := range map[string]struct {
+		handler http.HandlerFunc
+		want    problem.Code
+	}{
+		"a page": {func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "<html>") }, problem.Incompatible},
+		"a page in the stream": {func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Type", wire.MediaEvents)
+			_, _ = io.WriteString(w, "{}\n<html>")
+		}, problem.Incompatible},
+		"another shape": {func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, `{"id": 5}`) }, problem.Incompatible},
+		"a stream that ends early": {func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Type", wire.MediaEvents)
+		}, problem.Unreachable},
+		"a stream that breaks off": {func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Type", wire.MediaEvents)
+			_, _ = io.WriteString(w, `{"admitted":`)
+			_ = http.NewResponseController(w).Flush()
+			panic(http.ErrAbortHandler)
+		}, problem.Unreachable},
+		"an endless stream": {func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Type", wire.MediaEvents)
+			for range 1000 {
+				if _, err := io.WriteString(w, strings.Repeat(" ", 10_000)); err != nil {
+					return
+				}
+			}
+		}, problem.Unreachable},
+		"a redirect":       {http.RedirectHandler("http://127.0.0.1:1/", http.StatusTemporaryRedirect).ServeHTTP, problem.Failed},
+		"a gateway's page": {func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "bad gateway", http.StatusBadGateway) }, problem.Unreachable},
+	} {
+		t.Run(name, func(t *testing.T) {
+			err := api(t, c.handler).join(t.Context(), wire.JoinRequest{}, ignore)
+			if problem.CodeOf(err) != c.want {
+				t.Errorf("error = %v", err)
+			}
+		})
+	}
+}
+
+func TestCoordinatorsThatCannotBeTalkedTo(t *testing.T) {
+	https := httptest.NewTLSServer(http.NotFoundHandler())
+	defer https.Close()
+	https.Config.ErrorLog = nil
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	closed := "http://" + listener.Addr().String()
+	_ = listener.Close()
+	for name, c := range map[string]struct {
+		base string
+		want problem.Code
+		says string
+	}{
+		"untrusted certificate": {https.URL, problem.Failed, "certificate"},
+		"nobody listens":        {closed, problem.Unreachable, "refused"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, err := client(t, c.base).info(t.Context(), func() {})
+			if p := problem.From(err); p.Code != c.want || !strings.Contains(p.Message, c.says) || p.Next == "" {
+				t.Errorf("error = %v", err)
+			}
+		})
+	}
+}
+
+func TestUnknownNamesAreNotTriedAgain(t *testing.T) {
+	c := &coordinator{base: "https://culvert.example.com"}
+	err := c.away(t.Context(), &net.DNSError{Err: "no such host", Name: "culvert.example.com", IsNotFound: true})
+	if problem.Temporary(err) || problem.CodeOf(err) != problem.Failed {
+		t.Errorf("error = %v", err)
+	}
+}
+
+func TestTheCauseOfACancelledRequestIsItsError(t *testing.T) {
+	cause := problem.New(problem.TokenUnavailable, "no token", "")
+	ctx, cancel := context.WithCancelCause(t.Context())
+	cancel(cause)
+	_, err := api(t, func(http.ResponseWriter, *http.Request) {}).info(ctx, func() {})
+	if problem.CodeOf(err) != problem.TokenUnavailable {
+		t.Errorf("error = %v", err)
+	}
+}
+
+func TestConnectedIsToldOnceWhateverHappens(t *testing.T) {
+	for name, c := range map[string]*coordinator{
+		"answers": api(t, func(http.ResponseWriter, *http.Request) {}),
+		"away":    client(t, "http://127.0.0.1:1"),
+	} {
+		told := 0
+		_, _ = c.info(t.Context(), func() { told++ })
+		if told != 1 {
+			t.Errorf("%s: told %d times", name, told)
+		}
+	}
+}
+
+func TestEveryAddressDialledOutsideIsKept(t *testing.T) {
+	server := httptest.NewServer(http.NotFoundHandler())
+	defer server.Close()
+	o := newOutside()
+	var told []netip.Addr
+	o.onNew = func(a netip.Addr) { told = append(told, a) }
+	c := o.client()
+	defer c.CloseIdleConnections()
+	for range 2 {
+		resp, err := c.Get(server.URL)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = resp.Body.Close()
+		c.CloseIdleConnections()
+	}
+	want := netip.MustParseAddr("127.0.0.1")
+	if len(told) != 1 || told[0] != want || len(o.list()) != 1 || o.list()[0] != want {
+		t.Errorf("told %v, kept %v", told, o.list())
+	}
+}
+
+func TestOptions(t *testing.T) {
+	tokens := func(*http.Client) (TokenSource, error) { return tokenFunc(goodToken), nil }
+	for url, ok := range map[string]bool{
+		"https://culvert.example.com": true, "https://culvert.example.com/base/": true, "http://127.0.0.1:8080": true,
+		"http://localhost": true, "http://[::1]:1": true, "": false, "culvert.example.com": false, "http://10.0.0.1": false,
+		"https://": false, "https://a@b.example": false, "https://b.example/?q": false, "https://b.example/#f": false,
+		"ftp://b.example": false, "https://b.example:x": false,
+	} {
+		o := Options{Coordinator: url, Tokens: tokens}
+		err := o.Validate()
+		if (err == nil) != ok || (!ok && problem.CodeOf(err) != problem.Usage) {
+			t.Errorf("%q: %v", url, err)
+		}
+		if ok && (o.Timeout != time.Minute || o.Mode != ModeProxy || strings.HasSuffix(o.Coordinator, "/")) {
+			t.Errorf("%q: defaults %+v", url, o)
+		}
+	}
+	o := Options{Coordinator: "http://10.0.0.1", InsecureHTTP: true, Tokens: tokens}
+	if err := o.Validate(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestEchoSurvivesLossAndForgery(t *testing.T) {
+	server, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan struct{})
+	defer func() { <-done }()
+	defer server.Close()
+	go func() {
+		defer close(done)
+		buf := make([]byte, 256)
+		for n := 1; ; n++ {
+			size, from, err := server.ReadFrom(buf)
+			if err != nil {
+				return
+			}
+			switch n {
+			case 1: // lost
+			case 2:
+				_, _ = server.WriteTo([]byte("something else"), from)
+			default:
+				_, _ = server.WriteTo(buf[:size], from)
+			}
+		}
+	}()
+	var d net.Dialer
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	if err := echo(ctx, d.DialContext, netip.MustParseAddrPort(server.LocalAddr().String())); err != nil {
+		t.Error(err)
+	}
+	gone, stop := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer stop()
+	if err := echo(gone, d.DialContext, netip.MustParseAddrPort("127.0.0.1:1")); err == nil {
+		t.Error("a closed port echoes")
+	}
+}

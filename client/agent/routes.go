@@ -1,0 +1,76 @@
+package agent
+
+import (
+	"net/netip"
+	"slices"
+	"sync"
+
+	"github.com/culvertnet/culvert/internal/wire"
+)
+
+// routes is what goes into the tunnel at present. Its lock is held while the kernel is told, so that the last word wins.
+type routes struct {
+	mu   sync.Mutex
+	want []netip.Prefix
+	keep []netip.Addr // the gateway's candidates; outside's addresses come on top
+	left []netip.Prefix
+}
+
+// setRoutes replaces what goes into the tunnel: the gateway's overlay addresses and what it grants.
+func (a *Agent) setRoutes(gw wire.Gateway) error {
+	a.routes.mu.Lock()
+	defer a.routes.mu.Unlock()
+	a.routes.want = append(hostPrefixes(gw.Addresses), gw.Routes...)
+	a.routes.keep = a.routes.keep[:0]
+	for _, c := range gw.Candidates {
+		a.routes.keep = append(a.routes.keep, c.Addr.Addr().Unmap())
+	}
+	return a.applyRoutes()
+}
+
+// applyRoutes tells the link; the caller holds the lock.
+func (a *Agent) applyRoutes() error {
+	keep := append(slices.Clone(a.routes.keep), a.direct.list()...)
+	left, err := a.openedLink().SetRoutes(a.routes.want, keep)
+	if err != nil {
+		return err
+	}
+	if !slices.Equal(left, a.routes.left) && len(left) > 0 {
+		a.log.Warn("some of what is granted is directly connected, and stays outside the tunnel", "routes", left)
+	}
+	a.routes.left = left
+	return nil
+}
+
+// keepOutside makes room in the routes for an address that the agent is about to talk to directly.
+func (a *Agent) keepOutside(addr netip.Addr) {
+	a.routes.mu.Lock()
+	defer a.routes.mu.Unlock()
+	if !contains(a.routes.want, addr) {
+		return
+	}
+	if err := a.applyRoutes(); err != nil {
+		a.log.Warn("cannot keep an address outside the tunnel", "addr", addr, "err", err)
+	}
+}
+
+// inside says whether an address goes into the tunnel.
+func (a *Agent) inside(addr netip.Addr) bool {
+	a.routes.mu.Lock()
+	defer a.routes.mu.Unlock()
+	addr = addr.Unmap() // loopback is this host whatever a route covers, as it is for the kernel
+	return !addr.IsLoopback() && contains(a.routes.want, addr) && !contains(a.routes.left, addr)
+}
+
+func contains(prefixes []netip.Prefix, addr netip.Addr) bool {
+	return slices.ContainsFunc(prefixes, func(p netip.Prefix) bool { return p.Contains(addr) })
+}
+
+// hostPrefixes turns addresses into prefixes of one address each.
+func hostPrefixes(addrs []netip.Addr) []netip.Prefix {
+	prefixes := make([]netip.Prefix, 0, len(addrs))
+	for _, addr := range addrs {
+		prefixes = append(prefixes, netip.PrefixFrom(addr, addr.BitLen()))
+	}
+	return prefixes
+}

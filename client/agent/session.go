@@ -1,0 +1,277 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/culvertnet/culvert/internal/problem"
+	"github.com/culvertnet/culvert/internal/tunnel"
+	"github.com/culvertnet/culvert/internal/wire"
+)
+
+// session is one key's life: asked for, admitted, in use, closed.
+type session struct {
+	wire.Session // what the coordinator said last; zero until it has
+	agent        *Agent
+	key          wire.PrivateKey
+	ctx          context.Context // of what runs beside the session; ended by close
+	cancel       context.CancelCauseFunc
+	wait         sync.WaitGroup
+	gather       *gatherer
+	gateway      wire.Gateway // the one in use
+	peer         *tunnel.Peer // nil until admitted
+	keeper       *keeper
+
+	pathUp chan struct{} // closed when the first path is there
+	once   sync.Once
+}
+
+func newSession(a *Agent, key wire.PrivateKey) *session {
+	s := &session{agent: a, key: key, pathUp: make(chan struct{}), keeper: newKeeper()}
+	s.ctx, s.cancel = context.WithCancelCause(context.Background())
+	s.gather = newGatherer(a)
+	return s
+}
+
+// begin asks for the session and returns when a gateway has taken it.
+func (s *session) begin(ctx context.Context) error {
+	// What begin starts ends with the session, and no later than ctx while begin runs.
+	release := context.AfterFunc(ctx, func() { s.cancel(context.Cause(ctx)) })
+	defer release()
+	token, err := s.prepare()
+	if err != nil {
+		return err
+	}
+	a := s.agent
+	request := wire.JoinRequest{
+		Network:    a.opts.Network,
+		Key:        s.key.Public(),
+		Token:      token,
+		Candidates: s.gather.take(),
+		Client:     a.opts.Client,
+	}
+	err = a.api.join(s.ctx, request, s.event)
+	if err == nil && s.peer == nil {
+		err = problem.New(problem.Incompatible, "the coordinator gave no session", "check its version")
+	}
+	return err
+}
+
+// prepare gets everything that the request needs, all at once, and gives the token.
+func (s *session) prepare() (wire.Secret, error) {
+	a := s.agent
+	token := make(chan wire.Secret, 1)
+	connected := make(chan struct{})
+	ready := make(chan struct{})
+	s.start(func(ctx context.Context) error {
+		t, err := a.tokens.Token(ctx, wire.Audience(a.opts.Coordinator, s.key.Public()))
+		if err == nil {
+			a.marks.set(&a.marks.token)
+			token <- t
+		}
+		return err
+	})
+	s.start(func(ctx context.Context) error {
+		t, err := a.ensureTunnel(s.key)
+		if err == nil {
+			close(ready)
+			s.gather.run(ctx, t, a.opts.url.Hostname())
+		}
+		return err
+	})
+	s.start(func(ctx context.Context) error {
+		return s.preconnect(ctx, connected)
+	})
+	var secret wire.Secret
+	for token := token; secret == "" || connected != nil || ready != nil; {
+		select {
+		case secret = <-token:
+		case <-connected:
+			connected = nil
+		case <-ready:
+			ready = nil
+		case <-s.ctx.Done():
+			return "", asProblem(context.Cause(s.ctx))
+		}
+	}
+	s.gather.await(s.ctx, grace)
+	return secret, nil
+}
+
+// start runs something beside the session; its error ends the session.
+func (s *session) start(do func(context.Context) error) {
+	s.wait.Go(func() {
+		if err := do(s.ctx); err != nil {
+			s.cancel(err)
+		}
+	})
+}
+
+// preconnect opens the connection that the join will use. Only an answer that is certainly not Culvert's stops the join,
+// which tells what is wrong better than we could here.
+func (s *session) preconnect(ctx context.Context, connected chan struct{}) error {
+	a := s.agent
+	info, err := a.api.info(ctx, func() {
+		a.marks.set(&a.marks.connect)
+		close(connected)
+	})
+	if err != nil {
+		a.log.Debug("the coordinator did not introduce itself", "err", err)
+		return nil
+	}
+	if info.Version != wire.Version {
+		return problem.New(problem.Incompatible,
+			fmt.Sprintf("the coordinator speaks version %d of the API, this program version %d", info.Version, wire.Version),
+			"use the same release on both sides")
+	}
+	s.gather.more(info.STUN)
+	return nil
+}
+
+// event takes one line of the coordinator's answer.
+func (s *session) event(e wire.JoinEvent) error {
+	a := s.agent
+	said, final := e.Admitted, false
+	if e.Session != nil {
+		said, final = e.Session, true
+	}
+	if err := checkSession(said, s.key.Public()); err != nil {
+		return err
+	}
+	a.marks.set(&a.marks.join)
+	s.Session = *said
+	gw, err := s.choose()
+	if err != nil {
+		return err
+	}
+	if err := s.meet(gw, final); err != nil {
+		return problem.Wrap(err, problem.Failed, "the session cannot be put in place: "+err.Error(), "look at the log for more")
+	}
+	return nil
+}
+
+// choose picks the gateway: the coordinator's first that the pins allow.
+func (s *session) choose() (wire.Gateway, error) {
+	pins := s.agent.opts.Pins
+	i := slices.IndexFunc(s.Gateways, func(g wire.Gateway) bool {
+		return len(pins) == 0 || slices.Contains(pins, g.Key)
+	})
+	if i < 0 {
+		return wire.Gateway{}, problem.New(problem.GatewayKey,
+			fmt.Sprintf("the gateway %q has another key than the pinned ones", s.Gateways[0].Name),
+			"compare --gateway-key with what the gateway prints at its start; if they differ, somebody may pose as it")
+	}
+	return s.Gateways[i], nil
+}
+
+// meet puts a gateway behind the tunnel: with the first word its checks begin, with the last its routes come.
+func (s *session) meet(gw wire.Gateway, final bool) error {
+	a := s.agent
+	if s.peer != nil && s.gateway.Key != gw.Key {
+		a.tunnel.RemovePeer(s.peer) // the first one would not have us
+		s.peer = nil
+	}
+	known := s.peer != nil
+	s.gateway = gw
+	if !known {
+		if err := s.addPeer(gw); err != nil {
+			return err
+		}
+		if err := a.link.SetAddresses(s.Addresses); err != nil {
+			return fmt.Errorf("set the addresses: %w", err)
+		}
+		id, secret := s.ID, s.Secret
+		s.start(func(ctx context.Context) error {
+			s.trickle(ctx, id, secret)
+			return nil
+		})
+	}
+	if err := a.setRoutes(gw); err != nil {
+		return fmt.Errorf("set the routes: %w", err)
+	}
+	if known {
+		s.peer.AddCandidates(gw.Candidates)
+		if err := s.peer.SetAllowedIPs(allowed(gw)); err != nil {
+			return err
+		}
+	}
+	if final {
+		s.keeper.leased(s.Session, time.Now())
+	}
+	return nil
+}
+
+func allowed(gw wire.Gateway) []netip.Prefix { return append(hostPrefixes(gw.Addresses), gw.Routes...) }
+
+func (s *session) addPeer(gw wire.Gateway) error {
+	a := s.agent
+	peer, err := a.tunnel.AddPeer(tunnel.PeerOptions{
+		Key:        gw.Key,
+		Session:    s.ID,
+		AllowedIPs: allowed(gw),
+		Candidates: gw.Candidates,
+		Initiate:   true,
+		OnPath:     s.onPath,
+	})
+	s.peer = peer
+	return err
+}
+
+func (s *session) onPath(p tunnel.Path) {
+	up := p != (tunnel.Path{})
+	if up {
+		s.agent.marks.set(&s.agent.marks.path)
+		s.once.Do(func() { close(s.pathUp) })
+	}
+	s.keeper.path(up)
+}
+
+// trickle sends what was found after the request had gone out.
+func (s *session) trickle(ctx context.Context, id string, secret wire.Secret) {
+	a := s.agent
+	for {
+		select {
+		case <-s.gather.news:
+		case <-s.gather.done:
+		case <-ctx.Done():
+			return
+		}
+		if late := s.gather.take(); len(late) > 0 {
+			if _, err := a.api.update(ctx, id, secret, wire.Update{Candidates: late}); err != nil && ctx.Err() == nil {
+				a.log.Info("the coordinator did not take a late candidate", "session", id, "err", err)
+			}
+			continue
+		}
+		if s.gather.isDone() {
+			return
+		}
+	}
+}
+
+// failed takes back what a session that came to nothing has done.
+func (s *session) failed(err error) {
+	s.cancel(err)
+	s.agent.discard(s)
+}
+
+// close ends everything beside the session and its peer, and waits.
+func (s *session) close() {
+	s.cancel(context.Canceled)
+	s.wait.Wait()
+	if s.peer != nil {
+		s.agent.tunnel.RemovePeer(s.peer)
+	}
+}
+
+// asProblem keeps a problem as it is and explains a context's end.
+func asProblem(err error) error {
+	if errors.Is(err, errGaveUp) || errors.Is(err, context.DeadlineExceeded) {
+		return problem.Wrap(err, problem.Timeout, "the time limit ran out", "try again, or give it more time with --timeout")
+	}
+	return err
+}

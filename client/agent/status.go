@@ -1,0 +1,165 @@
+package agent
+
+import (
+	"math"
+	"net/netip"
+	"os"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/culvertnet/culvert/client/control"
+	"github.com/culvertnet/culvert/internal/problem"
+	"github.com/culvertnet/culvert/internal/tunnel"
+)
+
+// maxHistory bounds the events that status shows.
+const maxHistory = 64
+
+// marks are the moments of the first join; later ones change nothing.
+type marks struct {
+	mu      sync.Mutex
+	started time.Time
+
+	token, connect, join, path, handshake, usable, total time.Time
+}
+
+// set notes that the thing is there now, unless it was already.
+func (m *marks) set(at *time.Time) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if at.IsZero() {
+		*at = time.Now()
+	}
+}
+
+func (m *marks) timings() Timings {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	since := func(at time.Time) float64 {
+		if at.IsZero() {
+			return 0
+		}
+		return milliseconds(at.Sub(m.started))
+	}
+	return Timings{
+		Token:     since(m.token),
+		Connect:   since(m.connect),
+		Join:      since(m.join),
+		Path:      since(m.path),
+		Handshake: since(m.handshake),
+		Usable:    since(m.usable),
+		Total:     since(m.total),
+	}
+}
+
+// milliseconds rounds to a tenth.
+func milliseconds(d time.Duration) float64 {
+	return math.Round(float64(d)/float64(time.Millisecond)*10) / 10
+}
+
+// describe turns a path into what status and up show.
+func describe(p tunnel.Path) control.Path {
+	return control.Path{Kind: string(p.Kind), Remote: p.Remote.String(), RTT: milliseconds(p.RTT)}
+}
+
+// note changes the state and writes it into the history.
+func (a *Agent) note(state control.State, what string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.state = state
+	a.history = append(a.history, control.Event{At: time.Now(), What: what})
+	if len(a.history) > maxHistory {
+		a.history = a.history[len(a.history)-maxHistory:]
+	}
+}
+
+// fail remembers what went wrong last.
+func (a *Agent) fail(err error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.problem = problem.From(err)
+}
+
+// recovered forgets it.
+func (a *Agent) recovered() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.problem = nil
+}
+
+func (a *Agent) wasUp() bool {
+	a.marks.mu.Lock()
+	defer a.marks.mu.Unlock()
+	return !a.marks.total.IsZero()
+}
+
+// Status is the agent at this moment.
+func (a *Agent) Status() control.Status {
+	a.mu.Lock()
+	s := a.session
+	st := control.Status{
+		State:   a.state,
+		Mode:    string(a.opts.Mode),
+		Since:   a.since,
+		Rejoins: a.rejoins,
+		History: append([]control.Event(nil), a.history...),
+		Problem: a.problem,
+		PID:     os.Getpid(),
+	}
+	if a.link != nil {
+		st.Interface = a.link.Name()
+	}
+	if a.proxy != nil {
+		st.Proxy = a.proxy.Addr().String()
+	}
+	a.mu.Unlock()
+	if s != nil {
+		s.describe(&st)
+	}
+	return st
+}
+
+// describe fills in what belongs to the session.
+func (s *session) describe(st *control.Status) {
+	st.Session, st.Network, st.Rules, st.Gateway = s.ID, s.Network, s.Rules, s.gateway.Name
+	st.Addresses = texts(s.Addresses)
+	a := s.agent
+	a.routes.mu.Lock()
+	st.LeftOut = texts(a.routes.left)
+	for _, r := range a.routes.want[min(len(s.gateway.Addresses), len(a.routes.want)):] {
+		st.Routes = append(st.Routes, r.String())
+	}
+	a.routes.mu.Unlock()
+	expires, ends := s.keeper.times()
+	st.Expires, st.Ends = &expires, &ends
+	now := s.peer.Status()
+	st.RxBytes, st.TxBytes = now.RxBytes, now.TxBytes
+	if !now.Handshake.IsZero() {
+		st.Handshake = &now.Handshake
+	}
+	if now.Path != (tunnel.Path{}) {
+		path := describe(now.Path)
+		st.Path = &path
+	}
+	for _, c := range now.History {
+		what := "no path: " + c.Why
+		if c.Path != (tunnel.Path{}) {
+			what = "path " + string(c.Path.Kind) + " " + c.Path.Remote.String() + ": " + c.Why
+		}
+		st.History = append(st.History, control.Event{At: c.At, What: what})
+	}
+	sortEvents(st.History)
+}
+
+func texts[T netip.Addr | netip.Prefix](list []T) []string {
+	out := make([]string, 0, len(list))
+	for _, v := range list {
+		out = append(out, any(v).(interface{ String() string }).String())
+	}
+	return out
+}
+
+func sortEvents(events []control.Event) {
+	slices.SortStableFunc(events, func(a, b control.Event) int { return a.At.Compare(b.At) })
+}

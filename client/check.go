@@ -1,0 +1,78 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/culvertnet/culvert/client/control"
+	"github.com/culvertnet/culvert/internal/problem"
+	"github.com/culvertnet/culvert/internal/wire"
+)
+
+// checkCommand asks the gateway about targets.
+type checkCommand struct {
+	Target []string `arg:"" name:"HOST:PORT" help:"TCP targets to ask about."`
+}
+
+// checkResults is what check prints with --json.
+type checkResults struct {
+	Results []wire.ReachResult `json:"results"`
+}
+
+func (c *checkCommand) run(ctx context.Context, env environment, flags common) error {
+	client, err := control.NewClient(flags.Name)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	all := checkResults{Results: []wire.ReachResult{}}
+	for _, target := range c.Target {
+		result, err := client.Check(ctx, target)
+		if err != nil {
+			return err
+		}
+		all.Results = append(all.Results, result)
+		if !flags.JSON {
+			fmt.Fprintln(env.stdout, resultText(result))
+		}
+	}
+	if flags.JSON {
+		print(env.stdout, all)
+	}
+	if code := worst(all.Results); code != problem.ExitDone {
+		return exit(code)
+	}
+	return nil
+}
+
+// resultText writes one result as people read it.
+func resultText(r wire.ReachResult) string {
+	text := fmt.Sprintf("%s: %s", r.Target, r.Verdict)
+	if r.Rule != "" {
+		text += fmt.Sprintf(" (rule %q)", r.Rule)
+	}
+	if r.Verdict == wire.Reachable {
+		return fmt.Sprintf("%s, %s from the gateway", text, time.Duration(r.RTT).Round(100*time.Microsecond))
+	}
+	if r.Reason != "" {
+		text += ": " + r.Reason
+	}
+	return text
+}
+
+// worst gives the exit code: denied outweighs unreachable.
+func worst(results []wire.ReachResult) int {
+	code := problem.ExitDone
+	for _, r := range results {
+		switch r.Verdict {
+		case wire.Reachable:
+		case wire.FlowDenied:
+			return problem.FlowDenied.Exit()
+		default:
+			code = problem.FlowUnreachable.Exit()
+		}
+	}
+	return code
+}

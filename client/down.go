@@ -1,0 +1,35 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/culvertnet/culvert/client/control"
+	"github.com/culvertnet/culvert/internal/problem"
+)
+
+// downCommand ends the tunnel.
+type downCommand struct{}
+
+func (*downCommand) run(ctx context.Context, env environment, flags common) error {
+	client, err := control.NewClient(flags.Name)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	if err := client.Down(ctx); err != nil {
+		if problem.CodeOf(err) == problem.NotUp {
+			return problem.Wrap(err, problem.NotUp, problem.From(err).Message,
+				"there is nothing to end, unless another --name or another user started it")
+		}
+		return err
+	}
+	if flags.JSON {
+		print(env.stdout, map[string]string{"state": string(control.Ended)})
+		return nil
+	}
+	fmt.Fprintln(env.stdout, "down")
+	return nil
+}

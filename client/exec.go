@@ -1,0 +1,63 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"strings"
+
+	"github.com/culvertnet/culvert/client/control"
+	"github.com/culvertnet/culvert/client/proxy"
+	"github.com/culvertnet/culvert/internal/problem"
+)
+
+// execCommand runs a program.
+type execCommand struct {
+	Command []string `arg:"" passthrough:"" name:"CMD" help:"The program and its arguments, after --."`
+}
+
+func (c *execCommand) run(ctx context.Context, _ environment, flags common) error {
+	argv := c.Command
+	if len(argv) > 0 && argv[0] == "--" {
+		argv = argv[1:]
+	}
+	if len(argv) == 0 {
+		return problem.New(problem.Usage, "there is no program to run", "write culvert exec -- CMD")
+	}
+	st, err := readStatus(ctx, flags.Name)
+	if err != nil {
+		return err
+	}
+	if st.State != control.Up && st.State != control.Rejoining {
+		return problem.New(problem.NotUp, fmt.Sprintf("the tunnel named %q is %s, not up", flags.Name, st.State),
+			"wait for `culvert up` to return")
+	}
+	program, err := exec.LookPath(argv[0])
+	if err != nil {
+		return problem.Wrap(err, problem.NotFound, fmt.Sprintf("the program cannot be run: %v", err), "check its name and PATH")
+	}
+	return replace(program, argv, execEnviron(os.Environ(), st))
+}
+
+// execEnviron points the program at the proxy where the tunnel has one. A tunnel with an interface needs nothing.
+func execEnviron(environ []string, st control.Status) []string {
+	addr, err := netip.ParseAddrPort(st.Proxy)
+	if err != nil {
+		return environ
+	}
+	own := proxy.Environ(addr)
+	names := make(map[string]bool, len(own))
+	for _, entry := range own {
+		name, _, _ := strings.Cut(entry, "=")
+		names[name] = true
+	}
+	kept := make([]string, 0, len(environ)+len(own))
+	for _, entry := range environ {
+		if name, _, _ := strings.Cut(entry, "="); !names[name] {
+			kept = append(kept, entry)
+		}
+	}
+	return append(kept, own...)
+}

@@ -1,0 +1,107 @@
+// Package host is what a tunnel needs from the operating system: the TUN device, its addresses and its routes. All of it
+// hangs on the device's file descriptor, so that it is gone when the process is, however that dies. For the same reason
+// there are no routing rules, no routes over other interfaces and no changes to existing routes: nothing would undo them
+// after a kill.
+package host
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"strings"
+
+	"golang.zx2c4.com/wireguard/tun"
+
+	"github.com/culvertnet/culvert/internal/problem"
+)
+
+// DefaultMTU leaves room for WireGuard's own headers over IPv6 on a path of 1,500 bytes.
+const DefaultMTU = 1420
+
+// Options configure an [Interface].
+type Options struct {
+	Name   string       // of the network interface, at most 15 bytes; default "culvert0", the next free number where taken
+	MTU    int          // bytes, 1280 (RFC 8200, section 5) to 65535; default 1420
+	Logger *slog.Logger // default: none
+}
+
+// Validate fills in the defaults and refuses what cannot work, with the code usage.
+func (o *Options) Validate() error {
+	if err := checkName(o.Name); err != nil {
+		return problem.Wrap(err, problem.Usage, fmt.Sprintf("%q cannot name a network interface: %v", o.Name, err),
+			"use up to 15 letters, digits, dots, dashes and underscores")
+	}
+	if o.MTU == 0 {
+		o.MTU = DefaultMTU
+	}
+	if o.MTU < 1280 || o.MTU > 65535 {
+		return problem.New(problem.Usage, fmt.Sprintf("an MTU of %d cannot be used", o.MTU), "use 1280 to 65535 bytes, or leave it out")
+	}
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	return nil
+}
+
+func checkName(name string) error {
+	if len(name) > 15 {
+		return errors.New("it is longer than 15 bytes")
+	}
+	if name == "." || name == ".." {
+		return errors.New("it is reserved")
+	}
+	const allowed = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.-_"
+	if strings.Trim(name, allowed) != "" {
+		return errors.New("it has other characters")
+	}
+	return nil
+}
+
+// Interface is a TUN device with addresses and routes. Its methods are safe for concurrent use.
+type Interface struct {
+	link *link
+}
+
+// Open makes the device and brings it up, without address or route. Code needs-privilege without CAP_NET_ADMIN, unsupported
+// off Linux or where there is no /dev/net/tun, usage for a name that is taken.
+func Open(opts Options) (*Interface, error) {
+	if err := opts.Validate(); err != nil {
+		return nil, err
+	}
+	l, err := openLink(opts)
+	if err != nil {
+		return nil, err
+	}
+	return &Interface{link: l}, nil
+}
+
+// Device is the packet side, for the tunnel. Closing it closes the interface, and waits for its event goroutines whether
+// or not anybody reads the events.
+func (i *Interface) Device() tun.Device { return i.link.device() }
+
+// Name is the interface's name.
+func (i *Interface) Name() string { return i.link.name }
+
+// Close removes the interface with its addresses and routes. Further calls do nothing.
+func (i *Interface) Close() error { return i.link.device().Close() }
+
+// SetAddresses replaces the interface's addresses. Where the host has IPv6 switched off, addresses of IPv6 are skipped, which
+// is logged and shown by [Interface.Skipped].
+func (i *Interface) SetAddresses(addrs []netip.Addr) error { return i.link.setAddresses(addrs) }
+
+// Skipped gives the addresses of the last [Interface.SetAddresses] that the host cannot take because it has IPv6 switched off.
+func (i *Interface) Skipped() []netip.Addr { return i.link.skippedAddresses() }
+
+// SetRoutes makes exactly these destinations go into the tunnel, less keep (what must stay outside: the tunnel's own peers,
+// the coordinator) and less the subnets that are directly connected. It returns what was left out for that reason.
+//
+// A prefix that the host routes elsewhere already, 0.0.0.0/0 above all, is installed as its two halves: being longer, they
+// win over the existing route without replacing it. New routes are added before old ones go, so that traffic for the tunnel
+// never passes outside in between.
+func (i *Interface) SetRoutes(want []netip.Prefix, keep []netip.Addr) (left []netip.Prefix, err error) {
+	return i.link.setRoutes(want, keep)
+}
+
+// Privileged reports whether Open can work here: the process may make network devices, and there is a TUN driver.
+func Privileged() bool { return privileged() }

@@ -1,0 +1,31 @@
+//go:build !linux
+
+package host
+
+import (
+	"net/netip"
+	"runtime"
+
+	"golang.zx2c4.com/wireguard/tun"
+
+	"github.com/culvertnet/culvert/internal/problem"
+)
+
+// link is never made here.
+type link struct{ name string }
+
+func openLink(Options) (*link, error) { return nil, unsupported() }
+
+func unsupported() error {
+	return problem.New(problem.Unsupported, "network interfaces are not supported on "+runtime.GOOS, "use --mode proxy")
+}
+
+func (*link) device() tun.Device              { return nil }
+func (*link) setAddresses([]netip.Addr) error { return unsupported() }
+func (*link) skippedAddresses() []netip.Addr  { return nil }
+
+func (*link) setRoutes([]netip.Prefix, []netip.Addr) ([]netip.Prefix, error) {
+	return nil, unsupported()
+}
+
+func privileged() bool { return false }

@@ -1,0 +1,155 @@
+package host
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// protocol marks our routes among those that the kernel makes for the interface itself.
+const protocol = unix.RTPROT_STATIC
+
+// table is the main routing table as this package sees it.
+type table struct {
+	ours      map[netip.Prefix]bool // installed on our interface by us
+	taken     map[netip.Prefix]bool // routed elsewhere
+	connected []netip.Prefix        // directly connected on other interfaces
+}
+
+// setRoutes is [Interface.SetRoutes]. It computes again if somebody else added one of the routes in between.
+func (l *link) setRoutes(want []netip.Prefix, keep []netip.Addr) ([]netip.Prefix, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.nl == nil {
+		return nil, closed(l.name)
+	}
+	const tries = 3
+	for try := 1; ; try++ {
+		now, err := l.routes()
+		if err != nil {
+			return nil, fmt.Errorf("list routes: %w", err)
+		}
+		routes, left := plan(want, keep, now.connected)
+		free, lost := split(routes, now.taken)
+		err = l.apply(free, now.ours)
+		if !errors.Is(err, unix.EEXIST) || try == tries {
+			return append(left, lost...), err
+		}
+	}
+}
+
+// apply adds what is new, then removes what is gone. It goes on after a failure, and gives all of them.
+func (l *link) apply(want []netip.Prefix, have map[netip.Prefix]bool) error {
+	var errs []error
+	keep, skipped := make(map[netip.Prefix]bool, len(want)), 0
+	for _, p := range want {
+		keep[p] = true
+		if have[p] {
+			continue
+		}
+		err := l.nl.RouteAdd(l.route(p))
+		switch {
+		case err != nil && p.Addr().Is6() && noIPv6(err):
+			skipped++
+		case err != nil:
+			errs = append(errs, fmt.Errorf("add route %s over %s: %w", p, l.name, err))
+		}
+	}
+	for p := range have {
+		if keep[p] {
+			continue
+		}
+		if err := l.nl.RouteDel(l.route(p)); err != nil && !errors.Is(err, unix.ESRCH) {
+			errs = append(errs, fmt.Errorf("remove route %s over %s: %w", p, l.name, err))
+		}
+	}
+	if skipped > 0 && !l.warned {
+		l.warned = true
+		l.log.Warn("this host has IPv6 switched off, its routes are skipped", "routes", skipped)
+	}
+	return l.failed(errs)
+}
+
+func (l *link) route(p netip.Prefix) *netlink.Route {
+	r := &netlink.Route{
+		LinkIndex: l.attrs.Attrs().Index,
+		Dst:       &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())},
+		Protocol:  protocol,
+		Table:     unix.RT_TABLE_MAIN,
+		Type:      unix.RTN_UNICAST,
+	}
+	if p.Addr().Is4() {
+		r.Scope = netlink.SCOPE_LINK
+	}
+	return r
+}
+
+// routes reads the main table.
+func (l *link) routes() (table, error) {
+	t := table{ours: make(map[netip.Prefix]bool), taken: make(map[netip.Prefix]bool)}
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		filter := &netlink.Route{Table: unix.RT_TABLE_MAIN}
+		list, err := dump(func() ([]netlink.Route, error) {
+			return l.nl.RouteListFiltered(family, filter, netlink.RT_FILTER_TABLE)
+		})
+		if err != nil && !(family == netlink.FAMILY_V6 && noIPv6(err)) {
+			return t, err
+		}
+		for _, r := range list {
+			t.add(l, &r, family)
+		}
+	}
+	return t, nil
+}
+
+// add sorts one route in.
+func (t *table) add(l *link, r *netlink.Route, family int) {
+	dst, ok := destination(r, family)
+	if !ok {
+		return
+	}
+	if r.LinkIndex == l.attrs.Attrs().Index {
+		if int(r.Protocol) == protocol {
+			t.ours[dst] = true
+		}
+		return
+	}
+	t.taken[dst] = true
+	if dst.Bits() > 0 && r.Gw == nil && r.Via == nil && len(r.MultiPath) == 0 && r.Type == unix.RTN_UNICAST && l.attached(r, family) {
+		t.connected = append(t.connected, dst)
+	}
+}
+
+// attached reports whether a route without gateway leads to a subnet on the wire. The kernel makes such a route from an
+// address, or somebody gives it scope link (IPv6 has no scopes). Over a point-to-point link only the kernel's own count: others
+// are another tunnel's choice of path, and there the longer prefix wins as everywhere.
+func (l *link) attached(r *netlink.Route, family int) bool {
+	if int(r.Protocol) == unix.RTPROT_KERNEL {
+		return true
+	}
+	if family == netlink.FAMILY_V4 && r.Scope != netlink.SCOPE_LINK {
+		return false
+	}
+	other, err := l.nl.LinkByIndex(r.LinkIndex)
+	return err == nil && other.Attrs().RawFlags&unix.IFF_POINTOPOINT == 0
+}
+
+// destination is a route's destination; a route without one is a default route.
+func destination(r *netlink.Route, family int) (netip.Prefix, bool) {
+	if r.Dst == nil {
+		if family == netlink.FAMILY_V4 {
+			return netip.PrefixFrom(netip.IPv4Unspecified(), 0), true
+		}
+		return netip.PrefixFrom(netip.IPv6Unspecified(), 0), true
+	}
+	addr, ok := netip.AddrFromSlice(r.Dst.IP)
+	bits, size := r.Dst.Mask.Size()
+	if family == netlink.FAMILY_V4 {
+		addr = addr.Unmap()
+	}
+	return netip.PrefixFrom(addr, bits), ok && size == addr.BitLen()
+}

@@ -1,0 +1,7 @@
+//go:build !linux
+
+package main
+
+func isolated() bool { return false }
+
+func isolate() {}

@@ -1,0 +1,158 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/culvertnet/culvert/internal/problem"
+)
+
+const (
+	dialTimeout = 30 * time.Second
+	// stagger is how long one address may keep the next one waiting (RFC 8305, section 5).
+	stagger = 250 * time.Millisecond
+)
+
+// dial opens a connection to "host:port". A name is resolved by the system; each of its addresses goes into the tunnel or
+// around it on its own merit. The error is always a *problem.Error.
+func (s *Server) dial(ctx context.Context, target string) (net.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
+	defer cancel()
+	host, portText, err := net.SplitHostPort(target)
+	if err != nil {
+		return nil, problem.Wrap(err, problem.BadRequest, fmt.Sprintf("%q is not host:port", target), "")
+	}
+	port, err := strconv.ParseUint(portText, 10, 16)
+	if err != nil || port == 0 {
+		return nil, problem.Wrap(err, problem.BadRequest, fmt.Sprintf("%q is not a port", portText), "")
+	}
+	addrs, err := s.resolve(ctx, host)
+	if err != nil {
+		return nil, err
+	}
+	targets := make([]netip.AddrPort, len(addrs))
+	for i, addr := range addrs {
+		targets[i] = netip.AddrPortFrom(addr, uint16(port))
+	}
+	conn, err := race(ctx, targets, s.dialOne)
+	if err != nil {
+		return nil, s.explain(ctx, target, targets, err)
+	}
+	return conn, nil
+}
+
+func (s *Server) resolve(ctx context.Context, host string) ([]netip.Addr, error) {
+	if addr, err := netip.ParseAddr(host); err == nil {
+		return []netip.Addr{addr.Unmap()}, nil
+	}
+	addrs, err := s.opts.lookup(ctx, host)
+	if err != nil || len(addrs) == 0 {
+		return nil, problem.Wrap(err, problem.FlowUnreachable, fmt.Sprintf("the name %q does not resolve", host),
+			"names are resolved on this host, not behind the gateway; use an address")
+	}
+	for i := range addrs {
+		addrs[i] = addrs[i].Unmap()
+	}
+	return addrs, nil
+}
+
+func (s *Server) dialOne(ctx context.Context, target netip.AddrPort) (net.Conn, error) {
+	if s.opts.Inside(target.Addr()) {
+		return s.opts.Dial(ctx, "tcp", target.String())
+	}
+	var d net.Dialer
+	return d.DialContext(ctx, "tcp", target.String())
+}
+
+// race dials the targets in order, the next one as soon as the one before has failed or has kept us waiting, and keeps the
+// first connection.
+func race(ctx context.Context, targets []netip.AddrPort,
+	dial func(context.Context, netip.AddrPort) (net.Conn, error)) (net.Conn, error) {
+	var wait sync.WaitGroup
+	defer wait.Wait()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel() // what is still dialling gives up
+	type result struct {
+		conn net.Conn
+		err  error
+	}
+	results := make(chan result)
+	next := time.NewTimer(0)
+	defer next.Stop()
+	var winner net.Conn
+	var errs []error
+	for started, running := 0, 0; winner == nil && (started < len(targets) || running > 0); {
+		var due <-chan time.Time
+		if started < len(targets) {
+			due = next.C
+		}
+		select {
+		case <-due:
+			target := targets[started]
+			started++
+			running++
+			next.Reset(stagger)
+			wait.Go(func() {
+				conn, err := dial(ctx, target)
+				select {
+				case results <- result{conn, err}:
+				case <-ctx.Done():
+					if conn != nil {
+						_ = conn.Close()
+					}
+				}
+			})
+		case r := <-results:
+			running--
+			if winner = r.conn; r.err != nil {
+				errs = append(errs, r.err)
+				next.Reset(0)
+			}
+		case <-ctx.Done():
+			return nil, errors.Join(append(errs, ctx.Err())...)
+		}
+	}
+	if winner != nil {
+		return winner, nil
+	}
+	return nil, errors.Join(errs...)
+}
+
+// explain makes the error that the program behind the proxy gets to see.
+func (s *Server) explain(ctx context.Context, asked string, targets []netip.AddrPort, err error) error {
+	if p, ok := errors.AsType[*problem.Error](err); ok {
+		return p
+	}
+	for _, target := range targets {
+		if s.opts.Explain == nil || !refused(err) || !s.opts.Inside(target.Addr()) {
+			continue
+		}
+		if p, ok := errors.AsType[*problem.Error](s.opts.Explain(ctx, target)); ok {
+			return p
+		}
+	}
+	switch {
+	case refused(err):
+		return problem.Wrap(err, problem.FlowUnreachable, asked+" refused the connection", "ask `culvert check "+asked+"`")
+	case ctx.Err() != nil || errors.Is(err, context.DeadlineExceeded):
+		return problem.Wrap(err, problem.Timeout, asked+" did not answer in time", "ask `culvert check "+asked+"`")
+	default:
+		return problem.Wrap(err, problem.FlowUnreachable, asked+" cannot be reached", "ask `culvert check "+asked+"`")
+	}
+}
+
+// refused reports a reset in answer to our SYN, be it the kernel's word or the network stack's.
+func refused(err error) bool {
+	if errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.ECONNRESET) {
+		return true
+	}
+	return err != nil && (strings.Contains(err.Error(), "refused") || strings.Contains(err.Error(), "reset"))
+}

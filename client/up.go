@@ -1,0 +1,191 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"os"
+	"runtime"
+	"runtime/debug"
+	"time"
+
+	"github.com/culvertnet/culvert/client/agent"
+	"github.com/culvertnet/culvert/client/control"
+	"github.com/culvertnet/culvert/client/host"
+	"github.com/culvertnet/culvert/client/token"
+	"github.com/culvertnet/culvert/internal/problem"
+	"github.com/culvertnet/culvert/internal/wire"
+)
+
+// upCommand joins a network.
+type upCommand struct {
+	Coordinator  string        `env:"CULVERT_COORDINATOR" placeholder:"URL" help:"The coordinator's URL."`
+	Network      string        `env:"CULVERT_NETWORK" help:"Network to join; may be left out where the coordinator has one."`
+	Mode         string        `env:"CULVERT_MODE" enum:"auto,tun,proxy" default:"auto" help:"How programs get into the tunnel: tun is a network interface and needs CAP_NET_ADMIN, proxy is SOCKS5 and HTTP on loopback, auto takes tun where it can (${enum})."`
+	WaitFor      []string      `env:"CULVERT_WAIT_FOR" placeholder:"HOST:PORT" help:"Return only when this answers through the tunnel, too. Repeatable."`
+	GatewayKey   []string      `env:"CULVERT_GATEWAY_KEY" placeholder:"KEY" help:"Talk to no gateway but the one with this public key. Repeatable."`
+	Timeout      time.Duration `env:"CULVERT_TIMEOUT" default:"60s" help:"Give up when the tunnel is not usable by then."`
+	Foreground   bool          `env:"CULVERT_FOREGROUND" help:"Stay until interrupted instead of running in the background."`
+	ProxyListen  string        `env:"CULVERT_PROXY_LISTEN" default:"127.0.0.1:0" placeholder:"IP:PORT" help:"Where the proxy of mode proxy listens; loopback only."`
+	InsecureHTTP bool          `name:"insecure-http" env:"CULVERT_INSECURE_HTTP" help:"Allow plain http:// to a coordinator that is not on loopback."`
+	LogLevel     slog.Level    `env:"CULVERT_LOG_LEVEL" default:"warn" placeholder:"LEVEL" help:"What to log on standard error until the tunnel is up: debug, info, warn or error."`
+	LogFile      string        `env:"CULVERT_LOG_FILE" placeholder:"FILE" help:"Log to this file as well, also once the tunnel is up."`
+}
+
+func (c *upCommand) run(ctx context.Context, env environment, flags common) error {
+	if c.Foreground {
+		return c.stay(ctx, env, flags)
+	}
+	// The child would find out, too, but it is quicker and clearer to say so before there is one.
+	if err := c.check(env, flags); err != nil {
+		return err
+	}
+	ready, err := launch(ctx, env)
+	if err != nil {
+		return err
+	}
+	show(env, flags, *ready)
+	return nil
+}
+
+// check refuses a command line that cannot work.
+func (c *upCommand) check(env environment, flags common) error {
+	if err := control.ValidateName(flags.Name); err != nil {
+		return err
+	}
+	opts, err := c.options(env, slog.New(slog.DiscardHandler))
+	if err != nil {
+		return err
+	}
+	_, err = agent.New(opts)
+	return err
+}
+
+// options turns flags into the agent's options.
+func (c *upCommand) options(env environment, log *slog.Logger) (agent.Options, error) {
+	pins := make([]wire.Key, len(c.GatewayKey))
+	for i, text := range c.GatewayKey {
+		key, err := wire.ParseKey(text)
+		if err != nil {
+			return agent.Options{}, problem.Wrap(err, problem.Usage, fmt.Sprintf("--gateway-key %q: %v", text, err),
+				"give the key that the gateway prints at its start")
+		}
+		pins[i] = key
+	}
+	return agent.Options{
+		Coordinator:  c.Coordinator,
+		Network:      c.Network,
+		Mode:         c.mode(),
+		Pins:         pins,
+		WaitFor:      c.WaitFor,
+		Timeout:      c.Timeout,
+		InsecureHTTP: c.InsecureHTTP,
+		ProxyListen:  c.ProxyListen,
+		ProxyUsers:   control.Users(),
+		Client:       fmt.Sprintf("culvert/%s (%s/%s)", buildVersion(), runtime.GOOS, runtime.GOARCH),
+		Started:      env.started,
+		Logger:       log,
+		Tokens: func(client *http.Client) (agent.TokenSource, error) {
+			return token.FromEnv(env.getenv, client)
+		},
+	}, nil
+}
+
+func (c *upCommand) mode() agent.Mode {
+	if c.Mode == "tun" || (c.Mode == "auto" && host.Privileged()) {
+		return agent.ModeTUN
+	}
+	return agent.ModeProxy
+}
+
+// stay runs the tunnel in this process.
+func (c *upCommand) stay(ctx context.Context, env environment, flags common) error {
+	thrifty(env)
+	ctx, detach := attach(ctx, env)
+	log, recent, err := c.logger(env)
+	if err != nil {
+		return err
+	}
+	defer recent.Close()
+	server, err := control.Listen(flags.Name, log)
+	if err != nil {
+		return err
+	}
+	defer server.Close()
+	opts, err := c.options(env, log)
+	if err != nil {
+		return err
+	}
+	opts.OnReady = func(r agent.Ready) {
+		detach() // first: having read the result, the other process ends
+		show(env, flags, r)
+		if env.launched {
+			recent.quiet()
+			letGo()
+		}
+	}
+	tunnel, err := agent.New(opts)
+	if err != nil {
+		return err
+	}
+	server.Serve(&service{Agent: tunnel, log: recent})
+	if err = tunnel.Run(ctx); err != nil {
+		log.Info("ended", "code", problem.CodeOf(err), "err", err, "cause", errors.Unwrap(problem.From(err)))
+	}
+	return err
+}
+
+// thrifty has garbage collected early: the heap is packet buffers, which cost nothing to scan but 64 KiB each to keep, and a
+// runner's memory is the job's.
+func thrifty(env environment) {
+	if env.getenv("GOGC") == "" {
+		debug.SetGCPercent(20)
+	}
+}
+
+// service is what the control socket serves.
+type service struct {
+	*agent.Agent
+	log *ring
+}
+
+// Status is the agent's with the log's last lines.
+func (s *service) Status() control.Status {
+	st := s.Agent.Status()
+	st.Log = s.log.Lines()
+	return st
+}
+
+// logger logs to standard error, to memory, and to the log file where there is one.
+func (c *upCommand) logger(env environment) (*slog.Logger, *ring, error) {
+	recent := newRing(env.stderr, c.LogLevel)
+	if c.LogFile != "" {
+		file, err := os.OpenFile(c.LogFile, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+		if err != nil {
+			return nil, nil, problem.Wrap(err, problem.Usage, fmt.Sprintf("the log file cannot be opened: %v", err),
+				"give --log-file a place that this user may write to")
+		}
+		recent.file = file
+	}
+	return slog.New(recent.handler()), recent, nil
+}
+
+// show prints what up has to say.
+func show(env environment, flags common, r agent.Ready) {
+	if flags.JSON {
+		print(env.stdout, r)
+		return
+	}
+	writeReady(env.stdout, r)
+}
+
+func writeReady(w io.Writer, r agent.Ready) {
+	fmt.Fprintf(w, "up: network %s as %s, gateway %s by %s path %s (%.1f ms), %.0f ms in all\n",
+		r.Network, r.Address, r.Gateway, r.Path.Kind, r.Path.Remote, r.Path.RTT, r.Timings.Total)
+	if r.Proxy != "" {
+		fmt.Fprintf(w, "proxy: %s (SOCKS5 and HTTP); `culvert exec -- CMD` uses it\n", r.Proxy)
+	}
+}

@@ -1,0 +1,194 @@
+// Package api is the coordinator's HTTP API: sessions, the gateways' streams and health, with errors as RFC 9457 problems.
+package api
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net/http"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/go-chi/chi/v5"
+	"golang.org/x/time/rate"
+
+	"github.com/culvertnet/culvert/coordinator/config"
+	"github.com/culvertnet/culvert/coordinator/session"
+	"github.com/culvertnet/culvert/coordinator/state"
+	"github.com/culvertnet/culvert/internal/claims"
+	"github.com/culvertnet/culvert/internal/wire"
+)
+
+// Sessions is what the API needs of [session.Manager].
+type Sessions interface {
+	Join(ctx context.Context, j session.Join) (wire.Session, error)
+	Update(ctx context.Context, id string, secret wire.Secret, u wire.Update) (wire.Lease, error)
+	End(ctx context.Context, id string, secret wire.Secret) error
+	Reconcile(ctx context.Context, g session.Gateway, held []wire.Held) (over []string, err error)
+	Renewed(ctx context.Context, g session.Gateway, r wire.Renewed) error
+	Ended(ctx context.Context, g session.Gateway, e wire.End) error
+	Held(instance string) int
+}
+
+// Presences is what the API needs of [state.Store].
+type Presences interface {
+	Ready(ctx context.Context) error
+	PutPresence(ctx context.Context, p state.Presence, ttl time.Duration) error
+	DropPresence(ctx context.Context, instance string) error
+	Serve(instance string, handle func(ctx context.Context, msg []byte) []byte) (stop func(), err error)
+}
+
+// Identities is what the API needs of [claims.Verifier]: the one for gateways' workload identities. Its issuers never
+// admit jobs.
+type Identities interface {
+	Verify(ctx context.Context, token, audience string) (*claims.Claims, error)
+}
+
+// Rules are what decides about gateways; a reload replaces them as a whole.
+type Rules struct {
+	Config     *config.Config
+	Identities Identities
+}
+
+// Options configure an [API].
+type Options struct {
+	Sessions Sessions
+	Store    Presences
+	Rules    Rules
+	STUN     []string // what clients and gateways are told, "host:port"; an empty host means the coordinator's own
+	Logger   *slog.Logger
+
+	TrustedProxies []netip.Prefix // whose X-Forwarded-For is believed
+	Rate           rate.Limit     // requests a second from one address (IPv6: one /64); default 100, because runners share NATs
+	Burst          int            // and how many at once; default 1000
+	MaxAddresses   int            // addresses remembered for that; default 65536
+	MaxJoins       int            // joins in progress at once; default 2048
+
+	BodyTimeout   time.Duration // for a request's body to arrive; default 10 s
+	JoinTimeout   time.Duration // for a join in all; default 20 s
+	HelloTimeout  time.Duration // for a gateway to introduce itself; default 10 s
+	AnswerTimeout time.Duration // for a gateway to answer an offer or a renewal; default 5 s
+	PingEvery     time.Duration // and as long to answer it; default 10 s
+	PresenceEvery time.Duration // how often a gateway is said to be live; default 5 s
+	PresenceTTL   time.Duration // and how long that holds; default 15 s
+	Queue         int           // frames that may wait for a slow gateway before its stream is dropped; default 256
+}
+
+// Validate fills defaults and reports what is missing.
+func (o *Options) Validate() error {
+	if o.Sessions == nil || o.Store == nil || o.Rules.Config == nil || o.Rules.Identities == nil {
+		return errors.New("the API needs sessions, a store, a configuration and a verifier of identities")
+	}
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	orElse(&o.Rate, 100)
+	orElse(&o.Burst, 1000)
+	orElse(&o.MaxAddresses, 1<<16)
+	orElse(&o.MaxJoins, 2048)
+	orElse(&o.BodyTimeout, 10*time.Second)
+	orElse(&o.JoinTimeout, 20*time.Second)
+	orElse(&o.HelloTimeout, 10*time.Second)
+	orElse(&o.AnswerTimeout, 5*time.Second)
+	orElse(&o.PingEvery, 10*time.Second)
+	orElse(&o.PresenceEvery, 5*time.Second)
+	orElse(&o.PresenceTTL, 15*time.Second)
+	orElse(&o.Queue, 256)
+	return nil
+}
+
+func orElse[T ~int | ~int64 | ~float64](v *T, otherwise T) {
+	if *v <= 0 {
+		*v = otherwise
+	}
+}
+
+// API serves HTTP and holds the gateways' streams.
+type API struct {
+	opts     Options
+	log      *slog.Logger
+	rules    atomic.Pointer[Rules]
+	router   http.Handler
+	limits   *limiter
+	joins    chan struct{} // one token for each join in progress
+	draining atomic.Bool
+	warned   rate.Sometimes // of requests over the rate, or whoever sends them would write the log at will
+
+	mu      sync.Mutex
+	all     map[*stream]struct{} // from the upgrade on
+	streams map[string]*stream   // introduced ones, by gateway instance
+	closed  bool
+	running sync.WaitGroup // streams
+}
+
+// New makes an API. Close must be called when it has served.
+func New(opts Options) (*API, error) {
+	if err := opts.Validate(); err != nil {
+		return nil, err
+	}
+	a := &API{
+		opts:    opts,
+		log:     opts.Logger,
+		limits:  newLimiter(opts.Rate, opts.Burst, opts.MaxAddresses),
+		joins:   make(chan struct{}, opts.MaxJoins),
+		warned:  rate.Sometimes{First: 1, Interval: time.Second},
+		all:     map[*stream]struct{}{},
+		streams: map[string]*stream{},
+	}
+	a.rules.Store(&opts.Rules)
+	a.router = a.routes()
+	return a, nil
+}
+
+// ServeHTTP serves the API.
+func (a *API) ServeHTTP(w http.ResponseWriter, r *http.Request) { a.router.ServeHTTP(w, r) }
+
+func (a *API) routes() http.Handler {
+	r := chi.NewRouter()
+	r.Use(a.recovered, a.secured, a.clientIP())
+	r.NotFound(notFound)
+	r.MethodNotAllowed(wrongMethod)
+	r.Get("/healthz", a.healthz)
+	r.Get("/readyz", a.readyz)
+	r.Group(func(r chi.Router) {
+		r.Use(a.limited)
+		r.Get(wire.PathInfo, a.info)
+		r.Post(wire.PathSessions, a.join)
+		r.Patch(wire.PathSessions+"/{id}", a.update)
+		r.Delete(wire.PathSessions+"/{id}", a.end)
+		r.Get(wire.PathGateway, a.gateway)
+	})
+	return r
+}
+
+// Drain refuses new joins and gateways and reports not ready, while those in progress go on.
+func (a *API) Drain() { a.draining.Store(true) }
+
+// Draining reports whether Drain was called.
+func (a *API) Draining() bool { return a.draining.Load() }
+
+// Close ends all streams with "going away" and waits for them. No new one opens.
+func (a *API) Close() {
+	a.Drain()
+	a.mu.Lock()
+	a.closed = true
+	for s := range a.all {
+		s.end(goingAway)
+	}
+	a.mu.Unlock()
+	a.running.Wait()
+}
+
+// SetRules puts a changed configuration into force and drops the gateways whose enrolment is gone.
+func (a *API) SetRules(rules Rules) {
+	a.rules.Store(&rules)
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for s := range a.all {
+		if !enrolledIn(rules.Config, s.network, s.enrolment) {
+			s.end(unenrolled)
+		}
+	}
+}

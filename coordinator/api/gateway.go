@@ -1,0 +1,198 @@
+package api
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"regexp"
+	"strings"
+	"time"
+
+	"github.com/coder/websocket"
+	"github.com/go-chi/chi/v5/middleware"
+
+	"github.com/culvertnet/culvert/coordinator/session"
+	"github.com/culvertnet/culvert/coordinator/state"
+	"github.com/culvertnet/culvert/internal/problem"
+	"github.com/culvertnet/culvert/internal/wire"
+)
+
+// gateway is GET /v1/gateway: it authenticates, then upgrades and stays for as long as the stream lives.
+func (a *API) gateway(w http.ResponseWriter, r *http.Request) {
+	if a.draining.Load() {
+		a.fail(w, shuttingDown())
+		return
+	}
+	network, enrolment, err := a.enrolled(r)
+	if err != nil {
+		a.log.Warn("gateway refused", "network", clip(printable(network), 64), "addr", middleware.GetClientIP(r.Context()),
+			"code", problem.CodeOf(err), "err", err)
+		a.fail(w, err)
+		return
+	}
+	if r.ProtoMajor != 1 || !strings.EqualFold(r.Header.Get("Upgrade"), "websocket") {
+		a.fail(w, problem.New(problem.BadRequest, "this path takes a WebSocket over HTTP/1.1", "check that the proxy in between passes upgrades on"))
+		return
+	}
+	if !a.begin() {
+		a.fail(w, shuttingDown())
+		return
+	}
+	defer a.running.Done()
+	conn, err := websocket.Accept(w, r, nil)
+	if err != nil {
+		a.log.Warn("gateway's upgrade failed", "network", network, "err", err)
+		return
+	}
+	s := newStream(a, conn, network, enrolment, middleware.GetClientIP(r.Context()))
+	a.track(s)
+	// The request's context is void once the connection is hijacked.
+	ctx, cancel := context.WithCancel(context.WithoutCancel(r.Context()))
+	defer cancel()
+	s.run(ctx)
+}
+
+// begin counts a stream in, unless the API is closed.
+func (a *API) begin() bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.closed {
+		return false
+	}
+	a.running.Add(1)
+	return true
+}
+
+// track makes Close and reloads reach a stream from its first moment on.
+func (a *API) track(s *stream) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.all[s] = struct{}{}
+	if a.closed {
+		s.end(goingAway)
+	}
+}
+
+// register makes s the stream of its gateway instance. An earlier one of the same gateway is ended and waited for: it is
+// dead, and the gateway knew before we did.
+func (a *API) register(s *stream) error {
+	for {
+		a.mu.Lock()
+		old := a.streams[s.who.Instance]
+		switch {
+		case a.closed:
+			a.mu.Unlock()
+			return goingAway
+		case old == nil:
+			a.streams[s.who.Instance] = s
+			a.mu.Unlock()
+			return nil
+		case old.who.Network != s.who.Network || old.presence.Key != s.presence.Key:
+			a.mu.Unlock()
+			return &closing{websocket.StatusPolicyViolation, "another gateway has this instance id", false}
+		}
+		a.mu.Unlock()
+		old.end(replaced)
+		<-old.gone
+	}
+}
+
+func (a *API) unregister(s *stream) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	delete(a.all, s)
+	if a.streams[s.who.Instance] == s {
+		delete(a.streams, s.who.Instance)
+	}
+}
+
+// instanceID is what a gateway may call an instance of itself: at least 96 random bits in base64url or hexadecimal.
+var instanceID = regexp.MustCompile(`^[A-Za-z0-9_-]{16,64}$`)
+
+// hello reads and checks how a gateway introduces itself.
+func (s *stream) hello(ctx context.Context) (wire.Hello, error) {
+	var h wire.Hello
+	ctx, cancel := context.WithTimeout(ctx, s.api.opts.HelloTimeout)
+	defer cancel()
+	f, err := s.readFrame(ctx)
+	if err != nil {
+		return h, err
+	}
+	refuse := func(why string) (wire.Hello, error) {
+		p := problem.New(problem.Incompatible, why, "update coordinator and gateway to the same version")
+		_ = s.write(ctx, wire.Frame{Type: wire.FrameAnswer, Body: refusal(p)}) // in place of the welcome
+		return h, &closing{websocket.StatusPolicyViolation, why, false}
+	}
+	if f.Type != wire.FrameHello || json.Unmarshal(f.Body, &h) != nil {
+		return refuse("the first frame must be a hello")
+	}
+	switch {
+	case h.Version != wire.Version:
+		return refuse(fmt.Sprintf("this coordinator speaks version %d of the API, the gateway %d", wire.Version, h.Version))
+	case !instanceID.MatchString(h.Instance):
+		return refuse("the instance id must be 16 to 64 characters of base64url")
+	case h.Key.IsZero():
+		return refuse("the hello carries no public key")
+	case len(h.Name) > 128 || len(h.Program) > 128:
+		return refuse("name and program must be at most 128 bytes")
+	case len(h.Candidates) > wire.MaxCandidates:
+		return refuse("too many candidates")
+	}
+	h.Name, h.Program = printable(h.Name), printable(h.Program)
+	return h, nil
+}
+
+// open introduces both sides to each other: hello, reconciliation, welcome.
+func (s *stream) open(ctx context.Context) error {
+	h, err := s.hello(ctx)
+	if err != nil {
+		return err
+	}
+	s.who = session.Gateway{Network: s.network, Name: h.Name, Instance: h.Instance}
+	s.log = s.log.With("gateway", h.Name, "network", s.network)
+	s.presence = state.Presence{
+		Instance: h.Instance, Name: h.Name, Network: s.network, Key: h.Key, Candidates: h.Candidates, Since: time.Now(),
+	}
+	if err := s.api.register(s); err != nil {
+		return err
+	}
+	return s.welcome(ctx, h)
+}
+
+func (s *stream) welcome(ctx context.Context, h wire.Hello) error {
+	over, err := s.api.opts.Sessions.Reconcile(ctx, s.who, h.Sessions)
+	if err != nil {
+		s.log.Error("cannot reconcile with the gateway", "err", err)
+		return &closing{websocket.StatusTryAgainLater, "the coordinator cannot reach its state", false}
+	}
+	cfg := s.api.rules.Load().Config
+	network, ok := cfg.Networks[s.network]
+	if !ok || !enrolledIn(cfg, s.network, s.enrolment) { // reloaded since the upgrade
+		return unenrolled
+	}
+	body := wire.Welcome{
+		Version: wire.Version, Network: s.network, Addresses: network.Gateway(), Overlay: network.Overlay(),
+		STUN: s.api.stun(), End: over,
+	}
+	raw, err := json.Marshal(body)
+	if err != nil {
+		return fmt.Errorf("encode the welcome: %w", err)
+	}
+	if err := s.write(ctx, wire.Frame{Type: wire.FrameWelcome, Body: raw}); err != nil {
+		return fmt.Errorf("send the welcome: %w", err)
+	}
+	s.load.Store(int64(len(h.Sessions) - len(over)))
+	s.log.Info("gateway connected", "addr", s.addr, "program", h.Program, "sessions", len(h.Sessions), "over", len(over))
+	return nil
+}
+
+// logEnd says why a stream is over.
+func (s *stream) logEnd(err error) {
+	level := slog.LevelInfo
+	if c, ok := err.(*closing); ok && c.code == websocket.StatusPolicyViolation {
+		level = slog.LevelWarn
+	}
+	s.log.Log(context.Background(), level, "gateway disconnected", "addr", s.addr, "err", err)
+}

@@ -1,0 +1,110 @@
+package api
+
+import (
+	"fmt"
+	"net/http"
+	"runtime/debug"
+	"strings"
+
+	"github.com/go-chi/chi/v5"
+	"github.com/go-chi/chi/v5/middleware"
+
+	"github.com/culvertnet/culvert/internal/problem"
+)
+
+// recovered turns a panic into a problem and a log line with its stack.
+func (a *API) recovered(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		defer func() {
+			v := recover()
+			if v == nil {
+				return
+			}
+			if v == http.ErrAbortHandler {
+				panic(v) // net/http's own way to cut a connection
+			}
+			a.log.Error("a request handler panicked", "path", r.URL.Path, "err", fmt.Sprint(v), "stack", string(debug.Stack()))
+			a.fail(w, problem.New(problem.Failed, "the coordinator met a fault of its own", "report this with the coordinator's log"))
+		}()
+		next.ServeHTTP(w, r)
+	})
+}
+
+// secured sets the headers that keep browsers from making anything of an API's answers.
+func (a *API) secured(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		h := w.Header()
+		h.Set("X-Content-Type-Options", "nosniff")
+		h.Set("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
+		h.Set("Referrer-Policy", "no-referrer")
+		h.Set("Cache-Control", "no-store")
+		if strings.HasPrefix(a.rules.Load().Config.URL, "https://") {
+			h.Set("Strict-Transport-Security", "max-age=31536000")
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// clientIP finds out who asks: the TCP peer, or through trusted proxies whom they name.
+func (a *API) clientIP() func(http.Handler) http.Handler {
+	if len(a.opts.TrustedProxies) == 0 {
+		return middleware.ClientIPFromRemoteAddr
+	}
+	trusted := make([]string, 0, len(a.opts.TrustedProxies))
+	for _, p := range a.opts.TrustedProxies {
+		trusted = append(trusted, p.String())
+	}
+	return middleware.ClientIPFromXFF(trusted...)
+}
+
+// limited bounds what one address may ask, before any work is done for it.
+func (a *API) limited(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if addr := middleware.GetClientIPAddr(r.Context()); !a.limits.allow(addr) {
+			a.warned.Do(func() { a.log.Warn("rate limited", "addr", addr.String(), "path", clip(r.URL.Path, 64)) })
+			a.fail(w, problem.New(problem.RateLimited, "too many requests from this address", "wait a few seconds and try again"))
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// fail answers with a problem and the headers that its status asks for.
+func (a *API) fail(w http.ResponseWriter, err error) {
+	p := problem.From(err)
+	if p.Code == problem.Failed {
+		a.log.Error("request failed", "code", p.Code, "err", err, "cause", p.Err)
+	}
+	switch p.Code.Status() {
+	case http.StatusTooManyRequests, http.StatusServiceUnavailable:
+		w.Header().Set("Retry-After", "2")
+	case http.StatusUnauthorized:
+		w.Header().Set("WWW-Authenticate", "Bearer") // RFC 9110, section 15.5.2
+	}
+	problem.Write(w, p)
+}
+
+func notFound(w http.ResponseWriter, r *http.Request) {
+	problem.Write(w, problem.New(problem.NotFound, "there is nothing at this path", "check the URL; the API begins with /v1/"))
+}
+
+// methods are those that any of our paths knows.
+var methods = []string{http.MethodGet, http.MethodPost, http.MethodPatch, http.MethodDelete}
+
+func wrongMethod(w http.ResponseWriter, r *http.Request) {
+	routes := chi.RouteContext(r.Context()).Routes
+	for _, m := range methods {
+		if routes.Match(chi.NewRouteContext(), m, r.URL.Path) {
+			w.Header().Add("Allow", m) // RFC 9110, section 15.5.6
+		}
+	}
+	problem.Write(w, problem.New(problem.WrongMethod, "this path does not take "+clip(r.Method, 16), "see the Allow header for what it takes"))
+}
+
+// clip shortens what somebody else wrote.
+func clip(s string, n int) string {
+	if len(s) > n {
+		return s[:n]
+	}
+	return s
+}

@@ -1,0 +1,213 @@
+package api
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	"mime"
+	"net/http"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/go-chi/chi/v5"
+	"github.com/go-chi/chi/v5/middleware"
+
+	"github.com/culvertnet/culvert/coordinator/session"
+	"github.com/culvertnet/culvert/internal/problem"
+	"github.com/culvertnet/culvert/internal/wire"
+)
+
+func (a *API) healthz(w http.ResponseWriter, r *http.Request) { _, _ = io.WriteString(w, "ok\n") }
+
+// readyz says whether joins can be served: the state is within reach and we are not on our way out.
+func (a *API) readyz(w http.ResponseWriter, r *http.Request) {
+	if a.draining.Load() {
+		a.fail(w, shuttingDown())
+		return
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), 2*time.Second)
+	defer cancel()
+	if err := a.opts.Store.Ready(ctx); err != nil {
+		a.fail(w, problem.Wrap(err, problem.Unreachable, "the coordinator cannot reach its state", "look at its log"))
+		return
+	}
+	_, _ = io.WriteString(w, "ok\n")
+}
+
+func shuttingDown() error {
+	return problem.New(problem.Unreachable, "the coordinator is shutting down", "try again in a few seconds")
+}
+
+func (a *API) info(w http.ResponseWriter, r *http.Request) {
+	answer(w, wire.Info{Version: wire.Version, STUN: a.stun()})
+}
+
+// stun is what clients and gateways are told to ask.
+func (a *API) stun() []string {
+	if override := a.rules.Load().Config.STUN; len(override) > 0 {
+		return override
+	}
+	return a.opts.STUN
+}
+
+// join is POST /v1/sessions.
+func (a *API) join(w http.ResponseWriter, r *http.Request) {
+	if a.draining.Load() {
+		a.fail(w, shuttingDown())
+		return
+	}
+	j := session.Join{From: middleware.GetClientIPAddr(r.Context())}
+	if err := a.read(w, r, &j.JoinRequest); err != nil { // before a place is taken: a body that dawdles must hold none
+		a.fail(w, err)
+		return
+	}
+	select {
+	case a.joins <- struct{}{}:
+		defer func() { <-a.joins }()
+	default:
+		a.fail(w, problem.New(problem.RateLimited, "the coordinator has as many joins in progress as it takes", "wait a few seconds and try again"))
+		return
+	}
+	j.Client = printable(clip(j.Client, 128))
+	ctx, cancel := context.WithTimeout(r.Context(), a.opts.JoinTimeout)
+	defer cancel()
+	if wantsEvents(r) {
+		a.joinStreamed(ctx, w, j)
+		return
+	}
+	s, err := a.opts.Sessions.Join(ctx, j)
+	if err != nil {
+		a.fail(w, err)
+		return
+	}
+	answer(w, s)
+}
+
+// joinStreamed answers a join line by line: the client can start its checks on the first, while a gateway is being asked. A
+// join refused before that is an ordinary problem with its own status.
+func (a *API) joinStreamed(ctx context.Context, w http.ResponseWriter, j session.Join) {
+	begun := false
+	lines := json.NewEncoder(w)
+	j.Admitted = func(s wire.Session) error {
+		begun = true
+		w.Header().Set("Content-Type", wire.MediaEvents)
+		w.Header().Set("X-Accel-Buffering", "no") // nginx, or it would hold the first line back
+		if err := lines.Encode(wire.JoinEvent{Admitted: &s}); err != nil {
+			return err
+		}
+		return http.NewResponseController(w).Flush()
+	}
+	s, err := a.opts.Sessions.Join(ctx, j)
+	switch {
+	case err == nil:
+		_ = lines.Encode(wire.JoinEvent{Session: &s}) // a client that has gone lets the lease run out
+	case !begun:
+		a.fail(w, err)
+	default:
+		doc, _ := json.Marshal(problem.From(err)) // strings alone: it always encodes
+		_ = lines.Encode(wire.JoinEvent{Problem: doc})
+	}
+}
+
+// wantsEvents reports whether the client asks for a stream of events (RFC 9110, section 12.5.1).
+func wantsEvents(r *http.Request) bool {
+	for _, h := range r.Header.Values("Accept") {
+		for part := range strings.SplitSeq(h, ",") {
+			media, params, err := mime.ParseMediaType(part)
+			if err == nil && media == wire.MediaEvents && params["q"] != "0" {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// update is PATCH /v1/sessions/{id}.
+func (a *API) update(w http.ResponseWriter, r *http.Request) {
+	secret, err := bearer(r)
+	if err != nil {
+		a.fail(w, err)
+		return
+	}
+	var u wire.Update
+	if err := a.read(w, r, &u); err != nil {
+		a.fail(w, err)
+		return
+	}
+	lease, err := a.opts.Sessions.Update(r.Context(), chi.URLParam(r, "id"), secret, u)
+	if err != nil {
+		a.fail(w, err)
+		return
+	}
+	answer(w, lease)
+}
+
+// end is DELETE /v1/sessions/{id}.
+func (a *API) end(w http.ResponseWriter, r *http.Request) {
+	secret, err := bearer(r)
+	if err == nil {
+		err = a.opts.Sessions.End(r.Context(), chi.URLParam(r, "id"), secret)
+	}
+	if err != nil {
+		a.fail(w, err)
+		return
+	}
+	w.WriteHeader(http.StatusNoContent)
+}
+
+// bearer is the session secret of a request. Without one the answer is the same as for a wrong one.
+func bearer(r *http.Request) (wire.Secret, error) {
+	scheme, secret := credential(r)
+	if !strings.EqualFold(scheme, wire.SchemeBearer) || secret == "" || len(secret) > 128 {
+		return "", problem.New(problem.SessionUnknown, "no such session, or not with this secret",
+			"join again; a session that was not renewed in time is gone")
+	}
+	return secret, nil
+}
+
+// credential splits the Authorization header (RFC 9110, section 11.4).
+func credential(r *http.Request) (scheme string, secret wire.Secret) {
+	scheme, rest, _ := strings.Cut(r.Header.Get("Authorization"), " ")
+	return scheme, wire.Secret(strings.TrimSpace(rest))
+}
+
+// read takes a JSON body of at most wire.MaxBody bytes that arrives within BodyTimeout.
+func (a *API) read(w http.ResponseWriter, r *http.Request, v any) error {
+	const next = "update the client; if it is up to date, report this"
+	ctl := http.NewResponseController(w)
+	_ = ctl.SetReadDeadline(time.Now().Add(a.opts.BodyTimeout)) // unsupported in a recorder, which is never slow
+	defer func() { _ = ctl.SetReadDeadline(time.Time{}) }()
+	data, err := io.ReadAll(http.MaxBytesReader(w, r.Body, wire.MaxBody))
+	if _, over := errors.AsType[*http.MaxBytesError](err); over {
+		return problem.New(problem.TooLarge, "the request's body is larger than 64 KiB", next)
+	}
+	if err != nil {
+		w.Header().Set("Connection", "close")
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			return problem.New(problem.BadRequest, "the request's body did not arrive in time", "check the network, and try again")
+		}
+		return problem.Wrap(err, problem.BadRequest, "the request's body cannot be read", "check the network, and try again")
+	}
+	if err := json.Unmarshal(data, v); err != nil {
+		return problem.Wrap(err, problem.BadRequest, "the request's body is not the JSON that this path takes", next)
+	}
+	return nil
+}
+
+// answer sends a value as JSON.
+func answer(w http.ResponseWriter, v any) {
+	w.Header().Set("Content-Type", "application/json")
+	_ = json.NewEncoder(w).Encode(v) // the client has gone; nothing is left to tell it
+}
+
+// printable drops what could break a log line on a terminal.
+func printable(s string) string {
+	return strings.Map(func(r rune) rune {
+		if r < ' ' || r > '~' {
+			return -1
+		}
+		return r
+	}, s)
+}

@@ -1,0 +1,295 @@
+package api
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/coder/websocket"
+
+	"github.com/culvertnet/culvert/coordinator/config"
+	"github.com/culvertnet/culvert/coordinator/session"
+	"github.com/culvertnet/culvert/coordinator/state"
+	"github.com/culvertnet/culvert/internal/problem"
+	"github.com/culvertnet/culvert/internal/wire"
+)
+
+// inbox bounds the gateway's own messages that wait to be worked off; the reader waits when it is full.
+const inbox = 1024
+
+// writeTimeout is how long one frame may take to leave.
+const writeTimeout = 10 * time.Second
+
+// closing is why a stream ends, as the gateway is told in the close frame (RFC 6455, section 7.4).
+type closing struct {
+	code   websocket.StatusCode
+	reason string // at most 123 bytes
+	abrupt bool   // the peer is not expected to answer
+}
+
+// Error gives the reason.
+func (c *closing) Error() string { return c.reason }
+
+// Why this side ends a stream.
+var (
+	goingAway  = &closing{websocket.StatusGoingAway, "the coordinator is shutting down", false}
+	replaced   = &closing{websocket.StatusPolicyViolation, "replaced by a newer connection of the same gateway", true}
+	unenrolled = &closing{websocket.StatusPolicyViolation, "no longer enrolled", false}
+	tooSlow    = &closing{websocket.StatusTryAgainLater, "the gateway does not keep up", true}
+	silent     = &closing{websocket.StatusPolicyViolation, "no answer to pings", true}
+	resync     = &closing{websocket.StatusServiceRestart, "say again what you hold", false}
+)
+
+// stream is one gateway's WebSocket. Four goroutines share it:
+//
+//	reader ── answers ──► the calls that wait for them
+//	   └───── renewed, end, candidates, leaving ──► worker
+//	calls ── offer, renew, end, candidates ──► queue ──► writer
+//	keeper: pings, presence
+//
+// Whatever ends it first says why; the others follow, and run waits for them.
+type stream struct {
+	api       *API
+	conn      *websocket.Conn
+	network   string
+	enrolment config.Enrolment
+	addr      string
+	log       *slog.Logger
+
+	// Set by open, before any goroutine starts; the presence is the keeper's after that, by way of mu.
+	who session.Gateway
+
+	queue chan wire.Frame // to the writer
+	work  chan wire.Frame // to the worker
+	kick  chan struct{}   // to the keeper: say again that we are live, something changed
+	load  atomic.Int64    // sessions that the gateway holds, roughly
+	over  chan struct{}   // closed by end
+	gone  chan struct{}   // closed when run is through
+
+	mu       sync.Mutex
+	presence state.Presence
+	why      error
+	nextID   uint64
+	calls    map[uint64]chan json.RawMessage
+}
+
+func newStream(a *API, conn *websocket.Conn, network string, e config.Enrolment, addr string) *stream {
+	conn.SetReadLimit(wire.MaxFrame)
+	return &stream{
+		api: a, conn: conn, network: network, enrolment: e, addr: addr, log: a.log,
+		queue: make(chan wire.Frame, a.opts.Queue), work: make(chan wire.Frame, inbox), kick: make(chan struct{}, 1),
+		over: make(chan struct{}), gone: make(chan struct{}), calls: map[uint64]chan json.RawMessage{},
+	}
+}
+
+// end ends the stream; the first reason stays.
+func (s *stream) end(why error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.why == nil {
+		s.why = why
+		close(s.over)
+	}
+}
+
+// run is the stream's whole life.
+func (s *stream) run(ctx context.Context) {
+	defer close(s.gone)
+	defer s.api.unregister(s)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	if err := s.openUntilOver(ctx); err != nil {
+		s.end(err)
+		s.close()
+		s.logEnd(s.why)
+		return
+	}
+	stop, err := s.api.opts.Store.Serve(s.who.Instance, s.handle)
+	if err != nil {
+		s.end(&closing{websocket.StatusTryAgainLater, "the coordinator cannot reach its state", false})
+		s.close()
+		s.logEnd(err)
+		return
+	}
+	var wg sync.WaitGroup
+	wg.Go(func() { s.end(s.readAll(ctx)) })
+	wg.Go(func() { s.end(s.writeAll(ctx)) })
+	wg.Go(func() { s.workAll(ctx) })
+	wg.Go(func() { s.end(s.keep(ctx)) })
+	<-s.over
+	s.close()
+	cancel()
+	wg.Wait()
+	stop()
+	s.leave(ctx)
+	s.logEnd(s.why)
+}
+
+// openUntilOver opens the stream, unless it is ended meanwhile.
+func (s *stream) openUntilOver(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	opened := make(chan error, 1)
+	go func() { opened <- s.open(ctx) }()
+	select {
+	case err := <-opened:
+		cancel()
+		return err
+	case <-s.over:
+		cancel()
+		return <-opened
+	}
+}
+
+// close tells the gateway why, unless it cannot hear.
+func (s *stream) close() {
+	var c *closing
+	if !errors.As(s.why, &c) || c.abrupt {
+		_ = s.conn.CloseNow()
+		return
+	}
+	_ = s.conn.Close(c.code, c.reason)
+}
+
+// leave says that the gateway is gone, so that no join waits for it.
+func (s *stream) leave(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
+	defer cancel()
+	if err := s.api.opts.Store.DropPresence(ctx, s.who.Instance); err != nil {
+		s.log.Warn("gateway's presence not removed; it will expire", "err", err)
+	}
+}
+
+// readFrame reads one message.
+func (s *stream) readFrame(ctx context.Context) (wire.Frame, error) {
+	var f wire.Frame
+	kind, data, err := s.conn.Read(ctx)
+	if err != nil {
+		return f, fmt.Errorf("read from the gateway: %w", err)
+	}
+	if kind != websocket.MessageText || json.Unmarshal(data, &f) != nil {
+		return f, &closing{websocket.StatusUnsupportedData, "a message is not a frame", false}
+	}
+	return f, nil
+}
+
+// readAll takes frames until the stream is over. Answers go straight to who waits for them.
+func (s *stream) readAll(ctx context.Context) error {
+	for {
+		f, err := s.readFrame(ctx)
+		if err != nil {
+			return err
+		}
+		switch f.Type {
+		case wire.FrameAnswer:
+			s.settle(f.ID, f.Body)
+		case wire.FrameRenewed, wire.FrameEnd, wire.FrameCandidates, wire.FrameLeaving:
+			select {
+			case s.work <- f:
+			case <-s.over:
+				return nil
+			}
+		default: // a newer gateway's; it knows our version and can do without
+		}
+	}
+}
+
+// writeAll sends what is queued.
+func (s *stream) writeAll(ctx context.Context) error {
+	for {
+		select {
+		case f := <-s.queue:
+			if err := s.write(ctx, f); err != nil {
+				return fmt.Errorf("write to the gateway: %w", err)
+			}
+		case <-s.over:
+			return nil
+		}
+	}
+}
+
+func (s *stream) write(ctx context.Context, f wire.Frame) error {
+	data, err := json.Marshal(f)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, writeTimeout)
+	defer cancel()
+	return s.conn.Write(ctx, websocket.MessageText, data)
+}
+
+// enqueue hands a frame to the writer without waiting. A gateway that lets its queue fill up loses its stream.
+func (s *stream) enqueue(f wire.Frame) error {
+	select {
+	case <-s.over:
+	case s.queue <- f:
+		return nil
+	default:
+		s.end(tooSlow)
+	}
+	return problem.New(problem.GatewayTimeout, "the gateway's stream broke", "try again in a few seconds")
+}
+
+// handle takes a message for the gateway from any node: a frame, answered by the gateway or, where it gives no answer,
+// by whether its stream took it.
+func (s *stream) handle(ctx context.Context, msg []byte) []byte {
+	var f wire.Frame
+	if err := json.Unmarshal(msg, &f); err != nil {
+		return refusal(problem.Wrap(err, problem.BadRequest, "a message between nodes does not parse", "run the same version on every node"))
+	}
+	if f.Type == wire.FrameOffer || f.Type == wire.FrameRenew {
+		return s.call(ctx, f)
+	}
+	if err := s.enqueue(f); err != nil {
+		return refusal(err)
+	}
+	return []byte("{}")
+}
+
+// call sends a frame and waits for the answer under its id.
+func (s *stream) call(ctx context.Context, f wire.Frame) []byte {
+	ctx, cancel := context.WithTimeout(ctx, s.api.opts.AnswerTimeout)
+	defer cancel()
+	reply := make(chan json.RawMessage, 1)
+	s.mu.Lock()
+	s.nextID++
+	f.ID = s.nextID
+	s.calls[f.ID] = reply
+	s.mu.Unlock()
+	defer s.settle(f.ID, nil)
+	if err := s.enqueue(f); err != nil {
+		return refusal(err)
+	}
+	select {
+	case body := <-reply:
+		if f.Type == wire.FrameOffer {
+			s.load.Add(1) // corrected by the keeper where it was refused
+			s.changed()
+		}
+		return body
+	case <-ctx.Done():
+		return refusal(problem.New(problem.GatewayTimeout, "the gateway did not answer in time", "try again; if it stays so, look at the gateway's log"))
+	case <-s.over:
+		return refusal(problem.New(problem.GatewayTimeout, "the gateway's stream broke", "try again in a few seconds"))
+	}
+}
+
+// settle gives an answer to the call that waits for it, if it still does.
+func (s *stream) settle(id uint64, body json.RawMessage) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if reply := s.calls[id]; reply != nil && body != nil {
+		reply <- body
+	}
+	delete(s.calls, id)
+}
+
+func refusal(err error) []byte {
+	doc, _ := json.Marshal(problem.From(err)) // strings alone: it always encodes
+	raw, _ := json.Marshal(wire.Answer{Problem: doc})
+	return raw
+}

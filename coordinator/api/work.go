@@ -1,0 +1,145 @@
+package api
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"time"
+
+	"github.com/culvertnet/culvert/coordinator/session"
+	"github.com/culvertnet/culvert/internal/problem"
+	"github.com/culvertnet/culvert/internal/wire"
+)
+
+// workTimeout bounds what one of a gateway's messages may take.
+const workTimeout = 15 * time.Second
+
+// workAll works a gateway's own messages off, in their order.
+func (s *stream) workAll(ctx context.Context) {
+	for {
+		select {
+		case f := <-s.work:
+			if err := s.workOne(ctx, f); errors.Is(err, session.ErrResync) {
+				s.end(resync)
+			} else if err != nil {
+				s.log.Warn("gateway's message refused", "type", f.Type, "code", problem.CodeOf(err), "err", err)
+			}
+		case <-s.over:
+			return
+		}
+	}
+}
+
+func (s *stream) workOne(ctx context.Context, f wire.Frame) error {
+	ctx, cancel := context.WithTimeout(ctx, workTimeout)
+	defer cancel()
+	switch f.Type {
+	case wire.FrameRenewed:
+		var r wire.Renewed
+		if err := parse(f, &r); err != nil {
+			return err
+		}
+		return s.api.opts.Sessions.Renewed(ctx, s.who, r)
+	case wire.FrameEnd:
+		var e wire.End
+		if err := parse(f, &e); err != nil {
+			return err
+		}
+		s.load.Add(-1)
+		return s.api.opts.Sessions.Ended(ctx, s.who, e)
+	case wire.FrameCandidates:
+		var t wire.Trickle
+		if err := parse(f, &t); err != nil {
+			return err
+		}
+		return s.moved(t)
+	case wire.FrameLeaving:
+		s.mu.Lock()
+		s.presence.Leaving = true
+		s.mu.Unlock()
+		s.log.Info("gateway is leaving")
+		s.changed()
+	}
+	return nil
+}
+
+func parse(f wire.Frame, v any) error {
+	if err := json.Unmarshal(f.Body, v); err != nil {
+		return problem.Wrap(err, problem.BadRequest, "a frame's body does not parse", "update the gateway")
+	}
+	return nil
+}
+
+// moved takes the gateway's new candidates; joins from now on are told these.
+func (s *stream) moved(t wire.Trickle) error {
+	if len(t.Candidates) > wire.MaxCandidates {
+		return problem.New(problem.TooLarge, "too many candidates", "update the gateway")
+	}
+	s.mu.Lock()
+	s.presence.Candidates = t.Candidates
+	s.mu.Unlock()
+	s.changed()
+	return nil
+}
+
+// changed has the keeper say soon what is new.
+func (s *stream) changed() {
+	select {
+	case s.kick <- struct{}{}:
+	default:
+	}
+}
+
+// keep says again and again that the gateway is live, and finds out when it no longer is.
+func (s *stream) keep(ctx context.Context) error {
+	pings := time.NewTicker(s.api.opts.PingEvery)
+	defer pings.Stop()
+	presences := time.NewTicker(s.api.opts.PresenceEvery)
+	defer presences.Stop()
+	pinged := make(chan error, 1)
+	pinging := false
+	s.announce(ctx)
+	for {
+		select {
+		case <-s.over:
+			if pinging {
+				<-pinged
+			}
+			return nil
+		case <-s.kick:
+			s.announce(ctx)
+		case <-presences.C:
+			s.load.Store(int64(s.api.opts.Sessions.Held(s.who.Instance)))
+			s.announce(ctx)
+		case <-pings.C:
+			if !pinging {
+				pinging = true
+				go func() { pinged <- s.ping(ctx) }()
+			}
+		case err := <-pinged:
+			pinging = false
+			if err != nil {
+				return silent
+			}
+		}
+	}
+}
+
+func (s *stream) ping(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, s.api.opts.PingEvery)
+	defer cancel()
+	return s.conn.Ping(ctx)
+}
+
+// announce writes the gateway's presence.
+func (s *stream) announce(ctx context.Context) {
+	s.mu.Lock()
+	p := s.presence
+	s.mu.Unlock()
+	p.Sessions = max(0, int(s.load.Load()))
+	ctx, cancel := context.WithTimeout(ctx, s.api.opts.PresenceEvery)
+	defer cancel()
+	if err := s.api.opts.Store.PutPresence(ctx, p, s.api.opts.PresenceTTL); err != nil && ctx.Err() == nil {
+		s.log.Warn("gateway's presence not written", "err", err)
+	}
+}

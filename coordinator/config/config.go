@@ -1,0 +1,149 @@
+// Package config reads culvert.yaml: strict, every mistake named by line and column, nothing half understood.
+package config
+
+import (
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/culvertnet/culvert/internal/claims"
+	"github.com/culvertnet/culvert/internal/policy"
+	"github.com/culvertnet/culvert/internal/problem"
+	"github.com/culvertnet/culvert/internal/yamlfile"
+)
+
+// What holds where the file is silent.
+const (
+	DefaultListen = ":443"
+	DefaultUDP    = ":3478"
+	DefaultLease  = 10 * time.Minute
+)
+
+// Bounds on lease, so that neither renewals nor dead sessions pile up.
+const (
+	MinLease = 30 * time.Second
+	MaxLease = 24 * time.Hour
+)
+
+// Default ranges of a network (RFC 2544, section 12: benchmarking, so used by nobody's network).
+var (
+	DefaultSessions = netip.MustParsePrefix("198.18.0.0/16")
+	DefaultServices = netip.MustParsePrefix("198.19.0.0/16")
+	// Overlay6 holds every network's IPv6 overlay: its last 32 bits are the IPv4 overlay address.
+	Overlay6 = netip.MustParsePrefix("fd63:756c:7665:7274::/96")
+)
+
+// Config is a coordinator's configuration, checked and with defaults filled in. It is never changed once loaded.
+type Config struct {
+	File           string         // where it was read from
+	URL            string         // public base URL without a trailing slash; part of every token's audience
+	Listen         string         // TCP address for HTTP
+	TLS            *TLS           // nil: plain HTTP
+	TrustedProxies []netip.Prefix // whose X-Forwarded-For is believed
+	UDP            string         // UDP address for STUN
+	State          State
+	Issuers        []claims.Issuer // whose tokens may admit jobs
+	Networks       map[string]Network
+	STUN           []string // what clients are told to ask instead of this coordinator, "host:port"
+	Lease          time.Duration
+	InsecureHTTP   bool
+	Rules          []policy.Rule
+	Policy         *policy.Policy // Rules, compiled
+}
+
+// TLS names the certificate's files. They are read again when they change.
+type TLS struct {
+	Cert string `yaml:"cert"`
+	Key  string `yaml:"key"`
+}
+
+// State says where leases live: embedded in Dir, or in an existing NATS cluster.
+type State struct {
+	Dir         string   `yaml:"dir"`
+	NATS        []string `yaml:"nats"`
+	Credentials string   `yaml:"credentials"`
+}
+
+// Network is one private network and who may be its gateway.
+type Network struct {
+	Sessions netip.Prefix // IPv4 range of session addresses
+	Services netip.Prefix // IPv4 range of service addresses
+	Gateways []Enrolment
+}
+
+// Enrolment is one way for a gateway to prove that it belongs to a network: a workload identity, or a secret of which
+// only the SHA-256 is known here. It is comparable, so that a changed file shows whose enrolment is gone.
+type Enrolment struct {
+	Issuer       string
+	Subject      string
+	JWKSFile     string
+	SecretSHA256 [32]byte // set where Issuer is empty
+}
+
+// Gateway gives the overlay addresses that all gateways of the network share.
+func (n Network) Gateway() []netip.Addr {
+	v4 := n.Sessions.Masked().Addr().Next()
+	return []netip.Addr{v4, overlay6(v4)}
+}
+
+// Overlay gives the ranges that only sessions and services use.
+func (n Network) Overlay() []netip.Prefix {
+	return []netip.Prefix{n.Sessions, n.Services, Overlay6}
+}
+
+func overlay6(v4 netip.Addr) netip.Addr {
+	b, v := Overlay6.Addr().As16(), v4.As4()
+	copy(b[12:], v[:])
+	return netip.AddrFrom16(b)
+}
+
+// GatewayIssuers lists the issuers of gateways' identities, each once. They never admit jobs.
+func (c *Config) GatewayIssuers() []claims.Issuer {
+	var out []claims.Issuer
+	seen := map[string]bool{}
+	for _, name := range c.NetworkNames() {
+		for _, e := range c.Networks[name].Gateways {
+			if e.Issuer != "" && !seen[e.Issuer] {
+				seen[e.Issuer] = true
+				out = append(out, claims.Issuer{URL: e.Issuer, JWKSFile: e.JWKSFile})
+			}
+		}
+	}
+	return out
+}
+
+// Load reads and checks a file. Errors are *problem.Error with code bad-config.
+func Load(file string) (*Config, error) {
+	data, err := readBounded(file)
+	if err != nil {
+		return nil, problem.Wrap(err, problem.BadConfig, fmt.Sprintf("cannot read %s: %v", file, cause(err)),
+			"give the path of a readable configuration file")
+	}
+	return Parse(file, data)
+}
+
+// Parse checks a file's content; file names it in errors, and paths in it are relative to its folder.
+func Parse(file string, data []byte) (*Config, error) {
+	var d document
+	if err := yamlfile.Decode(file, data, &d); err != nil {
+		return nil, err
+	}
+	r := &reader{file: file, data: data, dir: filepath.Dir(file)}
+	cfg := r.read(&d)
+	if r.err != nil {
+		return nil, r.err
+	}
+	return cfg, nil
+}
+
+// readBounded reads a file of at most yamlfile.MaxSize bytes; a longer one is left to yamlfile to refuse.
+func readBounded(file string) ([]byte, error) {
+	f, err := os.Open(file)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return readAll(f, yamlfile.MaxSize+1)
+}

@@ -1,0 +1,366 @@
+package config
+
+import (
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"maps"
+	"net"
+	"net/netip"
+	"net/url"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/culvertnet/culvert/internal/claims"
+	"github.com/culvertnet/culvert/internal/policy"
+	"github.com/culvertnet/culvert/internal/problem"
+	"github.com/culvertnet/culvert/internal/yamlfile"
+)
+
+// document is culvert.yaml as it is written.
+type document struct {
+	URL            string                `yaml:"url"`
+	Listen         string                `yaml:"listen"`
+	TLS            *TLS                  `yaml:"tls"`
+	ACME           map[string]any        `yaml:"acme"`
+	TrustedProxies []string              `yaml:"trusted_proxies"`
+	UDP            string                `yaml:"udp"`
+	State          State                 `yaml:"state"`
+	Issuers        []issuerDoc           `yaml:"issuers"`
+	Networks       map[string]networkDoc `yaml:"networks"`
+	STUN           []string              `yaml:"stun"`
+	Lease          time.Duration         `yaml:"lease"`
+	InsecureHTTP   bool                  `yaml:"insecure_http"`
+	Rules          []policy.Rule         `yaml:"rules"`
+}
+
+type issuerDoc struct {
+	URL      string `yaml:"url"`
+	JWKSFile string `yaml:"jwks_file"`
+}
+
+type networkDoc struct {
+	Gateways []enrolmentDoc `yaml:"gateways"`
+	Sessions string         `yaml:"sessions"`
+	Services string         `yaml:"services"`
+}
+
+type enrolmentDoc struct {
+	Issuer      string `yaml:"issuer"`
+	Subject     string `yaml:"subject"`
+	JWKSFile    string `yaml:"jwks_file"`
+	EnrolSHA256 string `yaml:"enrol_sha256"`
+}
+
+// reader turns a document into a Config and keeps the first mistake it meets.
+type reader struct {
+	file string
+	data []byte
+	dir  string
+	err  error
+}
+
+// fail notes a mistake at a YAML path; the first one stays.
+func (r *reader) fail(path, message, next string) {
+	if r.err == nil {
+		r.err = problem.New(problem.BadConfig, yamlfile.At(r.file, r.data, path)+": "+message, next)
+	}
+}
+
+func (r *reader) read(d *document) *Config {
+	c := &Config{File: r.file, InsecureHTTP: d.InsecureHTTP, Rules: d.Rules}
+	c.URL = r.publicURL(d.URL, d.InsecureHTTP)
+	c.TrustedProxies = r.proxies(d.TrustedProxies)
+	c.TLS, c.Listen = r.listener(d)
+	c.UDP = r.address("$.udp", d.UDP, DefaultUDP)
+	c.State = r.state(d.State)
+	c.Issuers = r.issuers(d.Issuers, d.InsecureHTTP)
+	c.Networks = r.networks(d.Networks, d.InsecureHTTP)
+	r.oneKeySet(c)
+	c.STUN = r.stun(d.STUN)
+	c.Lease = r.lease(d.Lease)
+	if r.err == nil {
+		c.Policy = r.policy(c)
+	}
+	return c
+}
+
+func (r *reader) publicURL(s string, insecure bool) string {
+	const path = "$.url"
+	if s == "" {
+		r.fail(path, "url is missing", "set url to the address at which clients reach this coordinator, such as https://culvert.example.com")
+		return ""
+	}
+	u := r.webURL(path, s, insecure)
+	if u == nil {
+		return ""
+	}
+	if strings.Contains(strings.ToLower(s), "github.com") {
+		r.fail(path, "GitHub refuses to sign tokens for an audience that contains github.com", "serve the coordinator under another name")
+	}
+	return strings.TrimRight(s, "/")
+}
+
+// webURL checks an absolute http(s) URL without credentials, query or fragment; nil where it is wrong.
+func (r *reader) webURL(path, s string, insecure bool) *url.URL {
+	u, err := url.Parse(s)
+	switch {
+	case err != nil || u.Host == "" || (u.Scheme != "https" && u.Scheme != "http"):
+		r.fail(path, strconv.Quote(s)+" is not an http or https URL", "write it like https://culvert.example.com")
+	case u.User != nil || u.RawQuery != "" || u.Fragment != "" || strings.HasSuffix(s, "?") || strings.HasSuffix(s, "#"):
+		r.fail(path, "the URL carries credentials, a query or a fragment", "write it like https://culvert.example.com")
+	case u.Scheme == "http" && !insecure && !Loopback(u.Hostname()):
+		r.fail(path, "plain http is taken for loopback only", "use https, or set insecure_http: true where the network between is trusted")
+	default:
+		return u
+	}
+	return nil
+}
+
+// Loopback reports whether host is this machine itself.
+func Loopback(host string) bool {
+	if strings.EqualFold(host, "localhost") {
+		return true
+	}
+	addr, err := netip.ParseAddr(host)
+	return err == nil && addr.Unmap().IsLoopback()
+}
+
+func (r *reader) proxies(list []string) []netip.Prefix {
+	var out []netip.Prefix
+	for i, s := range list {
+		p, err := prefixOrAddr(s)
+		if err != nil {
+			r.fail(fmt.Sprintf("$.trusted_proxies[%d]", i), strconv.Quote(s)+" is neither an address nor a CIDR", "write it like 10.0.0.0/8")
+			continue
+		}
+		out = append(out, p)
+	}
+	return out
+}
+
+func prefixOrAddr(s string) (netip.Prefix, error) {
+	if addr, err := netip.ParseAddr(s); err == nil {
+		return netip.PrefixFrom(addr.Unmap(), addr.Unmap().BitLen()), nil
+	}
+	p, err := netip.ParsePrefix(s)
+	return p.Masked(), err
+}
+
+func (r *reader) listener(d *document) (*TLS, string) {
+	if d.ACME != nil {
+		r.fail("$.acme", "certificates by ACME are not built yet", "give tls: {cert: FILE, key: FILE}, or terminate TLS in a proxy and name it in trusted_proxies")
+	}
+	listen := r.address("$.listen", d.Listen, DefaultListen)
+	if d.TLS != nil {
+		if d.TLS.Cert == "" || d.TLS.Key == "" {
+			r.fail("$.tls", "tls needs both cert and key", "give tls: {cert: FILE, key: FILE}")
+		}
+		return &TLS{Cert: r.path(d.TLS.Cert), Key: r.path(d.TLS.Key)}, listen
+	}
+	host, _, _ := net.SplitHostPort(listen)
+	if !Loopback(host) && len(d.TrustedProxies) == 0 && !d.InsecureHTTP {
+		r.fail("$.listen", "without tls, only loopback is listened on", "give tls: {cert: FILE, key: FILE}, name the proxy that terminates TLS in trusted_proxies, or set insecure_http: true")
+	}
+	return nil, listen
+}
+
+// address checks "host:port" to listen on, where the host may be empty.
+func (r *reader) address(path, s, otherwise string) string {
+	if s == "" {
+		return otherwise
+	}
+	host, port, err := net.SplitHostPort(s)
+	if err == nil {
+		_, err = strconv.ParseUint(port, 10, 16)
+	}
+	if err == nil && host != "" && !Loopback(host) {
+		_, err = netip.ParseAddr(host)
+	}
+	if err != nil {
+		r.fail(path, strconv.Quote(s)+" is not an address to listen on", "write it like :443 or 127.0.0.1:8080")
+	}
+	return s
+}
+
+func (r *reader) state(s State) State {
+	switch {
+	case s.Dir == "" && len(s.NATS) == 0:
+		r.fail("$.state", "state has no place", "set state: {dir: DIR}, or {nats: [URL, …]} for an existing cluster")
+	case s.Dir != "" && len(s.NATS) > 0:
+		r.fail("$.state", "state has both dir and nats", "keep one: dir for the embedded store, nats for an existing cluster")
+	case s.Credentials != "" && len(s.NATS) == 0:
+		r.fail("$.state.credentials", "credentials without nats", "credentials belong to an existing cluster; remove them")
+	}
+	for i, u := range s.NATS {
+		if parsed, err := url.Parse(u); err != nil || parsed.Host == "" || parsed.User != nil {
+			r.fail(fmt.Sprintf("$.state.nats[%d]", i), "not a NATS URL, or one with credentials in it", "write it like tls://n1:4222, and keep credentials in their own file")
+		}
+	}
+	return State{Dir: r.path(s.Dir), NATS: s.NATS, Credentials: r.path(s.Credentials)}
+}
+
+func (r *reader) issuers(list []issuerDoc, insecure bool) []claims.Issuer {
+	if len(list) == 0 {
+		return []claims.Issuer{{URL: claims.GitHub}}
+	}
+	out := make([]claims.Issuer, 0, len(list))
+	for i, d := range list {
+		path := fmt.Sprintf("$.issuers[%d].url", i)
+		r.webURL(path, d.URL, insecure)
+		if slices.ContainsFunc(out, func(other claims.Issuer) bool { return other.URL == d.URL }) {
+			r.fail(path, "the issuer is listed twice", "keep one of them")
+		}
+		out = append(out, claims.Issuer{URL: d.URL, JWKSFile: r.path(d.JWKSFile)})
+	}
+	return out
+}
+
+// networkName is what a network may be called: it stands in flags, headers and log lines.
+var networkName = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
+
+func (r *reader) networks(docs map[string]networkDoc, insecure bool) map[string]Network {
+	if len(docs) == 0 {
+		r.fail("$.networks", "there is no network", "name at least one under networks, with its gateways")
+	}
+	out := make(map[string]Network, len(docs))
+	for _, name := range slices.Sorted(maps.Keys(docs)) {
+		path := "$.networks." + name
+		if !networkName.MatchString(name) {
+			r.fail("$.networks", strconv.Quote(name)+" is no name for a network", "use up to 63 lower-case letters, digits and inner hyphens")
+			continue
+		}
+		out[name] = r.network(path, docs[name], insecure)
+	}
+	return out
+}
+
+func (r *reader) network(path string, d networkDoc, insecure bool) Network {
+	n := Network{
+		Sessions: r.overlay(path+".sessions", d.Sessions, DefaultSessions),
+		Services: r.overlay(path+".services", d.Services, DefaultServices),
+	}
+	if n.Sessions.Overlaps(n.Services) {
+		r.fail(path, fmt.Sprintf("sessions %s and services %s overlap", n.Sessions, n.Services), "give them ranges of their own")
+	}
+	if len(d.Gateways) == 0 {
+		r.fail(path, "nobody may be this network's gateway", "add gateways: [{issuer: URL, subject: SUBJECT}] or [{enrol_sha256: HASH}]")
+	}
+	for i, g := range d.Gateways {
+		n.Gateways = append(n.Gateways, r.enrolment(fmt.Sprintf("%s.gateways[%d]", path, i), g, insecure))
+	}
+	return n
+}
+
+// oneKeySet refuses an issuer of gateways whose keys would come from two places.
+func (r *reader) oneKeySet(c *Config) {
+	files := map[string]string{}
+	for _, name := range c.NetworkNames() {
+		for i, e := range c.Networks[name].Gateways {
+			if file, ok := files[e.Issuer]; ok && e.Issuer != "" && file != e.JWKSFile {
+				r.fail(fmt.Sprintf("$.networks.%s.gateways[%d]", name, i), "the issuer has another jwks_file elsewhere", "give it the same one everywhere")
+			}
+			files[e.Issuer] = e.JWKSFile
+		}
+	}
+}
+
+// overlay checks a range of overlay addresses: IPv4, a gateway and a few sessions at least.
+func (r *reader) overlay(path, s string, otherwise netip.Prefix) netip.Prefix {
+	if s == "" {
+		return otherwise
+	}
+	p, err := netip.ParsePrefix(s)
+	if err != nil || !p.Addr().Is4() || p.Bits() < 8 || p.Bits() > 29 {
+		r.fail(path, strconv.Quote(s)+" is no IPv4 range between /8 and /29", "write it like 198.18.0.0/16")
+		return otherwise
+	}
+	if p != p.Masked() {
+		r.fail(path, fmt.Sprintf("%s has bits set after its prefix", p), "write "+p.Masked().String())
+	}
+	return p
+}
+
+func (r *reader) enrolment(path string, d enrolmentDoc, insecure bool) Enrolment {
+	identity := d.Issuer != "" || d.Subject != "" || d.JWKSFile != ""
+	if identity == (d.EnrolSHA256 != "") {
+		r.fail(path, "a gateway is known either by issuer and subject, or by enrol_sha256", "keep one of the two")
+		return Enrolment{}
+	}
+	if identity {
+		r.webURL(path+".issuer", d.Issuer, insecure)
+		if d.Subject == "" {
+			r.fail(path, "an issuer without a subject would let everybody it knows be a gateway", "add subject, such as system:serviceaccount:culvert:gateway")
+		}
+		return Enrolment{Issuer: d.Issuer, Subject: d.Subject, JWKSFile: r.path(d.JWKSFile)}
+	}
+	e := Enrolment{}
+	sum, err := hex.DecodeString(d.EnrolSHA256)
+	if err != nil || len(sum) != len(e.SecretSHA256) {
+		r.fail(path+".enrol_sha256", "not a SHA-256 in hexadecimal", "write the 64 digits of: sha256sum < SECRET-FILE (without a newline in the file)")
+		return e
+	}
+	e.SecretSHA256 = [32]byte(sum)
+	return e
+}
+
+func (r *reader) stun(list []string) []string {
+	for i, s := range list {
+		_, port, err := net.SplitHostPort(s)
+		if n, perr := strconv.ParseUint(port, 10, 16); err != nil || perr != nil || n == 0 {
+			r.fail(fmt.Sprintf("$.stun[%d]", i), strconv.Quote(s)+" is not host:port", "write it like stun.example.com:3478")
+		}
+	}
+	return list
+}
+
+func (r *reader) lease(d time.Duration) time.Duration {
+	if d == 0 {
+		return DefaultLease
+	}
+	if d < MinLease || d > MaxLease {
+		r.fail("$.lease", fmt.Sprintf("a lease of %s is not between %s and %s", d, MinLease, MaxLease), "write it like 10m")
+	}
+	return d
+}
+
+func (r *reader) policy(c *Config) *policy.Policy {
+	issuers := make([]string, 0, len(c.Issuers))
+	for _, i := range c.Issuers {
+		issuers = append(issuers, i.URL)
+	}
+	p, err := policy.Compile(c.Rules, policy.Options{Issuers: issuers, Networks: c.NetworkNames()})
+	if pe, ok := errors.AsType[*policy.Error](err); ok {
+		r.fail(pe.Path, pe.Message, pe.Next)
+	} else if err != nil {
+		r.fail("$.rules", err.Error(), "correct the rules")
+	}
+	return p
+}
+
+// NetworkNames lists the networks in alphabetical order.
+func (c *Config) NetworkNames() []string { return slices.Sorted(maps.Keys(c.Networks)) }
+
+// path makes a file's name absolute or relative to where the configuration lies.
+func (r *reader) path(p string) string {
+	if p == "" || filepath.IsAbs(p) {
+		return p
+	}
+	return filepath.Join(r.dir, p)
+}
+
+func readAll(f io.Reader, limit int64) ([]byte, error) { return io.ReadAll(io.LimitReader(f, limit)) }
+
+// cause is an error without the path that a *fs.PathError repeats.
+func cause(err error) error {
+	if pe, ok := errors.AsType[*fs.PathError](err); ok {
+		return pe.Err
+	}
+	return err
+}

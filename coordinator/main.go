@@ -1,0 +1,95 @@
+// Command culvert-coordinator proves who a CI job is, decides what it may reach and brings it together with a gateway.
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/signal"
+	"runtime"
+	"syscall"
+	"time"
+
+	"github.com/culvertnet/culvert/coordinator/config"
+	"github.com/culvertnet/culvert/coordinator/server"
+	"github.com/culvertnet/culvert/internal/problem"
+)
+
+// version is set by the linker.
+var version = "dev"
+
+type cli struct {
+	Serve   serveCmd   `cmd:"" help:"Run a coordinator until SIGTERM or SIGINT; SIGHUP reads the configuration again."`
+	Check   checkCmd   `cmd:"" help:"Check a configuration file."`
+	Explain explainCmd `cmd:"" help:"Show how a configuration judges a job."`
+	Version versionCmd `cmd:"" help:"Print the version."`
+}
+
+type serveCmd struct {
+	Config    string        `required:"" placeholder:"FILE" help:"The configuration, culvert.yaml."`
+	Grace     time.Duration `default:"30s" help:"How long joins in progress may take when stopping."`
+	LogFormat string        `enum:"json,text" default:"json" help:"Logs on stderr: json or text."`
+	LogLevel  slog.Level    `default:"info" help:"debug, info, warn or error."`
+}
+
+func (c *serveCmd) Run() error {
+	cfg, err := config.Load(c.Config)
+	if err != nil {
+		return err
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
+	defer stop()
+	s, err := server.New(server.Options{Config: cfg, Reload: server.DefaultReload, Logger: c.logger()})
+	if err != nil {
+		return err
+	}
+	return s.Run(ctx, c.Grace)
+}
+
+func (c *serveCmd) logger() *slog.Logger {
+	opts := &slog.HandlerOptions{Level: c.LogLevel, ReplaceAttr: problem.LogAttr}
+	if c.LogFormat == "text" {
+		return slog.New(slog.NewTextHandler(os.Stderr, opts))
+	}
+	return slog.New(slog.NewJSONHandler(os.Stderr, opts))
+}
+
+type checkCmd struct {
+	File string `arg:"" help:"The configuration, culvert.yaml."`
+}
+
+func (c *checkCmd) Run() error {
+	cfg, err := config.Load(c.File)
+	if err == nil {
+		fmt.Printf("%s: ok, %d networks, %d rules\n", c.File, len(cfg.Networks), len(cfg.Rules))
+	}
+	return err
+}
+
+type explainCmd struct {
+	Config  string `required:"" placeholder:"FILE" help:"The configuration, culvert.yaml."`
+	Claims  string `required:"" placeholder:"FILE" help:"The job's claims: a JSON object, as in a token's payload."`
+	Network string `help:"The network that the job wants; default all."`
+}
+
+func (c *explainCmd) Run() error {
+	cfg, err := config.Load(c.Config)
+	if err != nil {
+		return err
+	}
+	job, err := config.LoadClaims(c.Claims)
+	if err != nil {
+		return err
+	}
+	return cfg.Explain(os.Stdout, job, c.Network)
+}
+
+type versionCmd struct{}
+
+func (versionCmd) Run() error {
+	_, err := fmt.Printf("culvert-coordinator %s %s/%s %s\n", version, runtime.GOOS, runtime.GOARCH, runtime.Version())
+	return err
+}
+
+func main() { os.Exit(run()) }

@@ -1,0 +1,77 @@
+package server
+
+import (
+	"crypto/tls"
+	"fmt"
+	"log/slog"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/culvertnet/culvert/internal/problem"
+)
+
+// certEvery is how often the certificate's files are looked at, at most.
+const certEvery = time.Second
+
+// certificates serves a certificate from files and takes a new one up when they change. A broken pair is refused and
+// the old one stays.
+type certificates struct {
+	cert, key string
+	log       *slog.Logger
+
+	mu      sync.Mutex
+	current *tls.Certificate
+	stamps  [2]stamp
+	looked  time.Time
+}
+
+type stamp struct {
+	mtime time.Time
+	size  int64
+}
+
+func loadCertificates(cert, key string, log *slog.Logger) (*certificates, error) {
+	c := &certificates{cert: cert, key: key, log: log}
+	if err := c.load(); err != nil {
+		return nil, problem.Wrap(err, problem.BadConfig, fmt.Sprintf("cannot use the certificate: %v", err),
+			"give tls.cert a PEM file with the chain and tls.key its key")
+	}
+	return c, nil
+}
+
+// get is tls.Config.GetCertificate.
+func (c *certificates) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if time.Since(c.looked) >= certEvery && c.look() != c.stamps {
+		if err := c.load(); err != nil {
+			c.log.Error("the changed certificate is refused and the old one stays in use", "err", err)
+		} else {
+			c.log.Info("the changed certificate is in use")
+		}
+	}
+	return c.current, nil
+}
+
+// look gives the files' times and sizes, zero for one that is away.
+func (c *certificates) look() (out [2]stamp) {
+	c.looked = time.Now()
+	for i, file := range []string{c.cert, c.key} {
+		if info, err := os.Stat(file); err == nil {
+			out[i] = stamp{info.ModTime(), info.Size()}
+		}
+	}
+	return out
+}
+
+// load reads the pair. Its stamps are taken before, so that a change in between is seen next time.
+func (c *certificates) load() error {
+	c.stamps = c.look()
+	pair, err := tls.LoadX509KeyPair(c.cert, c.key)
+	if err != nil {
+		return err
+	}
+	c.current = &pair
+	return nil
+}

@@ -1,0 +1,323 @@
+package server
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"net"
+	"net/http"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/coder/websocket"
+
+	"github.com/culvertnet/culvert/coordinator/api"
+	"github.com/culvertnet/culvert/coordinator/api/apitest"
+	"github.com/culvertnet/culvert/internal/claims/claimstest"
+	"github.com/culvertnet/culvert/internal/problem"
+	"github.com/culvertnet/culvert/internal/wire"
+)
+
+func TestGatewayEnrolment(t *testing.T) {
+	r := newRig(t, Options{})
+	bearer := func(token string) func(o *apitest.Options) {
+		return func(o *apitest.Options) { o.Credential = "Bearer " + token }
+	}
+	for _, c := range []struct {
+		name string
+		edit func(o *apitest.Options)
+		want problem.Code // "" is let in
+	}{
+		{"secret", func(o *apitest.Options) {}, ""},
+		{"network left out", func(o *apitest.Options) { o.Network = "" }, ""},
+		{"identity", bearer(r.kube.ServiceAccount(publicURL, "culvert", "gateway")), ""},
+		{"wrong secret", func(o *apitest.Options) { o.Credential = "Enrol wrong" }, problem.Unauthorized},
+		{"no secret", func(o *apitest.Options) { o.Credential = "Enrol " }, problem.Unauthorized},
+		{"endless secret", func(o *apitest.Options) { o.Credential = "Enrol " + strings.Repeat("x", 4096) }, problem.Unauthorized},
+		{"no credential", func(o *apitest.Options) { o.Credential = "" }, problem.Unauthorized},
+		{"no such network", func(o *apitest.Options) { o.Network = "nowhere" }, problem.Unauthorized},
+		{"another service account", bearer(r.kube.ServiceAccount(publicURL, "culvert", "other")), problem.Unauthorized},
+		{"another audience", bearer(r.kube.ServiceAccount("https://other.test", "culvert", "gateway")), problem.TokenAudience},
+		{"a job's issuer", bearer(r.issuer.ServiceAccount(publicURL, "culvert", "gateway")), problem.TokenIssuer},
+		{"forged", bearer(r.kube.Forge(claimstest.OtherKey, publicURL, map[string]any{"sub": "system:serviceaccount:culvert:gateway"})), problem.TokenInvalid},
+		{"oversized", bearer(strings.Repeat("x", wire.MaxToken+1)), problem.TooLarge},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			g, err := r.dial(c.edit)
+			if err == nil {
+				g.Close()
+			}
+			wantCode(t, err, c.want)
+		})
+	}
+}
+
+// TestGatewaysIssuerAdmitsNoJobs: who may be a gateway may not therefore send jobs.
+func TestGatewaysIssuerAdmitsNoJobs(t *testing.T) {
+	r := newRig(t, Options{})
+	r.gateway()
+	j := r.job()
+	req := j.request()
+	req.Token = wire.Secret(r.kube.Sign(wire.Audience(publicURL, j.key), j.claims))
+	wantCode(t, r.call(http.MethodPost, wire.PathSessions, "", req, nil), problem.TokenIssuer)
+}
+
+func TestHelloRefused(t *testing.T) {
+	r := newRig(t, Options{API: quick})
+	for name, edit := range map[string]func(h *wire.Hello){
+		"version":    func(h *wire.Hello) { h.Version = 2 },
+		"instance":   func(h *wire.Hello) { h.Instance = "a.b*c>" },
+		"short id":   func(h *wire.Hello) { h.Instance = "x" },
+		"key":        func(h *wire.Hello) { h.Key = wire.Key{} },
+		"name":       func(h *wire.Hello) { h.Name = strings.Repeat("x", 200) },
+		"candidates": func(h *wire.Hello) { h.Candidates = make([]wire.Candidate, wire.MaxCandidates+1) },
+	} {
+		_, err := r.dial(func(o *apitest.Options) { edit(&o.Hello) })
+		if problem.CodeOf(err) != problem.Incompatible {
+			t.Errorf("%s: got %v", name, err)
+		}
+	}
+	if n := len(r.server.store.Gateways("corp")); n != 0 {
+		t.Errorf("%d gateways are live", n)
+	}
+}
+
+func TestNoWebSocket(t *testing.T) {
+	r := newRig(t, Options{})
+	req, _ := http.NewRequestWithContext(t.Context(), http.MethodGet, r.url()+wire.PathGateway, nil)
+	req.Header.Set("Authorization", "Enrol "+enrolSecret)
+	resp, err := r.client.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	if p := problem.Read(resp); p.Code != problem.BadRequest {
+		t.Errorf("%s %+v", resp.Status, p)
+	}
+}
+
+// TestSilentHello: who upgrades and says nothing is not waited for, and does not hold up a stop.
+func TestSilentHello(t *testing.T) {
+	r := newRig(t, Options{API: api.Options{HelloTimeout: time.Hour}})
+	header := http.Header{"Authorization": {"Enrol " + enrolSecret}, wire.HeaderNetwork: {"corp"}}
+	client := &http.Client{Transport: r.client.Transport}
+	conn, _, err := websocket.Dial(t.Context(), r.url()+wire.PathGateway, &websocket.DialOptions{HTTPHeader: header, HTTPClient: client})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = conn.CloseNow() }()
+	began := time.Now()
+	r.stop()
+	if took := time.Since(began); took > 8*time.Second {
+		t.Errorf("stopping took %s", took)
+	}
+}
+
+func TestGatewayDisappears(t *testing.T) {
+	r := newRig(t, Options{})
+	g := r.gateway()
+	g.Cut()
+	r.eventually("the gateway is gone", func() bool { return len(r.server.store.Gateways("corp")) == 0 })
+	_, err := r.job().join()
+	wantCode(t, err, problem.NoGateway)
+}
+
+func TestLeavingGatewayGetsNoJobs(t *testing.T) {
+	r := newRig(t, Options{})
+	g := r.gateway()
+	s := r.job().mustJoin()
+	if err := g.Send(t.Context(), wire.FrameLeaving, 0, struct{}{}); err != nil {
+		t.Fatal(err)
+	}
+	r.eventually("it is left out", func() bool { return len(r.server.store.Gateways("corp")) == 0 })
+	_, err := r.job().join()
+	wantCode(t, err, problem.NoGateway)
+	if err := r.call(http.MethodPatch, wire.PathSessions+"/"+s.ID, s.Secret.Reveal(), wire.Update{}, nil); err != nil {
+		t.Errorf("its sessions do not go on: %v", err)
+	}
+}
+
+func TestGatewayMoves(t *testing.T) {
+	r := newRig(t, Options{})
+	g := r.gateway()
+	next := hello("elsewhere").Candidates
+	next[0].Kind = wire.Public
+	if err := g.Send(t.Context(), wire.FrameCandidates, 0, wire.Trickle{Candidates: next}); err != nil {
+		t.Fatal(err)
+	}
+	r.eventually("joins are told", func() bool {
+		p := r.server.store.Gateways("corp")
+		return len(p) == 1 && slices.Equal(p[0].Candidates, next)
+	})
+}
+
+// TestLeastBusyFirst spreads sessions over gateways.
+func TestLeastBusyFirst(t *testing.T) {
+	r := newRig(t, Options{})
+	east := r.gateway()
+	west := r.gateway(func(o *apitest.Options) { o.Hello = hello("west") })
+	for i := range 6 {
+		r.job().mustJoin()
+		r.eventually("the load shows", func() bool {
+			n := 0
+			for _, p := range r.server.store.Gateways("corp") {
+				n += p.Sessions
+			}
+			return n == i+1
+		})
+	}
+	if e, w := len(east.Frames(wire.FrameOffer)), len(west.Frames(wire.FrameOffer)); e != 3 || w != 3 {
+		t.Errorf("%d and %d sessions", e, w)
+	}
+}
+
+// TestReconnect: the same instance dials again; the new stream takes over, sessions stay, ended ones are listed.
+func TestReconnect(t *testing.T) {
+	r := newRig(t, Options{})
+	g := r.gateway()
+	jobs := []*job{r.job(), r.job()}
+	stays, ends := jobs[0].mustJoin(), jobs[1].mustJoin()
+	h := hello("east")
+	for i, s := range []wire.Session{stays, ends} {
+		h.Sessions = append(h.Sessions, wire.Held{Session: s.ID, Key: jobs[i].key, Addresses: s.Addresses, Expires: s.Expires, Ends: s.Ends})
+	}
+	unknown := wire.Held{Session: r.job().key.SessionID(), Key: r.job().key, Expires: stays.Expires, Ends: stays.Ends}
+	h.Sessions = append(h.Sessions, unknown)
+	if err := r.call(http.MethodDelete, wire.PathSessions+"/"+ends.ID, ends.Secret.Reveal(), nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	again, err := r.dial(func(o *apitest.Options) { o.Hello = h })
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer again.Cut()
+	<-g.Done()
+	if want := []string{ends.ID, unknown.Session}; !slices.Equal(again.Welcome.End, want) {
+		t.Errorf("over: %v, want %v", again.Welcome.End, want)
+	}
+	if w := again.Welcome; w.Network != "corp" || len(w.Addresses) != 2 || len(w.STUN) != 1 {
+		t.Errorf("welcome %+v", w)
+	}
+	r.eventually("it serves", func() bool {
+		return r.call(http.MethodPatch, wire.PathSessions+"/"+stays.ID, stays.Secret.Reveal(), wire.Update{Token: jobs[0].token()}, nil) == nil
+	})
+	if n := len(again.Frames(wire.FrameRenew)); n != 1 {
+		t.Errorf("the new stream got %d renewals", n)
+	}
+	r.eventually("one gateway is live", func() bool { return len(r.server.store.Gateways("corp")) == 1 })
+}
+
+// TestInstanceTheft: another gateway cannot push one off its stream by naming its instance.
+func TestInstanceTheft(t *testing.T) {
+	r := newRig(t, Options{})
+	g := r.gateway()
+	_, err := r.dial(func(o *apitest.Options) { o.Hello.Key = hello("thief").Key })
+	if err == nil || websocket.CloseStatus(err) != websocket.StatusPolicyViolation {
+		t.Errorf("got %v", err)
+	}
+	select {
+	case <-g.Done():
+		t.Error("the first gateway lost its stream")
+	default:
+	}
+}
+
+func TestGatewayRenewsAndEnds(t *testing.T) {
+	r := newRig(t, Options{})
+	g := r.gateway()
+	j := r.job()
+	s := j.mustJoin()
+	l, _ := r.server.store.Lease(t.Context(), s.ID)
+	l.Expires = time.Now().Add(time.Minute)
+	if _, err := r.server.store.UpdateLease(t.Context(), l); err != nil {
+		t.Fatal(err)
+	}
+	if err := g.Send(t.Context(), wire.FrameRenewed, 0, wire.Renewed{Session: s.ID, Token: j.token()}); err != nil {
+		t.Fatal(err)
+	}
+	r.eventually("the lease is extended", func() bool {
+		l, err := r.server.store.Lease(t.Context(), s.ID)
+		return err == nil && time.Until(l.Expires) > 9*time.Minute
+	})
+	if err := g.Send(t.Context(), wire.FrameEnd, 0, wire.End{Session: s.ID, Reason: "lease over"}); err != nil {
+		t.Fatal(err)
+	}
+	r.eventually("the lease is freed", func() bool { _, err := r.server.store.Lease(t.Context(), s.ID); return err != nil })
+	// A session that is not known here: the gateway is asked to say all that it holds.
+	if err := g.Send(t.Context(), wire.FrameRenewed, 0, wire.Renewed{Session: s.ID, Token: j.token()}); err != nil {
+		t.Fatal(err)
+	}
+	<-g.Done()
+	if websocket.CloseStatus(g.Err()) != websocket.StatusServiceRestart {
+		t.Errorf("got %v", g.Err())
+	}
+}
+
+func TestRubbishFromGateway(t *testing.T) {
+	r := newRig(t, Options{})
+	g := r.gateway()
+	for _, f := range []wire.Frame{
+		{Type: "news", Body: json.RawMessage(`{}`)},
+		{Type: wire.FrameAnswer, ID: 4711, Body: json.RawMessage(`{}`)},
+		{Type: wire.FrameRenewed, Body: json.RawMessage(`[]`)},
+		{Type: wire.FrameEnd},
+		{Type: wire.FrameEnd, Body: json.RawMessage(`{"session": "$KV.>"}`)},
+		{Type: wire.FrameCandidates, Body: json.RawMessage(`7`)},
+	} {
+		if err := g.Send(t.Context(), f.Type, f.ID, f.Body); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r.job().mustJoin() // the stream survives all that
+	if err := g.SendRaw(t.Context(), []byte("not a frame")); err != nil {
+		t.Fatal(err)
+	}
+	<-g.Done()
+	if websocket.CloseStatus(g.Err()) != websocket.StatusUnsupportedData {
+		t.Errorf("got %v", g.Err())
+	}
+}
+
+func TestOversizedFrame(t *testing.T) {
+	r := newRig(t, Options{})
+	g := r.gateway()
+	_ = g.SendRaw(t.Context(), bytes.Repeat([]byte(" "), wire.MaxFrame+1))
+	<-g.Done()
+	r.eventually("it is gone", func() bool { return len(r.server.store.Gateways("corp")) == 0 })
+}
+
+// TestDeadPeer: a gateway that answers no ping loses its stream.
+func TestDeadPeer(t *testing.T) {
+	r := newRig(t, Options{API: api.Options{PingEvery: 100 * time.Millisecond}})
+	r.gateway(func(o *apitest.Options) { o.Deaf = true })
+	r.eventually("it is gone", func() bool { return len(r.server.store.Gateways("corp")) == 0 })
+	if !strings.Contains(r.log.String(), "no answer to pings") {
+		t.Errorf("log:\n%s", r.log)
+	}
+}
+
+// TestSlowGatewayHoldsUpNobody: it does not read; its queue fills up and it is dropped, while another serves on.
+func TestSlowGatewayHoldsUpNobody(t *testing.T) {
+	r := newRig(t, Options{API: api.Options{PingEvery: time.Hour, AnswerTimeout: 10 * time.Second, Queue: 4}})
+	narrow := &http.Transport{DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+		var d net.Dialer
+		c, err := d.DialContext(ctx, network, addr)
+		if tcp, ok := c.(*net.TCPConn); ok {
+			_ = tcp.SetReadBuffer(4096)
+		}
+		return c, err
+	}}
+	defer narrow.CloseIdleConnections()
+	r.gateway(func(o *apitest.Options) { o.Deaf, o.Client = true, &http.Client{Transport: narrow} })
+	slow := r.server.store.Gateways("corp")[0].Instance
+	fill := []byte(`{"type":"candidates","body":{"session":"` + strings.Repeat("x", 500<<10) + `"}}`)
+	r.eventually("the slow gateway is dropped", func() bool {
+		_, err := r.server.store.Ask(t.Context(), slow, fill)
+		return err != nil || len(r.server.store.Gateways("corp")) == 0
+	})
+	r.eventually("it is gone", func() bool { return len(r.server.store.Gateways("corp")) == 0 })
+	r.gateway(func(o *apitest.Options) { o.Hello = hello("west") })
+	r.job().mustJoin()
+}

@@ -1,0 +1,149 @@
+package server
+
+import (
+	"context"
+	"crypto/sha256"
+	"io"
+	"os"
+	"os/signal"
+	"reflect"
+	"slices"
+	"syscall"
+	"time"
+
+	"github.com/culvertnet/culvert/coordinator/api"
+	"github.com/culvertnet/culvert/coordinator/config"
+	"github.com/culvertnet/culvert/coordinator/session"
+	"github.com/culvertnet/culvert/internal/claims"
+	"github.com/culvertnet/culvert/internal/problem"
+	"github.com/culvertnet/culvert/internal/yamlfile"
+)
+
+// watcher finds out whether a file's content changed. It polls, because what mounts files into containers swaps links
+// where notifications do not see it.
+type watcher struct {
+	file  string
+	mtime time.Time
+	size  int64
+	sum   [sha256.Size]byte
+}
+
+func newWatcher(file string) *watcher {
+	w := &watcher{file: file}
+	w.changed()
+	return w
+}
+
+// changed reports whether the content differs from when it was last asked. A file that is away has not changed.
+func (w *watcher) changed() bool {
+	info, err := os.Stat(w.file)
+	if err != nil || (info.ModTime().Equal(w.mtime) && info.Size() == w.size && settled(info.ModTime())) {
+		return false
+	}
+	f, err := os.Open(w.file)
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	h := sha256.New()
+	if _, err := io.Copy(h, io.LimitReader(f, yamlfile.MaxSize+1)); err != nil {
+		return false
+	}
+	before := w.sum
+	w.mtime, w.size, w.sum = info.ModTime(), info.Size(), [sha256.Size]byte(h.Sum(nil))
+	return w.sum != before
+}
+
+// settled reports whether a file's time is old enough that a second write would have given it another one.
+func settled(mtime time.Time) bool { return time.Since(mtime) > 2*time.Second }
+
+// reloadLoop takes up changes of the configuration file until ctx ends; a hangup asks for it at once.
+func (s *Server) reloadLoop(ctx context.Context) {
+	tick := time.NewTicker(s.opts.Reload)
+	defer tick.Stop()
+	hangup := make(chan os.Signal, 1)
+	signal.Notify(hangup, syscall.SIGHUP)
+	defer signal.Stop(hangup)
+	for {
+		select {
+		case <-hangup:
+			s.watch.changed() // so that the next tick does not do it again
+			_ = s.Reload(ctx)
+		case <-tick.C:
+			if s.watch.changed() {
+				_ = s.Reload(ctx) // logged there; the old configuration stays
+			}
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// Reload reads the configuration file again and puts it into force. A broken one is refused and the old one stays. Where
+// the server listens and keeps its state is fixed until a restart.
+func (s *Server) Reload(ctx context.Context) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	next, err := config.Load(s.config.File)
+	if err == nil {
+		err = s.take(ctx, next)
+	}
+	if err != nil {
+		s.log.Error("the changed configuration is refused and the old one stays in force", "code", problem.CodeOf(err), "err", err)
+		return err
+	}
+	s.log.Info("the changed configuration is in force", "rules", len(next.Rules), "networks", next.NetworkNames())
+	return nil
+}
+
+// take replaces what a reload may replace. Verifiers whose issuers stay the same are kept, and their keys with them.
+func (s *Server) take(ctx context.Context, next *config.Config) error {
+	if fixed := needRestart(s.config, next); len(fixed) > 0 {
+		s.log.Warn("some changes wait for a restart", "keys", fixed)
+		next.URL = s.config.URL // the audience of every token that is on its way
+	}
+	oldJobs, oldIdentities := s.jobs, s.identities
+	jobs, ids := oldJobs, oldIdentities
+	var err error
+	if s.config.InsecureHTTP != next.InsecureHTTP || !slices.Equal(s.config.Issuers, next.Issuers) {
+		if jobs, err = verifier(next.Issuers, next, s.log); err != nil {
+			return err
+		}
+	}
+	if s.config.InsecureHTTP != next.InsecureHTTP || !slices.Equal(s.config.GatewayIssuers(), next.GatewayIssuers()) {
+		if ids, err = identities(next, s.log); err != nil {
+			retire(jobs, oldJobs)
+			return err
+		}
+	}
+	s.config, s.jobs, s.identities = next, jobs, ids
+	s.api.SetRules(api.Rules{Config: next, Identities: asIdentities(ids)})
+	s.sessions.SetRules(ctx, session.Rules{Config: next, Verifier: jobs})
+	retire(oldJobs, jobs)
+	retire(oldIdentities, ids)
+	return nil
+}
+
+// retire closes a verifier unless it stays in use. Verifications in progress end with the keys that it has.
+func retire(v, kept *claims.Verifier) {
+	if v != nil && v != kept {
+		_ = v.Close()
+	}
+}
+
+// needRestart names the keys that changed and cannot be taken up while running.
+func needRestart(a, b *config.Config) []string {
+	var out []string
+	for _, c := range []struct {
+		key  string
+		a, b any
+	}{
+		{"url", a.URL, b.URL}, {"listen", a.Listen, b.Listen}, {"udp", a.UDP, b.UDP}, {"tls", a.TLS, b.TLS},
+		{"trusted_proxies", a.TrustedProxies, b.TrustedProxies}, {"state", a.State, b.State},
+	} {
+		if !reflect.DeepEqual(c.a, c.b) {
+			out = append(out, c.key)
+		}
+	}
+	return out
+}

@@ -1,0 +1,293 @@
+// Package server is the running coordinator: listeners, state, STUN and reload around the API.
+package server
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"sync"
+	"time"
+
+	"github.com/culvertnet/culvert/coordinator/api"
+	"github.com/culvertnet/culvert/coordinator/config"
+	"github.com/culvertnet/culvert/coordinator/session"
+	"github.com/culvertnet/culvert/coordinator/state"
+	"github.com/culvertnet/culvert/internal/claims"
+	"github.com/culvertnet/culvert/internal/nat"
+	"github.com/culvertnet/culvert/internal/problem"
+)
+
+// Limits on a connection. Reading a body and a join have tighter ones of their own in package api; a hijacked WebSocket
+// is free of all of them.
+const (
+	headerTimeout = 10 * time.Second
+	readTimeout   = 30 * time.Second
+	writeTimeout  = 45 * time.Second
+	idleTimeout   = 2 * time.Minute
+	maxHeader     = 32 << 10 // an identity token of 16 KiB travels in a header
+)
+
+// Options configure a [Server].
+type Options struct {
+	Config *config.Config
+	Reload time.Duration // how often Config.File is looked at for changes; 0 never, [DefaultReload] is usual
+	Logger *slog.Logger
+	API    api.Options // limits and timings; what the server itself provides is filled in
+}
+
+// DefaultReload is how often a running coordinator looks whether its configuration file changed.
+const DefaultReload = 2 * time.Second
+
+// Server is one coordinator node.
+//
+//	New ──► Start ──► serving ──► Close: drain joins ──► end streams ──► STUN, state, verifiers
+//	                     │
+//	                     └──► Failed: a listener broke
+type Server struct {
+	opts Options
+	log  *slog.Logger
+
+	store    *state.Store
+	sessions *session.Manager
+	api      *api.API
+	http     *http.Server
+	listener net.Listener
+	stun     *nat.Server
+	watch    *watcher
+	fatal    chan error // buffered
+
+	mu         sync.Mutex // guards what a reload replaces
+	config     *config.Config
+	jobs       *claims.Verifier // verifies jobs
+	identities *claims.Verifier // verifies gateways; its issuers never admit jobs; nil where they all use secrets
+
+	stop context.CancelFunc
+	wg   sync.WaitGroup
+}
+
+// New checks opts. It opens nothing yet.
+func New(opts Options) (*Server, error) {
+	if opts.Config == nil {
+		return nil, errors.New("a server needs a configuration")
+	}
+	if opts.Logger == nil {
+		opts.Logger = slog.New(slog.DiscardHandler)
+	}
+	return &Server{opts: opts, log: opts.Logger, config: opts.Config, fatal: make(chan error, 1)}, nil
+}
+
+// Start opens state and listeners and serves. After an error nothing is left open.
+func (s *Server) Start(ctx context.Context) (err error) {
+	run, stop := context.WithCancel(context.WithoutCancel(ctx))
+	s.stop = stop
+	defer func() {
+		if err != nil {
+			s.abandon()
+		}
+	}()
+	if err := s.openVerifiers(); err != nil {
+		return err
+	}
+	if err := s.openState(ctx); err != nil {
+		return err
+	}
+	if err := s.listen(ctx); err != nil {
+		return err
+	}
+	if err := s.build(); err != nil {
+		return err
+	}
+	s.wg.Go(func() { _ = s.jobs.Prefetch(run) })   // failures are logged there; the first token tries again
+	s.wg.Go(func() { s.sessions.Reevaluate(run) }) // the rules may have changed while we were away
+	s.wg.Go(s.serve)
+	if s.opts.Reload > 0 && s.config.File != "" {
+		s.watch = newWatcher(s.config.File)
+		s.wg.Go(func() { s.reloadLoop(run) })
+	}
+	s.log.Info("coordinator serves", "url", s.config.URL, "addr", s.Addr().String(), "udp", s.STUNAddr().String(),
+		"networks", s.config.NetworkNames(), "rules", len(s.config.Rules))
+	return nil
+}
+
+func (s *Server) openVerifiers() (err error) {
+	if s.jobs, err = verifier(s.config.Issuers, s.config, s.log); err != nil {
+		return fmt.Errorf("set up the jobs' issuers: %w", err)
+	}
+	if s.identities, err = identities(s.config, s.log); err != nil {
+		return fmt.Errorf("set up the gateways' issuers: %w", err)
+	}
+	return nil
+}
+
+func verifier(issuers []claims.Issuer, c *config.Config, log *slog.Logger) (*claims.Verifier, error) {
+	return claims.New(claims.Options{Issuers: issuers, InsecureHTTP: c.InsecureHTTP, Logger: log})
+}
+
+// identities makes the verifier of gateways' identities, nil where no gateway has one.
+func identities(c *config.Config, log *slog.Logger) (*claims.Verifier, error) {
+	issuers := c.GatewayIssuers()
+	if len(issuers) == 0 {
+		return nil, nil
+	}
+	return verifier(issuers, c, log)
+}
+
+// noIdentities stands where no gateway is known by a workload identity.
+type noIdentities struct{}
+
+// Verify refuses every token.
+func (noIdentities) Verify(context.Context, string, string) (*claims.Claims, error) {
+	return nil, problem.New(problem.TokenIssuer, "no issuer of gateways' identities is configured",
+		"use an enrolment secret, or add the issuer to the network's `gateways`")
+}
+
+// asIdentities gives what the API takes.
+func asIdentities(v *claims.Verifier) api.Identities {
+	if v == nil {
+		return noIdentities{}
+	}
+	return v
+}
+
+func (s *Server) openState(ctx context.Context) (err error) {
+	c := s.config.State
+	s.store, err = state.Open(ctx, state.Options{Dir: c.Dir, NATS: c.NATS, Credentials: c.Credentials, Logger: s.log})
+	if err != nil && problem.CodeOf(err) == problem.Failed {
+		return problem.Wrap(err, problem.Failed, fmt.Sprintf("cannot open the state: %v", err),
+			"check that the folder is writable and that the disk has room")
+	}
+	return err
+}
+
+func (s *Server) listen(ctx context.Context) (err error) {
+	const next = "choose another address, or stop what holds this one"
+	var lc net.ListenConfig
+	if s.listener, err = lc.Listen(ctx, "tcp", s.config.Listen); err != nil {
+		return problem.Wrap(err, problem.Failed, fmt.Sprintf("cannot listen on TCP %s: %v", s.config.Listen, err), next)
+	}
+	if s.stun, err = nat.Listen(ctx, nat.ServerOptions{Addr: s.config.UDP, Logger: s.log}); err != nil {
+		return problem.Wrap(err, problem.Failed, fmt.Sprintf("cannot listen on UDP %s: %v", s.config.UDP, err), next)
+	}
+	return nil
+}
+
+// build puts sessions, API and HTTP server together.
+func (s *Server) build() (err error) {
+	s.sessions, err = session.New(session.Options{
+		Store: s.store, Rules: session.Rules{Config: s.config, Verifier: s.jobs}, Logger: s.log,
+	})
+	if err != nil {
+		return err
+	}
+	o := s.opts.API
+	o.Sessions, o.Store, o.Logger = s.sessions, s.store, s.log
+	o.Rules = api.Rules{Config: s.config, Identities: asIdentities(s.identities)}
+	o.TrustedProxies = s.config.TrustedProxies
+	o.STUN = []string{fmt.Sprintf(":%d", s.STUNAddr().(*net.UDPAddr).Port)}
+	if s.api, err = api.New(o); err != nil {
+		return err
+	}
+	s.http = &http.Server{
+		Handler: s.api, ReadHeaderTimeout: headerTimeout, ReadTimeout: readTimeout, WriteTimeout: writeTimeout,
+		IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeader,
+		ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug), // strangers' broken handshakes
+	}
+	if s.config.TLS == nil {
+		return nil
+	}
+	certs, err := loadCertificates(s.config.TLS.Cert, s.config.TLS.Key, s.log)
+	if err != nil {
+		return err
+	}
+	s.http.TLSConfig = &tls.Config{
+		MinVersion: tls.VersionTLS12, GetCertificate: certs.get, NextProtos: []string{"h2", "http/1.1"},
+	}
+	return nil
+}
+
+func (s *Server) serve() {
+	var err error
+	if s.http.TLSConfig != nil {
+		err = s.http.ServeTLS(s.listener, "", "")
+	} else {
+		err = s.http.Serve(s.listener)
+	}
+	if !errors.Is(err, http.ErrServerClosed) {
+		s.fatal <- fmt.Errorf("serve HTTP: %w", err)
+	}
+}
+
+// Addr is the HTTP listener's address.
+func (s *Server) Addr() net.Addr { return s.listener.Addr() }
+
+// STUNAddr is the UDP address on which STUN is answered.
+func (s *Server) STUNAddr() net.Addr { return s.stun.Addr() }
+
+// Failed tells of the first thing that broke for good.
+func (s *Server) Failed() <-chan error { return s.fatal }
+
+// Close stops gracefully: no new joins, those in progress finish, gateways are told that we go away, then everything is
+// closed and waited for. When ctx ends first, joins in progress are cut.
+func (s *Server) Close(ctx context.Context) error {
+	s.api.Drain()
+	err := s.http.Shutdown(ctx)
+	if err != nil {
+		err = fmt.Errorf("joins in progress were cut: %w", errors.Join(err, s.http.Close()))
+	}
+	s.api.Close()
+	s.stop()
+	s.wg.Wait()
+	return errors.Join(err, s.closeAll())
+}
+
+// abandon closes what a failed Start had opened.
+func (s *Server) abandon() {
+	s.stop()
+	if s.listener != nil {
+		_ = s.listener.Close()
+	}
+	_ = s.closeAll()
+}
+
+func (s *Server) closeAll() error {
+	var errs []error
+	add := func(what string, c io.Closer) {
+		if err := c.Close(); err != nil {
+			errs = append(errs, fmt.Errorf("close %s: %w", what, err))
+		}
+	}
+	if s.stun != nil {
+		add("STUN", s.stun)
+	}
+	if s.store != nil {
+		add("the state", s.store)
+	}
+	if s.jobs != nil {
+		add("the jobs' verifier", s.jobs)
+	}
+	if s.identities != nil {
+		add("the gateways' verifier", s.identities)
+	}
+	return errors.Join(errs...)
+}
+
+// Run starts the server, serves until ctx ends or something breaks, and closes within grace.
+func (s *Server) Run(ctx context.Context, grace time.Duration) error {
+	if err := s.Start(ctx); err != nil {
+		return err
+	}
+	var err error
+	select {
+	case <-ctx.Done():
+		s.log.Info("coordinator stops", "grace", grace)
+	case err = <-s.Failed():
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), grace)
+	defer cancel()
+	return errors.Join(err, s.Close(ctx))
+}

@@ -1,0 +1,257 @@
+package session
+
+import (
+	"context"
+	"errors"
+	"slices"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/culvertnet/culvert/coordinator/config"
+	"github.com/culvertnet/culvert/coordinator/state"
+	"github.com/culvertnet/culvert/internal/policy"
+	"github.com/culvertnet/culvert/internal/problem"
+	"github.com/culvertnet/culvert/internal/wire"
+)
+
+// ErrResync asks that a gateway re-asserts its sessions: it speaks of one that is not known here.
+var ErrResync = errors.New("session not known here; the gateway must say what it holds")
+
+// Gateway names a gateway whose stream this node holds.
+type Gateway struct {
+	Network  string
+	Name     string
+	Instance string
+}
+
+// Reconcile holds what a gateway says that it holds against the store when its stream opens: sessions that the store does
+// not know are adopted, and the ids of those that are over are returned. Leases of an earlier instance of the same gateway are
+// ended, for their tunnels died with it. An error means that the store is away and nothing was decided.
+func (m *Manager) Reconcile(ctx context.Context, g Gateway, held []wire.Held) (over []string, err error) {
+	rules := m.Rules()
+	network, ok := rules.Config.Networks[g.Network]
+	if !ok {
+		return nil, errors.New("the network is gone")
+	}
+	for _, h := range held {
+		keep, err := m.reconcileOne(ctx, g, rules, network, h)
+		if err != nil {
+			return nil, err
+		}
+		if !keep {
+			over = append(over, h.Session)
+		}
+	}
+	m.buryPredecessor(ctx, g)
+	return over, nil
+}
+
+// reconcileOne decides whether a gateway keeps one session.
+func (m *Manager) reconcileOne(ctx context.Context, g Gateway, rules Rules, n config.Network, h wire.Held) (keep bool, err error) {
+	l, err := m.opts.Store.Lease(ctx, h.Session)
+	if errors.Is(err, state.ErrNotFound) {
+		return m.adopt(ctx, g, rules, n, h)
+	}
+	if err != nil {
+		return false, err
+	}
+	switch {
+	case l.Over != "":
+		return false, m.opts.Store.EndLease(ctx, h.Session) // it has heard of it now
+	case l.Network != g.Network || l.Key != h.Key || !slices.Equal(l.Addresses, h.Addresses):
+		return false, nil
+	case l.Gateway == "":
+		// Either a join of this node is about to write its answer down, or the node died while offering it and the client
+		// never got an answer.
+		return m.offering(h.Session), nil
+	case l.Gateway != g.Instance:
+		return false, nil // another gateway holds it now
+	}
+	if later := bounded(m, rules, h); later.Expires.After(l.Expires) {
+		_, err = m.change(ctx, h.Session, func(l *state.Lease) bool { // it was renewed in the tunnel meanwhile
+			l.Expires = later.Expires
+			return l.Over == ""
+		})
+	}
+	if problem.CodeOf(err) == problem.SessionOver {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+// bounded is a gateway's word on how long a session lasts, within what any session may last.
+func bounded(m *Manager, rules Rules, h wire.Held) wire.Lease {
+	now := m.opts.Now()
+	out := wire.Lease{Expires: h.Expires, Ends: h.Ends}
+	if latest := now.Add(rules.Config.Lease); out.Expires.After(latest) {
+		out.Expires = latest
+	}
+	if out.Ends.After(now.Add(maxHeld)) {
+		out.Ends = now.Add(maxHeld)
+	}
+	if out.Expires.After(out.Ends) {
+		out.Expires = out.Ends
+	}
+	return out
+}
+
+// maxHeld is the longest that an adopted session may still last: the longest job on a self-hosted runner.
+const maxHeld = 20 * policy.DefaultMaxSession
+
+// adopt takes a session up that only its gateway remembers.
+func (m *Manager) adopt(ctx context.Context, g Gateway, rules Rules, n config.Network, h wire.Held) (keep bool, err error) {
+	until := bounded(m, rules, h)
+	if h.Key.IsZero() || h.Key.SessionID() != h.Session || !pool(n).Holds(h.Addresses) || !until.Expires.After(m.opts.Now()) {
+		return false, nil
+	}
+	l, err := m.opts.Store.AdoptLease(ctx, state.Lease{
+		Session:     h.Session,
+		Network:     g.Network,
+		Key:         h.Key,
+		Addresses:   h.Addresses,
+		Gateway:     g.Instance,
+		GatewayName: g.Name,
+		Rules:       h.Rules,
+		Created:     m.opts.Now(),
+		Expires:     until.Expires,
+		Ends:        until.Ends,
+	})
+	if errors.Is(err, state.ErrExists) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	m.logOf(l).Info("session adopted from its gateway", "expires", l.Expires)
+	return true, nil
+}
+
+// buryPredecessor ends the leases of a gateway's earlier instance, unless that one is live: two gateways of one name.
+func (m *Manager) buryPredecessor(ctx context.Context, g Gateway) {
+	live := map[string]bool{g.Instance: true}
+	for _, p := range m.opts.Store.Gateways(g.Network) {
+		live[p.Instance] = true
+	}
+	var dead []state.Lease
+	m.opts.Store.Leases(func(l state.Lease) bool {
+		if l.Network == g.Network && l.GatewayName == g.Name && l.Gateway != "" && !live[l.Gateway] {
+			dead = append(dead, l)
+		}
+		return true
+	})
+	for _, l := range dead {
+		if err := m.opts.Store.EndLease(ctx, l.Session); err != nil {
+			m.logOf(l).Warn("lease not freed; it will expire", "err", err)
+			continue
+		}
+		m.logOf(l).Info("session ended", "reason", "its gateway was restarted")
+	}
+}
+
+// Renewed takes a gateway's word that it renewed a session in the tunnel. The token is judged here as well: a session
+// that policy no longer carries is ended. ErrResync: the session is not known here.
+func (m *Manager) Renewed(ctx context.Context, g Gateway, r wire.Renewed) error {
+	l, err := m.heldBy(ctx, g, r.Session)
+	if err != nil {
+		return err
+	}
+	if err := checkToken(r.Token); err != nil {
+		return err
+	}
+	rules := m.Rules()
+	c, err := m.rejudge(ctx, rules, l, r.Token)
+	if err != nil {
+		return err
+	}
+	l, err = m.extend(ctx, l.Session, c, rules)
+	if err == nil {
+		m.logOf(l).Info("session renewed", "by", "gateway", "expires", l.Expires)
+	}
+	return err
+}
+
+// heldBy reads the lease of a session that a gateway speaks of, if that gateway holds it.
+func (m *Manager) heldBy(ctx context.Context, g Gateway, id string) (state.Lease, error) {
+	if !sessionID.MatchString(id) {
+		return state.Lease{}, errUnknown()
+	}
+	l, err := m.opts.Store.Lease(ctx, id)
+	if errors.Is(err, state.ErrNotFound) {
+		return l, ErrResync
+	}
+	if err != nil {
+		return l, storeAway(err)
+	}
+	if l.Network != g.Network || l.Gateway != g.Instance || l.Over != "" {
+		return l, errUnknown()
+	}
+	return l, nil
+}
+
+// Ended takes a gateway's word that a session is over there, of its own accord or because it was told: the address is
+// free at once.
+func (m *Manager) Ended(ctx context.Context, g Gateway, e wire.End) error {
+	if !sessionID.MatchString(e.Session) {
+		return errUnknown()
+	}
+	l, err := m.opts.Store.Lease(ctx, e.Session)
+	if errors.Is(err, state.ErrNotFound) {
+		return nil
+	}
+	if err != nil {
+		return storeAway(err)
+	}
+	if l.Network != g.Network || l.Gateway != g.Instance {
+		return errUnknown()
+	}
+	if err := m.opts.Store.EndLease(ctx, e.Session); err != nil {
+		return storeAway(err)
+	}
+	if l.Over == "" { // else its end is in the log already, and this is the gateway's echo
+		m.logOf(l).Info("session ended", "reason", clip(e.Reason, 200), "by", "gateway")
+	}
+	return nil
+}
+
+// Held counts the sessions that a gateway instance holds.
+func (m *Manager) Held(instance string) int {
+	n := 0
+	m.opts.Store.Leases(func(l state.Lease) bool {
+		if l.Gateway == instance && l.Over == "" {
+			n++
+		}
+		return true
+	})
+	return n
+}
+
+// SetRules puts a changed configuration into force and ends the running sessions that it no longer carries.
+func (m *Manager) SetRules(ctx context.Context, rules Rules) {
+	m.rules.Store(&rules)
+	m.Reevaluate(ctx)
+}
+
+// Reevaluate holds every running session against the rules in force and ends those that they no longer carry. An adopted
+// session, whose claims nobody remembers, is judged at its next renewal instead.
+func (m *Manager) Reevaluate(ctx context.Context) {
+	rules := m.Rules()
+	var ending errgroup.Group
+	ending.SetLimit(32)
+	m.opts.Store.Leases(func(l state.Lease) bool {
+		if l.Over == "" && len(l.Claims) > 0 {
+			if reason := m.outgrown(rules, l, remembered(l.Claims)); reason != "" {
+				ending.Go(func() error { return m.finish(ctx, l, reason) }) // logged there
+			}
+		}
+		return ctx.Err() == nil
+	})
+	_ = ending.Wait() // the next renewal ends what this could not
+}
+
+// clip shortens what somebody else wrote to a length fit for a log line.
+func clip(s string, n int) string {
+	if len(s) > n {
+		return s[:n]
+	}
+	return s
+}

@@ -1,0 +1,226 @@
+package session
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/culvertnet/culvert/coordinator/state"
+	"github.com/culvertnet/culvert/internal/problem"
+	"github.com/culvertnet/culvert/internal/wire"
+)
+
+// cleanupTime bounds what is done for a session after its caller has gone.
+const cleanupTime = 5 * time.Second
+
+// place offers an admitted session to gateways, best first, until one takes it.
+func (m *Manager) place(ctx context.Context, a *admission, gateways []state.Presence) (wire.Session, error) {
+	if len(gateways) > m.opts.MaxOffers {
+		gateways = gateways[:m.opts.MaxOffers]
+	}
+	if err := a.announce(gateways[0]); err != nil {
+		return wire.Session{}, problem.Wrap(err, problem.Cancelled, "the client went away", "join again")
+	}
+	var refusal error
+	for _, g := range gateways {
+		answer, err := m.offer(ctx, a, g)
+		if err == nil {
+			return m.settle(ctx, a, g, answer)
+		}
+		m.tell(ctx, g.Instance, wire.FrameEnd, wire.End{Session: a.lease.Session, Reason: "the offer was withdrawn"})
+		a.log.Warn("offer failed", "gateway", g.Name, "code", problem.CodeOf(err), "err", err)
+		refusal = worse(refusal, err)
+		if ctx.Err() != nil {
+			return wire.Session{}, gone(ctx, refusal)
+		}
+	}
+	return wire.Session{}, refusal
+}
+
+// gone says why a join stopped before every gateway was asked.
+func gone(ctx context.Context, refusal error) error {
+	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+		return refusal
+	}
+	return problem.Wrap(ctx.Err(), problem.Cancelled, "the client went away", "join again")
+}
+
+// announce tells the client what it will get from the gateway that is asked first.
+func (a *admission) announce(g state.Presence) error {
+	if a.join.Admitted == nil {
+		return nil
+	}
+	s := a.session()
+	s.Gateways = []wire.Gateway{{Name: g.Name, Key: g.Key, Addresses: a.network.Gateway(), Candidates: g.Candidates}}
+	return a.join.Admitted(s)
+}
+
+// offer asks one gateway.
+func (m *Manager) offer(ctx context.Context, a *admission, g state.Presence) (wire.Answer, error) {
+	answer, err := m.ask(ctx, g.Instance, wire.FrameOffer, wire.Offer{
+		Session:    a.lease.Session,
+		Key:        a.lease.Key,
+		Token:      a.join.Token,
+		Addresses:  a.lease.Addresses,
+		Candidates: a.join.Candidates,
+		Grants:     a.decision.Grants,
+		Lease:      wire.Duration(a.rules.Config.Lease),
+		MaxSession: wire.Duration(a.decision.MaxSession),
+	})
+	if err != nil {
+		return answer, err
+	}
+	if answer.Gateway == nil || answer.Gateway.Key != g.Key {
+		return answer, problem.New(problem.Incompatible, fmt.Sprintf("gateway %q answered without its key", g.Name), "update the gateway")
+	}
+	return answer, nil
+}
+
+// settle writes down who holds the session and gives the client the whole of it.
+func (m *Manager) settle(ctx context.Context, a *admission, g state.Presence, answer wire.Answer) (wire.Session, error) {
+	a.lease.Gateway, a.lease.GatewayName = g.Instance, g.Name
+	a.lease.Expires = m.deadline(a.rules.Config.Lease, a.lease.Ends)
+	l, err := m.opts.Store.UpdateLease(ctx, a.lease)
+	if err != nil {
+		m.tell(ctx, g.Instance, wire.FrameEnd, wire.End{Session: a.lease.Session, Reason: "the session could not be kept"})
+		if errors.Is(err, state.ErrNotFound) || errors.Is(err, state.ErrConflict) {
+			return wire.Session{}, problem.Wrap(err, problem.SessionOver, "the session ended while it was being set up", "join again")
+		}
+		return wire.Session{}, storeAway(err)
+	}
+	a.lease = l
+	if now := m.Rules(); now.Config != a.rules.Config { // a reload that did not see this lease yet
+		if reason := m.outgrown(now, l, a.claims); reason != "" {
+			_ = m.finish(ctx, l, reason)
+			return wire.Session{}, problem.New(problem.SessionOver, "the session has ended: "+reason, "join again")
+		}
+	}
+	s := a.session()
+	s.Gateways = []wire.Gateway{*answer.Gateway}
+	if answer.Lease != nil {
+		s.Expires, s.Ends = answer.Lease.Expires, answer.Lease.Ends
+	}
+	if late := m.dropOffer(l.Session); len(late) > 0 {
+		m.tell(ctx, g.Instance, wire.FrameCandidates, wire.Trickle{Session: l.Session, Candidates: late})
+	}
+	a.log.Info("session admitted", "gateway", g.Name, "rule", l.Rules, "addresses", l.Addresses, "client", a.join.Client,
+		"ends", l.Ends)
+	return s, nil
+}
+
+// worse gives the refusal that tells the job more: a gateway's own word before silence, the first of two alike.
+func worse(first, second error) error {
+	if first == nil || (problem.Temporary(first) && !problem.Temporary(second)) {
+		return second
+	}
+	return first
+}
+
+// ask sends a frame that the gateway answers, and gives the answer. A problem in it is the error.
+func (m *Manager) ask(ctx context.Context, instance string, t wire.FrameType, body any) (wire.Answer, error) {
+	var answer wire.Answer
+	msg, err := encode(t, body)
+	if err != nil {
+		return answer, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, m.opts.OfferTimeout)
+	defer cancel()
+	reply, err := m.opts.Store.Ask(ctx, instance, msg)
+	switch {
+	case errors.Is(err, state.ErrAway), errors.Is(err, context.DeadlineExceeded):
+		return answer, problem.Wrap(err, problem.GatewayTimeout, "the gateway did not answer in time", "try again; if it stays so, look at the gateway's log")
+	case err != nil:
+		return answer, storeAway(err)
+	}
+	if err := json.Unmarshal(reply, &answer); err != nil {
+		return answer, problem.Wrap(err, problem.Incompatible, "the gateway's answer does not parse", "update the gateway")
+	}
+	if len(answer.Problem) > 0 {
+		return answer, refusalOf(answer.Problem)
+	}
+	return answer, nil
+}
+
+// refusalOf is a gateway's problem document as an error.
+func refusalOf(doc json.RawMessage) error {
+	var p problem.Error
+	if err := json.Unmarshal(doc, &p); err != nil || p.Message == "" {
+		return problem.Wrap(err, problem.GatewayRefused, "the gateway said no without a reason that parses", "look at the gateway's log")
+	}
+	return &p
+}
+
+// tell sends a frame that nobody answers. It reports whether the gateway's stream took it. It works for a short time on
+// even when ctx is over, because what it says is mostly that something is over.
+func (m *Manager) tell(ctx context.Context, instance string, t wire.FrameType, body any) bool {
+	msg, err := encode(t, body)
+	if err != nil || instance == "" {
+		return false
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTime)
+	defer cancel()
+	reply, err := m.opts.Store.Ask(ctx, instance, msg)
+	if err != nil {
+		return false
+	}
+	var answer wire.Answer
+	return json.Unmarshal(reply, &answer) == nil && len(answer.Problem) == 0
+}
+
+func encode(t wire.FrameType, body any) ([]byte, error) {
+	raw, err := json.Marshal(body)
+	if err != nil {
+		return nil, fmt.Errorf("encode a %s frame: %w", t, err)
+	}
+	return json.Marshal(wire.Frame{Type: t, Body: raw})
+}
+
+// free removes a lease that no gateway holds, also for a caller that has gone.
+func (m *Manager) free(ctx context.Context, id string) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTime)
+	defer cancel()
+	if err := m.opts.Store.EndLease(ctx, id); err != nil {
+		m.log.Warn("lease not freed; it will expire", "session", id, "err", err)
+	}
+}
+
+// beginOffer notes that a join of this node is offering a session.
+func (m *Manager) beginOffer(id string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.offered[id] = &offered{}
+}
+
+// offering reports whether a join of this node is offering the session.
+func (m *Manager) offering(id string) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.offered[id] != nil
+}
+
+// dropOffer ends that and gives the candidates that came meanwhile.
+func (m *Manager) dropOffer(id string) []wire.Candidate {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	o := m.offered[id]
+	delete(m.offered, id)
+	if o == nil {
+		return nil
+	}
+	return o.candidates
+}
+
+// holdCandidates keeps candidates for a session that is being offered here. ok is false where none is.
+func (m *Manager) holdCandidates(id string, list []wire.Candidate) (ok bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	o := m.offered[id]
+	if o == nil {
+		return false
+	}
+	room := wire.MaxCandidates - len(o.candidates)
+	o.candidates = append(o.candidates, list[:min(len(list), room)]...)
+	return true
+}

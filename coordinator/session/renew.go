@@ -1,0 +1,218 @@
+package session
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"time"
+
+	"github.com/culvertnet/culvert/coordinator/state"
+	"github.com/culvertnet/culvert/internal/claims"
+	"github.com/culvertnet/culvert/internal/policy"
+	"github.com/culvertnet/culvert/internal/problem"
+	"github.com/culvertnet/culvert/internal/wire"
+)
+
+// Why sessions end, as gateways and clients read it.
+const (
+	endedByClient = "ended by the client"
+	endedByPolicy = "policy no longer gives what the session holds"
+	endedByTime   = "the longest time that a session may last is over"
+)
+
+// updateTries bounds how often a lease that others write too is read again.
+const updateTries = 5
+
+// Update takes what a session's owner sends later: candidates, which go on to the gateway, or a fresh token, which renews.
+// Errors are *problem.Error; an unknown session and a wrong secret look the same.
+func (m *Manager) Update(ctx context.Context, id string, secret wire.Secret, u wire.Update) (wire.Lease, error) {
+	if err := checkCandidates(u.Candidates); err != nil {
+		return wire.Lease{}, err
+	}
+	if err := checkToken(u.Token); err != nil {
+		return wire.Lease{}, err
+	}
+	l, err := m.authenticate(ctx, id, secret)
+	if err != nil {
+		return wire.Lease{}, err
+	}
+	if len(u.Candidates) > 0 {
+		if err := m.passCandidates(ctx, l, u.Candidates); err != nil {
+			return wire.Lease{}, err
+		}
+	}
+	if u.Token == "" {
+		return wire.Lease{Expires: l.Expires, Ends: l.Ends}, nil
+	}
+	return m.renew(ctx, l, u.Token)
+}
+
+func (m *Manager) passCandidates(ctx context.Context, l state.Lease, list []wire.Candidate) error {
+	if m.holdCandidates(l.Session, list) {
+		return nil
+	}
+	if !m.tell(ctx, l.Gateway, wire.FrameCandidates, wire.Trickle{Session: l.Session, Candidates: list}) {
+		return problem.New(problem.GatewayTimeout, "the session's gateway is not connected", "try again in a few seconds")
+	}
+	return nil
+}
+
+// renew judges a fresh token for a session and has its gateway judge it too.
+func (m *Manager) renew(ctx context.Context, l state.Lease, token wire.Secret) (wire.Lease, error) {
+	if l.Gateway == "" {
+		return wire.Lease{}, problem.New(problem.GatewayTimeout, "the session is still being offered", "try again in a few seconds")
+	}
+	rules := m.Rules()
+	c, err := m.rejudge(ctx, rules, l, token)
+	if err != nil {
+		return wire.Lease{}, err
+	}
+	answer, err := m.ask(ctx, l.Gateway, wire.FrameRenew, wire.Renewed{Session: l.Session, Token: token})
+	if err != nil {
+		logRefusal(m.logOf(l), "renewal failed at the gateway", err)
+		return wire.Lease{}, err
+	}
+	l, err = m.extend(ctx, l.Session, c, rules)
+	if err != nil {
+		return wire.Lease{}, err
+	}
+	m.logOf(l).Info("session renewed", "by", "client", "expires", l.Expires)
+	if answer.Lease != nil {
+		return *answer.Lease, nil
+	}
+	return wire.Lease{Expires: l.Expires, Ends: l.Ends}, nil
+}
+
+// rejudge verifies a renewal's token and holds it against identity and policy. A session that policy no longer carries is
+// ended here.
+func (m *Manager) rejudge(ctx context.Context, rules Rules, l state.Lease, token wire.Secret) (*claims.Claims, error) {
+	log := m.logOf(l)
+	c, err := rules.Verifier.Verify(ctx, token.Reveal(), wire.Audience(rules.Config.URL, l.Key))
+	if err != nil {
+		logRefusal(log, "renewal refused", err)
+		return nil, err
+	}
+	if !sameJob(l.Claims, c) || c.IssuedAt.Before(l.Issued) {
+		err := problem.New(problem.TokenInvalid, "the token is another job's, or older than the last one",
+			"renew with a fresh token of the job that began the session")
+		logRefusal(log, "renewal refused", err)
+		return nil, err
+	}
+	if reason := m.outgrown(rules, l, c); reason != "" {
+		_ = m.finish(ctx, l, reason) // logged there
+		return nil, endedNow(rules.Config.Policy.Evaluate(l.Network, c), reason)
+	}
+	return c, nil
+}
+
+// endedNow tells a session's owner that its renewal became its end.
+func endedNow(d policy.Decision, reason string) error {
+	e := problem.New(problem.SessionOver, "the session has ended: "+reason, "join again")
+	if reason == endedByPolicy {
+		e.Code, e.Denial, e.Next = problem.Denied, d.Denial, "ask whoever runs the coordinator whether the rules changed"
+	}
+	return e
+}
+
+// outgrown says why the rules in force no longer carry a session, or "". Grants are compared as they are written: a
+// session that holds a line which no rule gives any more is over, also where another line would cover it.
+func (m *Manager) outgrown(rules Rules, l state.Lease, c policy.Claims) string {
+	d := rules.Config.Policy.Evaluate(l.Network, c)
+	if !d.Allowed {
+		return endedByPolicy
+	}
+	for _, held := range l.Grants {
+		if !slices.ContainsFunc(d.Grants, func(g wire.Grant) bool { return g.Allow == held.Allow }) {
+			return endedByPolicy
+		}
+	}
+	if !m.opts.Now().Before(l.Created.Add(d.MaxSession)) || !m.opts.Now().Before(l.Ends) {
+		return endedByTime
+	}
+	return ""
+}
+
+// extend gives a session another lease.
+func (m *Manager) extend(ctx context.Context, id string, c *claims.Claims, rules Rules) (state.Lease, error) {
+	return m.change(ctx, id, func(l *state.Lease) bool {
+		if l.Over != "" {
+			return false
+		}
+		l.Expires = m.deadline(rules.Config.Lease, l.Ends)
+		if c.IssuedAt.After(l.Issued) {
+			l.Issued = c.IssuedAt
+		}
+		if len(l.Claims) == 0 {
+			l.Claims = remember(c, rules.Config)
+		}
+		return true
+	})
+}
+
+// change reads a lease, changes it and writes it back, again where somebody else wrote in between. A change that says
+// false leaves the lease alone and means that the session is over.
+func (m *Manager) change(ctx context.Context, id string, edit func(*state.Lease) bool) (state.Lease, error) {
+	var err error
+	for range updateTries {
+		var l state.Lease
+		l, err = m.opts.Store.Lease(ctx, id)
+		if errors.Is(err, state.ErrNotFound) || (err == nil && !edit(&l)) {
+			return l, problem.Wrap(err, problem.SessionOver, "the session has ended", "join again")
+		}
+		if err != nil {
+			return l, storeAway(err)
+		}
+		l, err = m.opts.Store.UpdateLease(ctx, l)
+		if err == nil {
+			return l, nil
+		}
+		if !errors.Is(err, state.ErrConflict) && !errors.Is(err, state.ErrNotFound) {
+			break
+		}
+	}
+	return state.Lease{}, storeAway(err)
+}
+
+// End ends a session for its owner.
+func (m *Manager) End(ctx context.Context, id string, secret wire.Secret) error {
+	l, err := m.authenticate(ctx, id, secret)
+	if err != nil {
+		return err
+	}
+	return m.finish(ctx, l, endedByClient)
+}
+
+// finish ends a session: its gateway is told, and the lease stays as a memory of it until the gateway has surely heard:
+// for Afterlife where its stream took the word, else until the gateway's own deadline.
+func (m *Manager) finish(ctx context.Context, l state.Lease, reason string) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*cleanupTime)
+	defer cancel()
+	told := m.tell(ctx, l.Gateway, wire.FrameEnd, wire.End{Session: l.Session, Reason: reason})
+	_, err := m.change(ctx, l.Session, func(l *state.Lease) bool {
+		if l.Over != "" {
+			return false
+		}
+		l.Over = reason
+		if soon := m.opts.Now().Add(m.opts.Afterlife); told && soon.Before(l.Expires) {
+			l.Expires = soon
+		}
+		return true
+	})
+	if problem.CodeOf(err) == problem.SessionOver {
+		return nil
+	}
+	if err != nil {
+		m.logOf(l).Warn("session's end not kept", "err", fmt.Errorf("mark the lease: %w", errors.Unwrap(err)))
+		return err
+	}
+	m.logOf(l).Info("session ended", "reason", reason, "told", told, "lasted", m.opts.Now().Sub(l.Created).Round(time.Second))
+	return nil
+}
+
+// logOf gives a logger that names a lease's session and job.
+func (m *Manager) logOf(l state.Lease) *slog.Logger {
+	return m.log.With("session", l.Session, "network", l.Network, "gateway", l.GatewayName,
+		"repository", l.Claims["repository"], "run_id", l.Claims["run_id"])
+}

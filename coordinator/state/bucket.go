@@ -1,0 +1,276 @@
+package state
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strings"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+const (
+	bucketName = "culvert"
+	streamName = "KV_" + bucketName
+	subjects   = "$KV." + bucketName + "."
+
+	// markerTTL is how long the bucket remembers that a key is gone, for watches that are behind. A watch that was
+	// away for longer starts over. A key that is erased is remembered for longer where an older value could still live: after
+	// kill -9 NATS rebuilds its stream from its files, and finds replaced values again whose successor has gone.
+	markerTTL = time.Minute
+
+	// anyRevision writes whatever there is.
+	anyRevision = ^uint64(0)
+
+	operationHeader = "KV-Operation" // ADR-8 of NATS
+	operationPurge  = "PURGE"
+
+	rewatchDelay = 250 * time.Millisecond
+)
+
+// prefixes of keys by kind.
+var prefixes = [kinds]string{leaseKind: "session.", addressKind: "address.", gatewayKind: "gateway."}
+
+// bucket is a NATS key-value bucket as other tools know it. It is written to below nats.go's own API, which cannot
+// set a new lifetime when it replaces a value.
+type bucket struct {
+	js     jetstream.JetStream
+	stream jetstream.Stream
+	kv     jetstream.KeyValue // for watching
+	mirror *mirror
+	log    *slog.Logger
+}
+
+// openBucket finds or makes the bucket: three replicas where there is a cluster that can, one elsewhere.
+func openBucket(ctx context.Context, conn *nats.Conn, log *slog.Logger) (*bucket, error) {
+	js, err := jetstream.New(conn)
+	if err != nil {
+		return nil, err
+	}
+	b := &bucket{js: js, mirror: newMirror(), log: log}
+	b.stream, err = js.Stream(ctx, streamName)
+	if errors.Is(err, jetstream.ErrStreamNotFound) {
+		b.stream, err = makeStream(ctx, js, conn.ConnectedClusterName() != "", log)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if c := b.stream.CachedInfo().Config; !c.AllowMsgTTL || c.MaxMsgsPerSubject != 1 || c.SubjectDeleteMarkerTTL == 0 {
+		return nil, fmt.Errorf("stream %s is set up for something else: it needs a history of 1, message TTLs and delete markers", streamName)
+	}
+	b.kv, err = js.KeyValue(ctx, bucketName)
+	return b, err
+}
+
+func makeStream(ctx context.Context, js jetstream.JetStream, clustered bool, log *slog.Logger) (jetstream.Stream, error) {
+	config := jetstream.StreamConfig{
+		Name:                   streamName,
+		Description:            "Culvert: sessions, addresses and gateways",
+		Subjects:               []string{subjects + ">"},
+		MaxMsgsPerSubject:      1,
+		MaxMsgs:                -1,
+		MaxBytes:               -1,
+		MaxMsgSize:             -1,
+		MaxConsumers:           -1,
+		Discard:                jetstream.DiscardNew,
+		Storage:                jetstream.FileStorage,
+		Duplicates:             2 * time.Minute,
+		DenyDelete:             true,
+		AllowRollup:            true,
+		AllowMsgTTL:            true,
+		SubjectDeleteMarkerTTL: markerTTL,
+		AllowDirect:            false, // reads go to the leader: what one node wrote, another reads
+		Replicas:               1,
+	}
+	if clustered {
+		config.Replicas = 3
+		stream, err := js.CreateStream(ctx, config)
+		if err == nil {
+			return stream, nil
+		}
+		log.Warn("state is not replicated: nats did not make three replicas", "err", err)
+		config.Replicas = 1
+	}
+	return js.CreateStream(ctx, config)
+}
+
+// write stores r for as long as it lives by its own word, and at least for a second, over the revision expect: 0
+// where there must be nothing, [anyRevision] for whatever there is. [ErrConflict] where there is something else.
+func (b *bucket) write(ctx context.Context, k kind, id string, r record, expect uint64, now time.Time) (uint64, error) {
+	data, err := json.Marshal(r)
+	if err != nil {
+		return 0, fmt.Errorf("encode: %w", err)
+	}
+	// The bucket counts whole seconds and cuts off the rest; it must not be the first to end a record.
+	ttl := max(r.until().Sub(now), r.lasting().Sub(now), 0).Truncate(time.Second) + 2*time.Second
+	msg := &nats.Msg{Subject: subjects + prefixes[k] + id, Data: data, Header: nats.Header{}}
+	return b.publish(ctx, msg, k, id, r, expect, ttl)
+}
+
+// erase removes a key at the revision expect, or at [anyRevision]. lasting is until when a value under it could live.
+func (b *bucket) erase(ctx context.Context, k kind, id string, expect uint64, lasting, now time.Time) error {
+	msg := &nats.Msg{Subject: subjects + prefixes[k] + id, Header: nats.Header{
+		operationHeader:     {operationPurge},
+		jetstream.MsgRollup: {jetstream.MsgRollupSubject},
+	}}
+	ttl := markerTTL + max(lasting.Sub(now), 0).Truncate(time.Second)
+	_, err := b.publish(ctx, msg, k, id, nil, expect, ttl)
+	return err
+}
+
+func (b *bucket) publish(ctx context.Context, msg *nats.Msg, k kind, id string, r record, expect uint64, ttl time.Duration) (uint64, error) {
+	opts := []jetstream.PublishOpt{jetstream.WithMsgTTL(ttl)}
+	if expect != anyRevision {
+		opts = append(opts, jetstream.WithExpectLastSequencePerSubject(expect))
+	}
+	ack, err := b.js.PublishMsg(ctx, msg, opts...)
+	if err != nil {
+		if wrongRevision(err) {
+			return 0, ErrConflict
+		}
+		return 0, fmt.Errorf("write to the state's bucket: %w", err)
+	}
+	if l, ok := r.(Lease); ok {
+		l.Revision = ack.Sequence
+		r = l
+	}
+	b.mirror.wrote(k, id, r, ack.Sequence)
+	return ack.Sequence, nil
+}
+
+func wrongRevision(err error) bool {
+	apiErr, ok := errors.AsType[*jetstream.APIError](err)
+	return ok && (apiErr.ErrorCode == jetstream.JSErrCodeStreamWrongLastSequence ||
+		apiErr.ErrorCode == jetstream.JSErrCodeStreamWrongLastSequenceConstant)
+}
+
+// read gives the record under a key, expired or not, and the revision that a write over it must expect. The record is
+// nil where there is none; the revision may be one even then, of the marker that it is gone.
+func (b *bucket) read(ctx context.Context, k kind, id string) (record, uint64, error) {
+	msg, err := b.stream.GetLastMsgForSubject(ctx, subjects+prefixes[k]+id)
+	switch {
+	case errors.Is(err, jetstream.ErrMsgNotFound):
+		return nil, 0, nil
+	case err != nil:
+		return nil, 0, fmt.Errorf("read from the state's bucket: %w", err)
+	case msg.Header.Get(operationHeader) != "" || msg.Header.Get(jetstream.MarkerReasonHeader) != "":
+		return nil, msg.Sequence, nil
+	}
+	r, err := decode(k, msg.Data, msg.Sequence)
+	return r, msg.Sequence, err
+}
+
+func decode(k kind, data []byte, revision uint64) (record, error) {
+	var err error
+	switch k {
+	case leaseKind:
+		var l Lease
+		err = json.Unmarshal(data, &l)
+		l.Revision = revision
+		return l, err
+	case addressKind:
+		var h holder
+		err = json.Unmarshal(data, &h)
+		return h, err
+	default:
+		var p presence
+		err = json.Unmarshal(data, &p)
+		return p, err
+	}
+}
+
+// follow keeps the mirror true until ctx ends. Each time the connection was broken it starts over.
+func (b *bucket) follow(ctx context.Context, reconnected <-chan struct{}) {
+	for ctx.Err() == nil {
+		err := b.watch(ctx, reconnected)
+		if err == nil || ctx.Err() != nil {
+			continue
+		}
+		b.log.Warn("watching the state's bucket failed", "err", err)
+		select {
+		case <-ctx.Done():
+		case <-reconnected:
+		case <-time.After(rewatchDelay):
+		}
+	}
+}
+
+// watch feeds the mirror until ctx ends, the connection comes back after a break, or the watch breaks.
+func (b *bucket) watch(ctx context.Context, reconnected <-chan struct{}) error {
+	b.mirror.begin()
+	w, err := b.kv.WatchAll(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		_ = w.Stop() // an error says that it has stopped
+		for range w.Updates() {
+			// the watch delivers what it has before it closes the channel
+		}
+	}()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-reconnected:
+			return nil
+		case e, ok := <-w.Updates():
+			switch {
+			case !ok:
+				return errors.New("the watch ended")
+			case e == nil:
+				b.mirror.settle()
+			default:
+				b.take(e)
+			}
+		}
+	}
+}
+
+// take brings one change into the mirror.
+func (b *bucket) take(e jetstream.KeyValueEntry) {
+	for k, prefix := range prefixes {
+		id, ok := strings.CutPrefix(e.Key(), prefix)
+		if !ok {
+			continue
+		}
+		k := kind(k)
+		if e.Operation() != jetstream.KeyValuePut {
+			b.mirror.watched(k, id, nil, e.Revision())
+			return
+		}
+		if b.mirror.knows(k, id, e.Revision()) {
+			return
+		}
+		r, err := decode(k, e.Value(), e.Revision())
+		if err != nil {
+			b.log.Warn("a value in the state's bucket does not decode", "err", err)
+			return
+		}
+		b.mirror.watched(k, id, r, e.Revision())
+		return
+	}
+}
+
+// token makes s one token of a NATS subject: bytes other than letters, digits, - and _ become = and their hex.
+func token(s string) string {
+	plain := func(c byte) bool {
+		return c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || c == '-' || c == '_'
+	}
+	var b strings.Builder
+	for i := range len(s) {
+		if plain(s[i]) {
+			b.WriteByte(s[i])
+		} else {
+			fmt.Fprintf(&b, "=%02X", s[i])
+		}
+	}
+	if s == "" {
+		return "="
+	}
+	return b.String()
+}

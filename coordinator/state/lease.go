@@ -1,0 +1,316 @@
+package state
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/culvertnet/culvert/internal/wire"
+)
+
+const (
+	// addressGrace is how long an address stays with its session after the lease ended by the clock alone. It is
+	// above what the clocks of coordinators and gateways differ by, so that nobody gets an address that a gateway
+	// still routes to its last holder.
+	addressGrace = 10 * time.Second
+
+	randomTries = 24              // random addresses before every one is tried in turn
+	maxRaces    = 8               // times to lose against another writer of the same key before giving up
+	undoTimeout = 2 * time.Second // for taking back half of what could not be done
+)
+
+// Lease is one session as the coordinator remembers it.
+type Lease struct {
+	Session     string            `json:"session"`
+	Network     string            `json:"network"`
+	Key         wire.Key          `json:"key"`
+	Addresses   []netip.Addr      `json:"addresses"`      // IPv4, then IPv6
+	SecretHash  []byte            `json:"secret_hash"`    // SHA-256 of the session secret
+	Gateway     string            `json:"gateway"`        // instance that holds it; "" while being asked
+	GatewayName string            `json:"gateway_name"`   // its name, which outlives a restart
+	Over        string            `json:"over,omitempty"` // why it ended; kept until its gateway has surely heard of it
+	Rules       []string          `json:"rules"`
+	Grants      []wire.Grant      `json:"grants"` // what was offered; a policy that no longer gives one of them ends the session
+	Claims      map[string]string `json:"claims"` // who it is, for logs and for re-evaluation when policy changes
+	Issued      time.Time         `json:"issued"` // iat of the last token
+	Created     time.Time         `json:"created"`
+	Expires     time.Time         `json:"expires"`
+	Ends        time.Time         `json:"ends"`
+	Longest     time.Time         `json:"longest"` // the latest Expires it ever had; the store keeps it
+	Revision    uint64            `json:"-"`       // fences updates
+}
+
+func (l Lease) until() time.Time   { return l.Expires }
+func (l Lease) lasting() time.Time { return l.Longest }
+
+// clone shares nothing with l.
+func (l Lease) clone() Lease {
+	l.Addresses = slices.Clone(l.Addresses)
+	l.SecretHash = slices.Clone(l.SecretHash)
+	l.Rules = slices.Clone(l.Rules)
+	l.Grants = slices.Clone(l.Grants)
+	l.Claims = maps.Clone(l.Claims)
+	return l
+}
+
+// stored is l as it will be read back: its own copy, with times in UTC and without a monotonic clock.
+func (l Lease) stored() Lease {
+	l = l.clone()
+	for _, t := range []*time.Time{&l.Issued, &l.Created, &l.Expires, &l.Ends, &l.Longest} {
+		*t = t.Round(0).UTC()
+	}
+	if l.Longest.Before(l.Expires) {
+		l.Longest = l.Expires
+	}
+	return l
+}
+
+// holder says which session holds an address.
+type holder struct {
+	Session string    `json:"session"`
+	Expires time.Time `json:"expires"` // the lease's, and addressGrace
+}
+
+func (h holder) until() time.Time   { return h.Expires }
+func (h holder) lasting() time.Time { return h.Expires } // its end is never brought nearer
+
+func holderOf(l Lease) holder { return holder{l.Session, l.Expires.Add(addressGrace)} }
+
+func addressID(network string, addr netip.Addr) string { return token(network) + "." + addr.String() }
+
+// CreateLease stores a new lease that lives until l.Expires and gives it a free address of pool by compare-and-swap create. It
+// returns the lease as stored. ErrExists: this session (that is, this key) has a lease. ErrFull: no address is left.
+func (s *Store) CreateLease(ctx context.Context, l Lease, pool Pool) (Lease, error) {
+	if err := errors.Join(s.check(l), pool.Validate()); err != nil {
+		return Lease{}, fmt.Errorf("create a lease: %w", err)
+	}
+	l = l.stored()
+	if r, _ := s.bucket.mirror.get(leaseKind, token(l.Session)); s.lives(r) {
+		if _, err := s.Lease(ctx, l.Session); err == nil {
+			return Lease{}, ErrExists
+		}
+	}
+	for n := range pool.candidates(randomTries) {
+		l.Addresses = pool.Addresses(n)
+		id := addressID(l.Network, l.Addresses[0])
+		if r, _ := s.bucket.mirror.get(addressKind, id); s.lives(r) {
+			continue
+		}
+		stored, err := s.place(ctx, l, id)
+		if errors.Is(err, errHeld) {
+			continue
+		}
+		return stored, err
+	}
+	return Lease{}, ErrFull
+}
+
+// AdoptLease stores a lease as a gateway re-asserts it, with its addresses. ErrExists where session or address is held.
+// Whether the addresses are the network's to give is for the caller to check: [Pool.Holds].
+func (s *Store) AdoptLease(ctx context.Context, l Lease) (Lease, error) {
+	addr, err := leaseAddress(l.Addresses)
+	if err := errors.Join(s.check(l), err); err != nil {
+		return Lease{}, fmt.Errorf("adopt a lease: %w", err)
+	}
+	stored, err := s.place(ctx, l.stored(), addressID(l.Network, addr))
+	if errors.Is(err, errHeld) {
+		return Lease{}, ErrExists
+	}
+	return stored, err
+}
+
+// errHeld says that another session holds an address.
+var errHeld = errors.New("the address is held by another session")
+
+// place takes the address and then stores the lease; a lease never stands without its address.
+func (s *Store) place(ctx context.Context, l Lease, address string) (Lease, error) {
+	ours := func(r record) bool { return r.(holder).Session == l.Session }
+	revision, over, err := s.occupy(ctx, addressKind, address, holderOf(l), ours)
+	if err != nil {
+		if errors.Is(err, ErrExists) {
+			return Lease{}, errHeld
+		}
+		return Lease{}, fmt.Errorf("take an address: %w", err)
+	}
+	l.Revision, _, err = s.occupy(ctx, leaseKind, token(l.Session), l, nil)
+	if err == nil {
+		return l.clone(), nil
+	}
+	if over == nil { // else it was held for this session before, by whoever came first
+		s.undo(ctx, func(ctx context.Context) error {
+			return s.bucket.erase(ctx, addressKind, address, revision, holderOf(l).lasting(), s.now())
+		})
+	}
+	if errors.Is(err, ErrExists) {
+		return Lease{}, err
+	}
+	return Lease{}, fmt.Errorf("store a lease: %w", err)
+}
+
+// occupy writes r under a key where nothing lives, or something that ours accepts, whose end it never brings nearer. It
+// gives the new revision and what of ours lived there. ErrExists where anything else does.
+func (s *Store) occupy(ctx context.Context, k kind, id string, r record, ours func(record) bool) (uint64, record, error) {
+	over, expect := s.bucket.mirror.get(k, id)
+	for range maxRaces {
+		if s.lives(over) && (ours == nil || !ours(over)) {
+			expect = 0 // the mirror may be behind; the bucket decides
+		} else if over != nil && ours != nil && ours(over) && over.until().After(r.until()) {
+			r = over
+		}
+		revision, err := s.bucket.write(ctx, k, id, r, expect, s.now())
+		if err == nil {
+			if !s.lives(over) {
+				over = nil
+			}
+			return revision, over, nil
+		}
+		if !errors.Is(err, ErrConflict) {
+			return 0, nil, err
+		}
+		if over, expect, err = s.bucket.read(ctx, k, id); err != nil {
+			return 0, nil, err
+		}
+		if s.lives(over) && (ours == nil || !ours(over)) {
+			return 0, nil, ErrExists
+		}
+	}
+	return 0, nil, ErrConflict
+}
+
+// Lease reads a lease; ErrNotFound where there is none or it has expired.
+func (s *Store) Lease(ctx context.Context, session string) (Lease, error) {
+	r, _, err := s.bucket.read(ctx, leaseKind, token(session))
+	if err != nil {
+		return Lease{}, err
+	}
+	if !s.lives(r) {
+		return Lease{}, ErrNotFound
+	}
+	return r.(Lease), nil
+}
+
+// UpdateLease writes l over the revision it was read at, living until l.Expires, and keeps its address as long. ErrConflict where somebody else wrote.
+func (s *Store) UpdateLease(ctx context.Context, l Lease) (Lease, error) {
+	addr, err := leaseAddress(l.Addresses)
+	if err := errors.Join(s.check(l), err); err != nil {
+		return Lease{}, fmt.Errorf("update a lease: %w", err)
+	}
+	if l.Revision == 0 {
+		return Lease{}, ErrConflict
+	}
+	l = l.stored()
+	if err := s.keepAddress(ctx, l, addressID(l.Network, addr)); err != nil {
+		return Lease{}, err
+	}
+	l.Revision, err = s.bucket.write(ctx, leaseKind, token(l.Session), l, l.Revision, s.now())
+	if err != nil {
+		return Lease{}, err
+	}
+	return l.clone(), nil
+}
+
+// keepAddress makes a lease's address last as long as the lease. ErrConflict where it is held by another session, or
+// by none, which is to say that the lease has ended.
+func (s *Store) keepAddress(ctx context.Context, l Lease, id string) error {
+	want := holderOf(l)
+	r, revision := s.bucket.mirror.get(addressKind, id)
+	for range maxRaces {
+		if h, ok := r.(holder); ok && h.Session == l.Session {
+			if !h.Expires.Before(want.Expires) {
+				return nil
+			}
+			_, err := s.bucket.write(ctx, addressKind, id, want, revision, s.now())
+			if !errors.Is(err, ErrConflict) {
+				return err
+			}
+		}
+		var err error
+		if r, revision, err = s.bucket.read(ctx, addressKind, id); err != nil {
+			return err
+		}
+		if h, ok := r.(holder); !ok || h.Session != l.Session {
+			return ErrConflict
+		}
+	}
+	return ErrConflict
+}
+
+// EndLease removes a lease and frees its address. It is idempotent.
+func (s *Store) EndLease(ctx context.Context, session string) error {
+	for range maxRaces {
+		r, revision, err := s.bucket.read(ctx, leaseKind, token(session))
+		if err != nil || r == nil {
+			return err
+		}
+		l := r.(Lease)
+		err = s.bucket.erase(ctx, leaseKind, token(session), revision, l.lasting(), s.now())
+		if errors.Is(err, ErrConflict) {
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("end a lease: %w", err)
+		}
+		s.undo(ctx, func(ctx context.Context) error { return s.freeAddress(ctx, l) })
+		return nil
+	}
+	return ErrConflict
+}
+
+// freeAddress gives up the address of a lease that is gone, unless another session has it by now.
+func (s *Store) freeAddress(ctx context.Context, l Lease) error {
+	id := addressID(l.Network, l.Addresses[0])
+	r, revision := s.bucket.mirror.get(addressKind, id)
+	for range maxRaces {
+		if h, ok := r.(holder); ok && h.Session == l.Session {
+			err := s.bucket.erase(ctx, addressKind, id, revision, h.lasting(), s.now())
+			if !errors.Is(err, ErrConflict) {
+				return err
+			}
+		}
+		var err error
+		if r, revision, err = s.bucket.read(ctx, addressKind, id); err != nil {
+			return err
+		}
+		if h, ok := r.(holder); !ok || h.Session != l.Session {
+			return nil
+		}
+	}
+	return ErrConflict
+}
+
+// undo does what follows from something that happened already, even if the caller has given up by now. Should it
+// fail, the bucket does the same when the address's time is over.
+func (s *Store) undo(ctx context.Context, f func(ctx context.Context) error) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
+	defer cancel()
+	if err := f(ctx); err != nil && !errors.Is(err, ErrConflict) {
+		s.log.Warn("an address stays held until its lease would have ended", "err", err)
+	}
+}
+
+// Leases calls yield for every live lease, from the node's own mirror. The leases are the caller's to keep.
+func (s *Store) Leases(yield func(Lease) bool) {
+	for _, r := range s.bucket.mirror.all(leaseKind, s.now()) {
+		if !yield(r.(Lease).clone()) {
+			return
+		}
+	}
+}
+
+// lives reports whether there is a record that has not ended by its own word.
+func (s *Store) lives(r record) bool { return r != nil && s.now().Before(r.until()) }
+
+// check refuses what is no lease.
+func (s *Store) check(l Lease) error {
+	switch {
+	case l.Session == "" || l.Network == "" || l.Key.IsZero():
+		return errors.New("a lease has a session, a network and a key")
+	case !s.now().Before(l.Expires):
+		return errors.New("it has expired already")
+	}
+	return nil
+}

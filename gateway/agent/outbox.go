@@ -1,0 +1,186 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"sync"
+
+	"github.com/culvertnet/culvert/internal/wire"
+)
+
+// outbox holds what the coordinator is yet to hear. Everything in it is bounded by what causes it: one answer for each offer
+// under way, one end and one renewal for each session, one set of candidates. What whole state will tell on the next hello
+// anyway is not kept while there is no stream; renewals are, because their tokens are nowhere else.
+type outbox struct {
+	mu         sync.Mutex
+	wake       chan struct{} // capacity 1
+	up         bool
+	answers    []wire.Frame
+	ends       []wire.End
+	renewed    map[string]wire.Renewed
+	candidates []wire.Candidate // nil when the coordinator knows them
+	leaving    bool
+	idle       chan struct{} // closed once all is written; nil when nobody waits
+	writing    bool
+}
+
+func newOutbox() *outbox {
+	return &outbox{wake: make(chan struct{}, 1), renewed: map[string]wire.Renewed{}}
+}
+
+// open begins a stream whose hello is about to be taken: what happens from here on follows it.
+func (o *outbox) open() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.up, o.answers, o.ends, o.candidates, o.writing = true, nil, nil, nil, false
+}
+
+// shut ends a stream.
+func (o *outbox) shut() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.up, o.answers, o.ends, o.candidates, o.writing = false, nil, nil, nil, false
+	o.settle()
+}
+
+func (o *outbox) put(change func()) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	change()
+	select {
+	case o.wake <- struct{}{}:
+	default:
+	}
+}
+
+// answer queues the answer to the frame with this id.
+func (o *outbox) answer(id uint64, a wire.Answer) {
+	o.put(func() {
+		if o.up {
+			o.answers = append(o.answers, frame(wire.FrameAnswer, id, a))
+		}
+	})
+}
+
+// end queues the end of a session.
+func (o *outbox) end(e wire.End) {
+	o.put(func() {
+		delete(o.renewed, e.Session)
+		if o.up {
+			o.ends = append(o.ends, e)
+		}
+	})
+}
+
+// renew queues a renewal over the last one of its session.
+func (o *outbox) renew(r wire.Renewed) { o.put(func() { o.renewed[r.Session] = r }) }
+
+// unsent takes back a frame that could not be written, where whole state would not tell it: a renewal, unless a newer one came.
+func (o *outbox) unsent(f wire.Frame) {
+	var r wire.Renewed
+	if f.Type != wire.FrameRenewed || json.Unmarshal(f.Body, &r) != nil {
+		return
+	}
+	o.put(func() {
+		if _, newer := o.renewed[r.Session]; !newer {
+			o.renewed[r.Session] = r
+		}
+	})
+}
+
+// setCandidates queues the gateway's own candidates.
+func (o *outbox) setCandidates(c []wire.Candidate) {
+	o.put(func() {
+		if o.up {
+			o.candidates = c
+		}
+	})
+}
+
+// leave queues the wish for no new sessions.
+func (o *outbox) leave() { o.put(func() { o.leaving = true }) }
+
+// next gives the next frame to write, waiting for one until ctx ends.
+func (o *outbox) next(ctx context.Context) (wire.Frame, error) {
+	for {
+		if f, ok := o.take(); ok {
+			return f, nil
+		}
+		select {
+		case <-o.wake:
+		case <-ctx.Done():
+			return wire.Frame{}, ctx.Err()
+		}
+	}
+}
+
+func (o *outbox) take() (wire.Frame, bool) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.writing = true
+	if o.leaving {
+		o.leaving = false
+		return frame(wire.FrameLeaving, 0, nil), true
+	}
+	if len(o.answers) > 0 {
+		f := o.answers[0]
+		o.answers = o.answers[1:]
+		return f, true
+	}
+	if o.candidates != nil {
+		f := frame(wire.FrameCandidates, 0, wire.Trickle{Candidates: o.candidates})
+		o.candidates = nil
+		return f, true
+	}
+	if len(o.ends) > 0 {
+		f := frame(wire.FrameEnd, 0, o.ends[0])
+		o.ends = o.ends[1:]
+		return f, true
+	}
+	for id, r := range o.renewed {
+		delete(o.renewed, id)
+		return frame(wire.FrameRenewed, 0, r), true
+	}
+	o.writing = false
+	o.settle()
+	return wire.Frame{}, false
+}
+
+// settle tells who waits in flush. o.mu is held.
+func (o *outbox) settle() {
+	if o.idle != nil {
+		close(o.idle)
+		o.idle = nil
+	}
+}
+
+// flush waits until all that is queued has been written, the stream is gone or ctx ends.
+func (o *outbox) flush(ctx context.Context) {
+	o.mu.Lock()
+	if !o.up || (!o.pending() && !o.writing) {
+		o.mu.Unlock()
+		return
+	}
+	if o.idle == nil {
+		o.idle = make(chan struct{})
+	}
+	idle := o.idle
+	o.mu.Unlock()
+	select {
+	case <-idle:
+	case <-ctx.Done():
+	}
+}
+
+func (o *outbox) pending() bool {
+	return o.leaving || o.candidates != nil || len(o.answers)+len(o.ends)+len(o.renewed) > 0
+}
+
+// frame encodes a message. The bodies are this program's own types, which always encode.
+func frame(t wire.FrameType, id uint64, body any) wire.Frame {
+	f := wire.Frame{Type: t, ID: id}
+	if body != nil {
+		f.Body, _ = json.Marshal(body)
+	}
+	return f
+}

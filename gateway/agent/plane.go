@@ -1,0 +1,153 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/culvertnet/culvert/gateway/forward"
+	"github.com/culvertnet/culvert/internal/netstack"
+	"github.com/culvertnet/culvert/internal/policy"
+	"github.com/culvertnet/culvert/internal/problem"
+	"github.com/culvertnet/culvert/internal/tunnel"
+	"github.com/culvertnet/culvert/internal/wire"
+)
+
+// plane is the data plane: the tunnel into a network stack, the forwarder out of it and, once the coordinator has said which
+// overlay addresses are the gateway's, the services on them.
+type plane struct {
+	device  *netstack.Device
+	tunnel  *tunnel.Tunnel
+	limits  forward.Limits
+	log     *slog.Logger
+	handler http.Handler          // the services' HTTP
+	known   func(netip.Addr) bool // whether an address is a live session's
+	perAddr int                   // connections of one session to the services
+
+	mu    sync.Mutex
+	local []netip.Addr // nil before the first welcome
+	fwd   *forward.Forwarder
+	front *services
+
+	removals sync.WaitGroup // of peers that have just been reset
+}
+
+// resetGrace is how long resets have to get through the device to the peer.
+const resetGrace = 20 * time.Millisecond
+
+// newPlane opens the UDP socket. Nothing is admitted before the overlay addresses are set.
+func newPlane(key wire.PrivateKey, port uint16, limits Limits, log *slog.Logger) (*plane, error) {
+	device, err := netstack.New(netstack.Options{Forward: true, Logger: log})
+	if err != nil {
+		return nil, fmt.Errorf("make the network stack: %w", err)
+	}
+	t, err := tunnel.New(tunnel.Options{Key: key, TUN: device, Port: port, Logger: log})
+	if err != nil {
+		return nil, errors.Join(problem.Wrap(err, problem.Failed, fmt.Sprintf("the tunnel cannot listen on UDP port %d: %v", port, err),
+			"free the port, or give another with --listen"), device.Close())
+	}
+	return &plane{device: device, tunnel: t, limits: limits.Forward, perAddr: limits.SessionConn, log: log}, nil
+}
+
+// addresses are the gateway's own in the overlay; empty before the first welcome.
+func (p *plane) addresses() []netip.Addr {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.local
+}
+
+// setAddresses takes the overlay addresses of a welcome: it starts the forwarder and the services there. No session may be held
+// unless the addresses are what they were.
+func (p *plane) setAddresses(addrs []netip.Addr) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if slices.Equal(p.local, addrs) {
+		return nil
+	}
+	if err := p.stopServing(); err != nil {
+		return err
+	}
+	if err := p.device.SetAddresses(addrs); err != nil {
+		return fmt.Errorf("set the overlay addresses: %w", err)
+	}
+	fwd, err := forward.New(forward.Options{Device: p.device, Local: addrs, Limits: p.limits, Logger: p.log})
+	if err != nil {
+		return fmt.Errorf("start the forwarder: %w", err)
+	}
+	front, err := serve(p.device, addrs, p.handler, p.known, p.perAddr, p.log)
+	if err != nil {
+		return errors.Join(fmt.Errorf("start the services inside the tunnel: %w", err), fwd.Close())
+	}
+	p.local, p.fwd, p.front = addrs, fwd, front
+	return nil
+}
+
+// stopServing ends services and forwarder. p.mu is held.
+func (p *plane) stopServing() error {
+	if p.fwd == nil {
+		return nil
+	}
+	err := errors.Join(p.fwd.Close(), p.front.close()) // tries of targets end with the forwarder
+	p.local, p.fwd, p.front = nil, nil, nil
+	return err
+}
+
+// open gives a session its place. The forwarder knows it before its first packet can arrive.
+func (p *plane) open(id string, key wire.Key, addrs []netip.Addr, c []wire.Candidate, scope *policy.Scope) (carrier, error) {
+	p.mu.Lock()
+	fwd := p.fwd
+	p.mu.Unlock()
+	if fwd == nil {
+		return nil, errors.New("no overlay addresses yet")
+	}
+	flows, err := fwd.Add(id, addrs, scope)
+	if err != nil {
+		return nil, fmt.Errorf("add the session to the forwarder: %w", err)
+	}
+	peer, err := p.tunnel.AddPeer(tunnel.PeerOptions{Key: key, Session: id, AllowedIPs: hostPrefixes(addrs), Candidates: c})
+	if err != nil {
+		fwd.Remove(flows)
+		return nil, fmt.Errorf("add the peer: %w", err)
+	}
+	return &place{Peer: peer, Session: flows, plane: p, fwd: fwd}, nil
+}
+
+// close ends everything and waits.
+func (p *plane) close() error {
+	p.removals.Wait()
+	p.mu.Lock()
+	err := p.stopServing()
+	p.mu.Unlock()
+	return errors.Join(err, p.tunnel.Close())
+}
+
+// place is one session's place in the data plane.
+type place struct {
+	*tunnel.Peer
+	*forward.Session
+	plane *plane
+	fwd   *forward.Forwarder
+	once  sync.Once
+}
+
+// Close resets the session's flows; from then on nothing of it is accepted. Where there were flows, the peer itself stays for a
+// moment longer, so that the job hears of the resets.
+func (p *place) Close() {
+	p.once.Do(func() {
+		open := p.Counts().Open
+		p.fwd.Remove(p.Session)
+		if open == 0 {
+			p.plane.tunnel.RemovePeer(p.Peer)
+			return
+		}
+		p.plane.removals.Go(func() {
+			time.Sleep(resetGrace)
+			p.plane.tunnel.RemovePeer(p.Peer)
+		})
+	})
+}

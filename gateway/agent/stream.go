@@ -1,0 +1,269 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"net/http"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/coder/websocket"
+
+	"github.com/culvertnet/culvert/internal/problem"
+	"github.com/culvertnet/culvert/internal/wire"
+)
+
+// Times of the control stream.
+const (
+	dialTimeout    = 10 * time.Second
+	welcomeTimeout = 10 * time.Second
+	writeTimeout   = 10 * time.Second
+	pingEvery      = 15 * time.Second
+	pingTimeout    = 10 * time.Second
+	offerTimeout   = 8 * time.Second // to verify and admit; the coordinator has given up by then
+	firstRetry     = 200 * time.Millisecond
+	lastRetry      = 5 * time.Second
+	refusedRetry   = time.Minute // after a refusal that only a person can lift
+	settled        = 10 * time.Second
+)
+
+// stream keeps one WebSocket to the coordinator, dialling it again whenever it ends.
+type stream struct {
+	url        string
+	network    string
+	client     *http.Client
+	credential func() (wire.Secret, error)
+	hello      func() wire.Hello                 // whole state, taken after out was opened
+	welcome    func(wire.Welcome) error          // an error ends the stream
+	handle     func(context.Context, wire.Frame) // offers and the like; called in order, must not block for long
+	join       func()                            // waits for what handle started
+	out        *outbox
+	log        *slog.Logger
+
+	state    atomic.Int32 // 1 while welcomed
+	connects atomic.Uint64
+}
+
+// up reports whether the coordinator has welcomed the gateway.
+func (s *stream) up() bool { return s.state.Load() == 1 }
+
+// run keeps the stream until ctx ends.
+func (s *stream) run(ctx context.Context) {
+	wait := backoff{first: firstRetry, last: lastRetry}
+	for ctx.Err() == nil {
+		began := time.Now()
+		welcomed, err := s.once(ctx)
+		if ctx.Err() != nil {
+			return
+		}
+		if welcomed && time.Since(began) > settled {
+			wait.reset()
+		}
+		delay := wait.next()
+		if permanent(err) {
+			delay = jitter(refusedRetry)
+			p := problem.From(err)
+			s.log.Error("the coordinator refuses this gateway", "network", s.network, "addr", s.url, "code", p.Code,
+				"err", p.Message, "next", p.Next, "retry", delay)
+		} else {
+			s.log.Warn("no stream to the coordinator", "network", s.network, "addr", s.url, "code", problem.CodeOf(err),
+				"err", err, "cause", errors.Unwrap(problem.From(err)), "retry", delay)
+		}
+		select {
+		case <-time.After(delay):
+		case <-ctx.Done():
+		}
+	}
+}
+
+// permanent reports whether only a person can lift a refusal. Anything else may come from something on the way.
+func permanent(err error) bool {
+	switch problem.CodeOf(err) {
+	case problem.Unauthorized, problem.Incompatible, problem.NoNetwork, problem.Denied, problem.BadConfig,
+		problem.TokenInvalid, problem.TokenIssuer, problem.TokenAudience:
+		return true
+	}
+	return false
+}
+
+// once dials one stream and serves it to its end.
+func (s *stream) once(ctx context.Context) (welcomed bool, err error) {
+	conn, err := s.dial(ctx)
+	if err != nil {
+		return false, err
+	}
+	defer conn.CloseNow()
+	conn.SetReadLimit(wire.MaxFrame)
+	s.out.open()
+	defer s.out.shut()
+	if err := s.greet(ctx, conn); err != nil {
+		return false, err
+	}
+	s.connects.Add(1)
+	s.state.Store(1)
+	defer s.state.Store(0)
+	s.log.Info("stream to the coordinator is up", "network", s.network, "addr", s.url)
+	err = s.serve(ctx, conn)
+	if ctx.Err() != nil {
+		_ = conn.Close(websocket.StatusNormalClosure, "the gateway stops")
+	}
+	return true, err
+}
+
+func (s *stream) dial(ctx context.Context) (*websocket.Conn, error) {
+	credential, err := s.credential()
+	if err != nil {
+		return nil, problem.Wrap(err, problem.Unreachable, "the credential for the coordinator cannot be read", "check the file")
+	}
+	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
+	defer cancel()
+	client := *s.client
+	client.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
+	conn, resp, err := websocket.Dial(ctx, s.url, &websocket.DialOptions{HTTPClient: &client, HTTPHeader: http.Header{
+		"Authorization":    {credential.Reveal()},
+		wire.HeaderNetwork: {s.network},
+	}})
+	if err == nil {
+		return conn, nil
+	}
+	if resp != nil && resp.StatusCode >= 400 && resp.Body != nil {
+		return nil, problem.Read(resp)
+	}
+	return nil, problem.Wrap(err, problem.Unreachable, "the coordinator cannot be reached",
+		"check its URL, that it runs, and that the way out is open (HTTPS_PROXY is honoured)")
+}
+
+// greet sends hello and takes the welcome.
+func (s *stream) greet(ctx context.Context, conn *websocket.Conn) error {
+	if err := write(ctx, conn, frame(wire.FrameHello, 0, s.hello())); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, welcomeTimeout)
+	defer cancel()
+	f, err := read(ctx, conn)
+	if err != nil {
+		return err
+	}
+	if f.Type == wire.FrameAnswer { // a refusal in place of the welcome
+		var a wire.Answer
+		var p problem.Error
+		if json.Unmarshal(f.Body, &a) == nil && json.Unmarshal(a.Problem, &p) == nil {
+			return &p
+		}
+	}
+	var w wire.Welcome
+	if f.Type != wire.FrameWelcome || json.Unmarshal(f.Body, &w) != nil {
+		return problem.New(problem.Incompatible, "the coordinator does not begin with a welcome",
+			"update coordinator and gateway to the same version")
+	}
+	if w.Version != wire.Version {
+		return problem.New(problem.Incompatible, fmt.Sprintf("the coordinator speaks version %d of the API, this gateway %d", w.Version, wire.Version),
+			"update coordinator and gateway to the same version")
+	}
+	return s.welcome(w)
+}
+
+// serve reads, writes and pings until one of them fails; it returns when all have ended.
+func (s *stream) serve(ctx context.Context, conn *websocket.Conn) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer s.join()
+	defer cancel(nil)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	// A read or write whose context ends closes the connection at once; the writer outlives ctx only in flush, see [Gateway.Close].
+	wg.Go(func() { cancel(s.writeAll(ctx, conn)) })
+	wg.Go(func() { cancel(ping(ctx, conn)) })
+	for {
+		f, err := read(ctx, conn)
+		if err != nil {
+			cancel(err)
+			return context.Cause(ctx)
+		}
+		s.handle(ctx, f)
+	}
+}
+
+func (s *stream) writeAll(ctx context.Context, conn *websocket.Conn) error {
+	for {
+		f, err := s.out.next(ctx)
+		if err != nil {
+			return err
+		}
+		if err := write(ctx, conn, f); err != nil {
+			s.out.unsent(f)
+			return err
+		}
+	}
+}
+
+func ping(ctx context.Context, conn *websocket.Conn) error {
+	tick := time.NewTicker(pingEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+		pctx, cancel := context.WithTimeout(ctx, pingTimeout)
+		err := conn.Ping(pctx)
+		cancel()
+		if err != nil {
+			return lost(err)
+		}
+	}
+}
+
+func write(ctx context.Context, conn *websocket.Conn, f wire.Frame) error {
+	ctx, cancel := context.WithTimeout(ctx, writeTimeout)
+	defer cancel()
+	b, err := json.Marshal(f)
+	if err != nil {
+		return fmt.Errorf("encode a %s frame: %w", f.Type, err)
+	}
+	if err := conn.Write(ctx, websocket.MessageText, b); err != nil {
+		return lost(err)
+	}
+	return nil
+}
+
+func read(ctx context.Context, conn *websocket.Conn) (wire.Frame, error) {
+	var f wire.Frame
+	_, b, err := conn.Read(ctx)
+	if err != nil {
+		return f, lost(err)
+	}
+	if err := json.Unmarshal(b, &f); err != nil {
+		return f, problem.New(problem.Incompatible, "the coordinator sent something that is no frame",
+			"check that nothing on the way changes the stream, and that both sides are of the same version")
+	}
+	return f, nil
+}
+
+func lost(err error) error {
+	return problem.Wrap(err, problem.Unreachable, "the stream to the coordinator broke", "it is dialled again")
+}
+
+// backoff grows from first to last, with jitter. The first wait is at most first.
+type backoff struct {
+	first, last, now time.Duration
+}
+
+func (b *backoff) next() time.Duration {
+	if b.now == 0 {
+		b.now = b.first
+	}
+	d := jitter(b.now)
+	b.now = min(b.now*2, b.last)
+	return d
+}
+
+func (b *backoff) reset() { b.now = 0 }
+
+// jitter gives between half of d and all of it.
+func jitter(d time.Duration) time.Duration { return d/2 + rand.N(d/2+1) }

@@ -1,0 +1,166 @@
+package agent
+
+import (
+	"context"
+	"log/slog"
+	"net/http"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/culvertnet/culvert/internal/problem"
+	"github.com/culvertnet/culvert/internal/wire"
+)
+
+var testHello = wire.Hello{Version: wire.Version, Name: "gw", Key: wire.Key{1}}
+
+// testStream runs a stream to c until the test ends.
+func testStream(t *testing.T, c *coordinator) (*stream, chan wire.Frame) {
+	t.Helper()
+	got := make(chan wire.Frame, 16)
+	s := &stream{
+		url: c.url() + wire.PathGateway, network: "corp", client: &http.Client{Transport: &http.Transport{}}, out: newOutbox(),
+		credential: func() (wire.Secret, error) { return "Enrol secret", nil },
+		hello:      func() wire.Hello { return testHello },
+		welcome:    func(wire.Welcome) error { return nil },
+		handle:     func(_ context.Context, f wire.Frame) { got <- f },
+		join:       func() {}, log: slog.New(slog.DiscardHandler),
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	wg.Go(func() { s.run(ctx) })
+	t.Cleanup(func() { cancel(); wg.Wait(); s.client.CloseIdleConnections() })
+	return s, got
+}
+
+// eventually waits for real parts that run beside the test.
+func eventually(t testing.TB, what string, ok func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(10 * time.Second); !ok(); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("not within 10 s: %s", what)
+		}
+	}
+}
+
+func TestStreamIntroducesTheGateway(t *testing.T) {
+	c := startCoordinator(t)
+	s, got := testStream(t, c)
+	if h := c.hello(); h.Name != "gw" {
+		t.Errorf("hello %+v", h)
+	}
+	c.mu.Lock()
+	auth, network := c.headers.Get("Authorization"), c.headers.Get(wire.HeaderNetwork)
+	c.mu.Unlock()
+	if auth != "Enrol secret" || network != "corp" {
+		t.Errorf("headers %q, %q", auth, network)
+	}
+	s.out.end(wire.End{Session: "x", Reason: "over"})
+	if e := body[wire.End](t, c.expect(wire.FrameEnd)); e.Session != "x" {
+		t.Errorf("end %+v", e)
+	}
+	c.send(frame(wire.FrameEnd, 7, wire.End{Session: "y"}))
+	if f := <-got; f.Type != wire.FrameEnd || f.ID != 7 {
+		t.Errorf("frame %+v", f)
+	}
+}
+
+func TestStreamFindsARestartedCoordinator(t *testing.T) {
+	c := startCoordinator(t)
+	s, _ := testStream(t, c)
+	c.hello()
+	eventually(t, "the stream is up", s.up)
+	c.stop()
+	eventually(t, "the gateway notices", func() bool { return !s.up() })
+	s.out.renew(wire.Renewed{Session: "x", Token: "kept"})
+	began := time.Now()
+	c.start()
+	c.hello()
+	if d := time.Since(began); d > 2*time.Second {
+		t.Errorf("found after %v", d)
+	}
+	if r := body[wire.Renewed](t, c.expect(wire.FrameRenewed)); r.Token != "kept" {
+		t.Errorf("renewed %+v", r)
+	}
+}
+
+// TestStreamSurvivesNonsense sends what no coordinator should; the gateway drops the stream and comes back.
+func TestStreamSurvivesNonsense(t *testing.T) {
+	for name, raw := range map[string][]byte{
+		"no JSON":         []byte("hello"),
+		"another frame":   []byte(`{"type":"offer","id":1}`),
+		"another version": []byte(`{"type":"welcome","body":{"version":99}}`),
+		"a huge frame":    append([]byte(`{"type":"welcome","body":{"network":"`), make([]byte, wire.MaxFrame)...),
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := startCoordinator(t)
+			c.script(func(c *coordinator) { c.raw = raw })
+			s := &stream{
+				url: c.url() + wire.PathGateway, client: &http.Client{Transport: &http.Transport{}}, out: newOutbox(),
+				credential: func() (wire.Secret, error) { return "Enrol secret", nil },
+				hello:      func() wire.Hello { return testHello },
+				welcome:    func(wire.Welcome) error { t.Error("welcomed"); return nil },
+				join:       func() {}, log: slog.New(slog.DiscardHandler),
+			}
+			defer s.client.CloseIdleConnections()
+			welcomed, err := s.once(t.Context())
+			if welcomed || err == nil {
+				t.Errorf("welcomed: %t, %v", welcomed, err)
+			}
+		})
+	}
+}
+
+func TestPermanentRefusals(t *testing.T) {
+	for code, want := range map[problem.Code]bool{
+		problem.Unauthorized: true, problem.NoNetwork: true, problem.Incompatible: true,
+		problem.Unreachable: false, problem.Failed: false, problem.RateLimited: false,
+	} {
+		c := startCoordinator(t)
+		c.script(func(c *coordinator) { c.refuse = problem.New(code, "no", "next") })
+		var dials atomic.Int32
+		s := &stream{
+			url: c.url() + wire.PathGateway, client: &http.Client{Transport: &http.Transport{}}, out: newOutbox(),
+			credential: func() (wire.Secret, error) { dials.Add(1); return "Enrol secret", nil },
+		}
+		_, err := s.once(t.Context())
+		if got := permanent(err); got != want || problem.CodeOf(err) != code {
+			t.Errorf("%s: %v is permanent: %t, want %t", code, err, got, want)
+		}
+		s.client.CloseIdleConnections()
+	}
+}
+
+func TestNoRedirectGetsTheCredential(t *testing.T) {
+	c := startCoordinator(t)
+	c.script(func(c *coordinator) {
+		c.server.Handler = http.RedirectHandler("http://127.0.0.1:1/", http.StatusTemporaryRedirect)
+	})
+	s := &stream{
+		url: c.url() + wire.PathGateway, client: &http.Client{Transport: &http.Transport{}}, out: newOutbox(),
+		credential: func() (wire.Secret, error) { return "Enrol secret", nil }, hello: func() wire.Hello { return testHello },
+	}
+	defer s.client.CloseIdleConnections()
+	if _, err := s.once(t.Context()); problem.CodeOf(err) != problem.Unreachable {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestBackoff(t *testing.T) {
+	for range 100 {
+		b := backoff{first: firstRetry, last: lastRetry}
+		limit := firstRetry
+		for range 12 {
+			d := b.next()
+			if d > limit || d < limit/2 {
+				t.Fatalf("waits %v, want between %v and %v", d, limit/2, limit)
+			}
+			limit = min(limit*2, lastRetry)
+		}
+		b.reset()
+		if d := b.next(); d > 250*time.Millisecond {
+			t.Fatalf("first retry after %v", d)
+		}
+	}
+}

@@ -1,0 +1,41 @@
+//go:build !linux
+
+package forward
+
+import (
+	"bytes"
+
+	"gvisor.dev/gvisor/pkg/tcpip"
+
+	"github.com/culvertnet/culvert/internal/netstack"
+)
+
+// pour copies from the target to the job until the target has sent all, which is io.EOF, or something fails.
+func (r *relay) pour(writable <-chan struct{}) error {
+	var reader bytes.Reader
+	src, err := newSource(r.conn, &streams, true, func(b []byte) error {
+		r.carried(len(b))
+		return r.send(b, &reader, writable)
+	})
+	for err == nil {
+		err = src.next()
+	}
+	return err
+}
+
+// send writes all of b to the job.
+func (r *relay) send(b []byte, src *bytes.Reader, writable <-chan struct{}) error {
+	for len(b) > 0 {
+		src.Reset(b)
+		n, terr := r.ep.Write(src, tcpip.WriteOptions{})
+		b = b[n:]
+		switch terr.(type) {
+		case nil:
+		case *tcpip.ErrWouldBlock:
+			<-writable // a reset wakes it as well
+		default:
+			return netstack.Errno(terr)
+		}
+	}
+	return nil
+}

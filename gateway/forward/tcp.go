@@ -1,0 +1,268 @@
+package forward
+
+import (
+	"errors"
+	"io"
+	"net"
+	"sync"
+	"syscall"
+	"time"
+
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+	"gvisor.dev/gvisor/pkg/waiter"
+
+	"github.com/culvertnet/culvert/internal/netstack"
+	"github.com/culvertnet/culvert/internal/policy"
+)
+
+// Keepalive towards both sides: a peer that has gone is noticed after three minutes.
+const (
+	keepaliveIdle     = time.Minute
+	keepaliveInterval = 15 * time.Second
+	keepaliveCount    = 8
+)
+
+// handleTCP sees every segment that belongs to no connection, on the goroutine that delivers packets. False leaves the
+// segment to the stack, which answers with a reset.
+func (f *Forwarder) handleTCP(id stack.TransportEndpointID, pkt *stack.PacketBuffer) bool {
+	src, dst := endpoints(id)
+	flags := header.TCP(pkt.TransportHeader().Slice()).Flags()
+	if f.isLocal(dst.Addr()) || flags&(header.TCPFlagSyn|header.TCPFlagAck) != header.TCPFlagSyn {
+		return false
+	}
+	s := f.session(src.Addr())
+	if s == nil {
+		return true // removed since the filter let it in
+	}
+	key := flowKey{policy.TCP, src, dst}
+	fl, reason, known := s.admit(key, f.limits.TCPIdle)
+	switch {
+	case known, reason == reasonRate:
+		return true // being dialled, or over the rate: the job's next SYN finds out
+	case fl == nil:
+		s.deny(key, reason)
+		return false
+	}
+	fl.quote = quoteOf(pkt)
+	if !f.tcp.HandlePacket(id, pkt) { // hands the flow to serveTCP
+		fl.close()
+		return false
+	}
+	return true
+}
+
+// serveTCP carries one connection: it dials the target and only then completes the job's handshake.
+func (f *Forwarder) serveTCP(r *tcp.ForwarderRequest) {
+	src, dst := endpoints(r.ID())
+	var fl *flow
+	if s := f.session(src.Addr()); s != nil {
+		fl = s.find(flowKey{policy.TCP, src, dst})
+	}
+	if fl == nil {
+		r.Complete(true)
+		return
+	}
+	defer fl.close()
+	target, err := f.dial(fl.ctx, "tcp", dst)
+	if err != nil {
+		refuse(fl, r, err)
+		return
+	}
+	conn := target.(*net.TCPConn)
+	if !fl.onReset(func() { resetConn(conn) }) {
+		r.Complete(true)
+		return
+	}
+	var wq waiter.Queue
+	ep, terr := r.CreateEndpoint(&wq)
+	if terr != nil {
+		r.Complete(true)
+		fl.fail(netstack.Errno(terr))
+		resetConn(conn)
+		return
+	}
+	r.Complete(false)
+	fl.quote = nil
+	if !fl.onReset(ep.Abort) {
+		return
+	}
+	keepAlive(ep)
+	(&relay{f: f, fl: fl, ep: ep, wq: &wq, conn: conn}).run()
+}
+
+// refuse shows the job what happened to the dial: a reset where the target refused, an ICMP error where it does not answer.
+func refuse(fl *flow, r *tcp.ForwarderRequest, err error) {
+	if fl.ctx.Err() != nil { // the flow was reset, not refused
+		r.Complete(true)
+		return
+	}
+	fl.fail(err)
+	reject := rejectFor(err)
+	sent := reject != none && fl.s.reject(fl.quote, reject)
+	r.Complete(!sent)
+}
+
+func keepAlive(ep tcpip.Endpoint) {
+	idle := tcpip.KeepaliveIdleOption(keepaliveIdle)
+	interval := tcpip.KeepaliveIntervalOption(keepaliveInterval)
+	_ = ep.SetSockOpt(&idle) // these options exist on every TCP endpoint
+	_ = ep.SetSockOpt(&interval)
+	_ = ep.SetSockOptInt(tcpip.KeepaliveCountOption, keepaliveCount)
+	ep.SocketOptions().SetKeepAlive(true)
+}
+
+// resetConn closes a connection with a reset.
+func resetConn(c *net.TCPConn) {
+	_ = c.SetLinger(0)
+	_ = c.Close()
+}
+
+// errTargetGone says that the target takes nothing more. What it has said before may still be on its way to the job, so
+// the other direction decides how the flow ends.
+var errTargetGone = errors.New("the target has closed the connection")
+
+// relay copies between a connection of the stack and one of the operating system, with half-close both ways.
+type relay struct {
+	f     *Forwarder
+	fl    *flow
+	ep    tcpip.Endpoint
+	wq    *waiter.Queue
+	conn  *net.TCPConn
+	total int  // bytes carried to the job
+	wide  bool // has one of the large send buffers
+}
+
+const (
+	wideAfter  = 8 << 20 // bytes
+	wideBuffer = 6 << 20 // bytes
+	maxWide    = 64      // flows of the whole process
+)
+
+// run returns when both directions have ended. A direction that fails resets the flow; one that ends well closes its
+// half of the other side and lets the opposite direction run on.
+func (r *relay) run() {
+	var up sync.WaitGroup
+	up.Go(func() {
+		if r.up() != nil {
+			r.fl.reset()
+		}
+	})
+	if r.down() != nil {
+		r.fl.reset()
+	}
+	up.Wait()
+	_ = r.conn.Close()
+	r.settle()
+	if r.wide {
+		r.f.wide.Add(-1)
+	}
+	r.ep.Close()
+}
+
+// settle waits until the job has taken all that was sent to it, or the flow is reset. What a job leaves unread is memory of
+// this process, so it has to count as an open flow, or closing flows without reading them would get round every limit.
+func (r *relay) settle() {
+	for wait := time.Millisecond; ; wait = min(2*wait, time.Second) {
+		switch tcp.EndpointState(r.ep.State()) {
+		case tcp.StateFinWait2, tcp.StateTimeWait, tcp.StateClose, tcp.StateError:
+			return
+		}
+		select {
+		case <-time.After(wait):
+		case <-r.fl.ctx.Done():
+			return
+		}
+	}
+}
+
+// up copies from the job to the target.
+func (r *relay) up() error {
+	entry, readable := waiter.NewChannelEntry(waiter.ReadableEvents | waiter.EventHUp | waiter.EventErr)
+	r.wq.EventRegister(&entry)
+	defer r.wq.EventUnregister(&entry)
+	for {
+		err := r.drain()
+		switch {
+		case errors.Is(err, io.EOF):
+			return r.conn.CloseWrite()
+		case errors.Is(err, errTargetGone):
+			return nil
+		case err != nil:
+			return err
+		}
+		<-readable // a reset wakes it as well
+	}
+}
+
+// drain copies what the job has sent so far. The buffer goes back to the pool before anything waits for more.
+func (r *relay) drain() error {
+	buf := streams.Get().(*buffer)
+	defer streams.Put(buf)
+	for {
+		w := tcpip.SliceWriter(buf.b)
+		res, terr := r.ep.Read(&w, tcpip.ReadOptions{})
+		switch terr.(type) {
+		case nil:
+		case *tcpip.ErrWouldBlock:
+			return nil
+		case *tcpip.ErrClosedForReceive:
+			return io.EOF
+		default:
+			return netstack.Errno(terr)
+		}
+		r.fl.touch()
+		if m, ok := r.ep.(interface{ ModerateRecvBuf(int) }); ok {
+			m.ModerateRecvBuf(res.Count)
+		}
+		n, err := r.conn.Write(buf.b[:res.Count])
+		r.fl.s.up.Add(uint64(n))
+		if errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNRESET) {
+			return errTargetGone
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// down copies from the target to the job.
+func (r *relay) down() error {
+	entry, writable := waiter.NewChannelEntry(waiter.WritableEvents | waiter.EventHUp | waiter.EventErr)
+	r.wq.EventRegister(&entry)
+	defer r.wq.EventUnregister(&entry)
+	err := r.pour(writable)
+	if errors.Is(err, io.EOF) {
+		return shutdown(r.ep)
+	}
+	return err
+}
+
+// carried notes that n bytes have gone to the job. A flow that has proven to be a bulk transfer gets a larger send buffer, so
+// that copying and sending overlap: the stack wakes a writer only when half of the buffer is free. Few may have one, since a
+// job that stops reading pins it.
+func (r *relay) carried(n int) {
+	r.fl.touch()
+	r.fl.s.down.Add(uint64(n))
+	r.total += n
+	if !r.wide && r.total >= wideAfter {
+		if r.f.wide.Add(1) > maxWide {
+			r.f.wide.Add(-1)
+			return
+		}
+		r.wide = true
+		r.ep.SocketOptions().SetSendBufferSize(wideBuffer, true)
+	}
+}
+
+// shutdown ends the half of the connection towards the job. One that is gone already needs no ending.
+func shutdown(ep tcpip.Endpoint) error {
+	switch terr := ep.Shutdown(tcpip.ShutdownWrite); terr.(type) {
+	case nil, *tcpip.ErrNotConnected:
+		return nil
+	default:
+		return netstack.Errno(terr)
+	}
+}

@@ -1,0 +1,154 @@
+package forward
+
+import (
+	"bytes"
+	"errors"
+	"net"
+	"sync"
+	"syscall"
+
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
+	"gvisor.dev/gvisor/pkg/waiter"
+
+	"github.com/culvertnet/culvert/internal/policy"
+)
+
+const udpBuffer = 512 << 10 // of one flow in the stack, towards the target
+
+// handleUDP sees every datagram that belongs to no flow yet, on the goroutine that delivers packets. False leaves it to
+// the stack, which answers that the port is unreachable.
+func (f *Forwarder) handleUDP(id stack.TransportEndpointID, pkt *stack.PacketBuffer) bool {
+	src, dst := endpoints(id)
+	if f.isLocal(dst.Addr()) {
+		return false
+	}
+	s := f.session(src.Addr())
+	if s == nil {
+		return true
+	}
+	key := flowKey{policy.UDP, src, dst}
+	fl, reason, known := s.admit(key, f.limits.UDPIdle)
+	if known {
+		return true // between two goroutines of WireGuard: the flow's endpoint is just being made
+	}
+	if fl == nil {
+		s.deny(key, reason)
+		if dst.Addr().IsGlobalUnicast() || dst.Addr().IsLoopback() {
+			s.reject(quoteOf(pkt), prohibited)
+		}
+		return true
+	}
+	fl.quote = quoteOf(pkt)
+	first := pkt.Clone()
+	defer first.DecRef()
+	wq := new(waiter.Queue)
+	ep, terr := udp.NewForwarderRequest(f.stack, id, first).CreateEndpoint(wq)
+	if terr != nil {
+		fl.close()
+		return true
+	}
+	ep.SocketOptions().SetReceiveBufferSize(udpBuffer, false)
+	go f.serveUDP(fl, ep, wq)
+	return true
+}
+
+// serveUDP carries one flow over a connected socket, so that only the target it was dialled to can answer.
+func (f *Forwarder) serveUDP(fl *flow, ep tcpip.Endpoint, wq *waiter.Queue) {
+	defer fl.close()
+	defer ep.Close()
+	conn, err := f.dial(fl.ctx, "udp", fl.key.dst)
+	if err != nil {
+		fl.fail(err)
+		if why := rejectFor(err); why != none {
+			fl.s.reject(fl.quote, why)
+		}
+		return
+	}
+	// Closing the endpoint wakes the goroutine that waits for the job, closing the socket the other.
+	stop := sync.OnceFunc(func() { ep.Close(); _ = conn.Close() })
+	defer stop()
+	if !fl.onReset(stop) {
+		return
+	}
+	var up sync.WaitGroup
+	up.Go(func() {
+		fl.udpUp(ep, wq, conn)
+		stop()
+	})
+	fl.udpDown(ep, conn.(*net.UDPConn))
+	stop()
+	up.Wait()
+}
+
+// udpUp copies datagrams from the job to the target until the endpoint is closed.
+func (fl *flow) udpUp(ep tcpip.Endpoint, wq *waiter.Queue, conn net.Conn) {
+	entry, readable := waiter.NewChannelEntry(waiter.ReadableEvents | waiter.EventHUp | waiter.EventErr)
+	wq.EventRegister(&entry)
+	defer wq.EventUnregister(&entry)
+	for fl.udpDrain(ep, conn) {
+		select {
+		case <-readable:
+		case <-fl.ctx.Done():
+			return
+		}
+	}
+}
+
+// udpDrain copies what waits; false says that the endpoint is closed.
+func (fl *flow) udpDrain(ep tcpip.Endpoint, conn net.Conn) bool {
+	buf := datagrams.Get().(*buffer)
+	defer datagrams.Put(buf)
+	for {
+		w := tcpip.SliceWriter(buf.b)
+		res, terr := ep.Read(&w, tcpip.ReadOptions{})
+		if _, empty := terr.(*tcpip.ErrWouldBlock); empty {
+			return true
+		}
+		if terr != nil {
+			return false
+		}
+		fl.touch()
+		n, err := conn.Write(buf.b[:res.Count])
+		fl.s.up.Add(uint64(n))
+		if err != nil && !fl.udpError(err) {
+			return false
+		}
+	}
+}
+
+// udpDown copies datagrams from the target to the job until the socket is closed.
+func (fl *flow) udpDown(ep tcpip.Endpoint, conn socket) {
+	var reader bytes.Reader
+	src, err := newSource(conn, &datagrams, false, func(b []byte) error {
+		fl.touch()
+		fl.s.down.Add(uint64(len(b)))
+		reader.Reset(b)
+		_, _ = ep.Write(&reader, tcpip.WriteOptions{}) // what does not fit is lost, as datagrams are
+		return nil
+	})
+	for err == nil || fl.udpError(err) {
+		err = src.next()
+	}
+}
+
+// udpError tells the job what the network said about its datagrams; false says that the socket is of no more use.
+func (fl *flow) udpError(err error) bool {
+	if errors.Is(err, net.ErrClosed) {
+		return false
+	}
+	if errors.Is(err, syscall.EMSGSIZE) {
+		return true
+	}
+	why := rejectFor(err)
+	if errors.Is(err, syscall.ECONNREFUSED) {
+		why = portUnreachable
+	}
+	if why == none {
+		return false
+	}
+	fl.s.failed.Add(1)
+	fl.s.reject(fl.quote, why)
+	return fl.ctx.Err() == nil
+}

@@ -1,0 +1,240 @@
+package claims
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"sync"
+	"time"
+
+	"github.com/coreos/go-oidc/v3/oidc"
+	"github.com/go-jose/go-jose/v4"
+
+	"github.com/culvertnet/culvert/internal/problem"
+	"github.com/culvertnet/culvert/internal/wire"
+)
+
+// GitHub is the issuer of tokens for jobs on github.com.
+const GitHub = "https://token.actions.githubusercontent.com"
+
+// Issuer is one issuer whose tokens may be verified.
+type Issuer struct {
+	URL      string // exactly the token's iss
+	JWKSFile string // read the keys from this file instead of fetching them; re-read when it changes
+}
+
+// Options configure a [Verifier].
+type Options struct {
+	Issuers      []Issuer         // default: [GitHub] alone
+	Leeway       time.Duration    // for exp, nbf and iat; default 60 s
+	RefetchEvery time.Duration    // at most one fetch of an issuer's keys in this time; default 60 s
+	FreshFor     time.Duration    // keys are fetched anew, in the background, when they are this old; default 10 min
+	InsecureHTTP bool             // accept issuers over plain HTTP beyond loopback
+	HTTPClient   *http.Client     // default: 10 s timeout, proxies from the environment
+	Now          func() time.Time // default time.Now
+	Logger       *slog.Logger     // default: none
+}
+
+// Validate fills in the defaults and refuses what cannot work. Its errors are *problem.Error with the code bad-config.
+func (o *Options) Validate() error {
+	if len(o.Issuers) == 0 {
+		o.Issuers = []Issuer{{URL: GitHub}}
+	}
+	seen := make(map[string]bool)
+	for _, issuer := range o.Issuers {
+		if seen[issuer.URL] {
+			return badIssuer(issuer, errors.New("it is listed twice"))
+		}
+		seen[issuer.URL] = true
+		if err := issuer.validate(o.InsecureHTTP); err != nil {
+			return badIssuer(issuer, err)
+		}
+	}
+	if o.Leeway <= 0 {
+		o.Leeway = time.Minute
+	}
+	if o.RefetchEvery <= 0 {
+		o.RefetchEvery = time.Minute
+	}
+	if o.FreshFor <= 0 {
+		o.FreshFor = 10 * time.Minute
+	}
+	o.FreshFor = max(o.FreshFor, o.RefetchEvery)
+	if o.Now == nil {
+		o.Now = time.Now
+	}
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	return nil
+}
+
+func badIssuer(issuer Issuer, err error) error {
+	return problem.Wrap(err, problem.BadConfig, fmt.Sprintf("the issuer %q cannot be used: %v", issuer.URL, err),
+		"give each issuer once, by the https URL that its tokens carry as iss")
+}
+
+// source is where an issuer's keys come from.
+type source interface {
+	// find gives the key with this id. Its errors are *problem.Error.
+	find(ctx context.Context, kid string) (keys, error)
+	// prefetch makes sure that there are keys.
+	prefetch(ctx context.Context) error
+	// close ends background work and waits for it.
+	close()
+}
+
+// Verifier verifies tokens of the configured issuers, safe for concurrent use.
+type Verifier struct {
+	opts    Options
+	sources map[string]source // by issuer URL
+	http    *fetcher
+}
+
+// New checks opts. It fetches nothing yet; key files are read at once, so that a wrong one shows at the start.
+func New(opts Options) (*Verifier, error) {
+	if err := opts.Validate(); err != nil {
+		return nil, err
+	}
+	v := &Verifier{opts: opts, sources: make(map[string]source), http: newFetcher(opts)}
+	for _, issuer := range opts.Issuers {
+		if issuer.JWKSFile == "" {
+			v.sources[issuer.URL] = newRemoteKeys(issuer.URL, v.http, opts)
+			continue
+		}
+		file, err := newFileKeys(issuer, opts.Logger)
+		if err != nil {
+			return nil, err
+		}
+		v.sources[issuer.URL] = file
+	}
+	return v, nil
+}
+
+// Prefetch fetches the keys of all issuers, so that the first token need not wait. Failures are logged and joined.
+func (v *Verifier) Prefetch(ctx context.Context) error {
+	var wg sync.WaitGroup
+	var mu sync.Mutex
+	var errs []error
+	for _, s := range v.sources {
+		wg.Go(func() {
+			if err := s.prefetch(ctx); err != nil {
+				mu.Lock()
+				defer mu.Unlock()
+				errs = append(errs, err)
+			}
+		})
+	}
+	wg.Wait()
+	return errors.Join(errs...)
+}
+
+// Close ends background work and waits for it. Verifying goes on with the keys that are there.
+func (v *Verifier) Close() error {
+	for _, s := range v.sources {
+		s.close()
+	}
+	v.http.close()
+	return nil
+}
+
+// Verify checks signature (RS256 alone), issuer, audience (exactly one value, exactly this), exp, nbf and iat.
+// Errors are *problem.Error with the codes token-…, too-large and issuer-unreachable, or cancelled and timeout when ctx
+// ends while keys are being fetched.
+func (v *Verifier) Verify(ctx context.Context, token, audience string) (*Claims, error) {
+	jws, err := parseCompact(token)
+	if err != nil {
+		return nil, err
+	}
+	c, err := Parse(jws.UnsafePayloadWithoutVerification())
+	if err != nil {
+		return nil, invalid(err, "the token's claims cannot be read: "+err.Error())
+	}
+	keys, ok := v.sources[c.Issuer]
+	if !ok {
+		return nil, unknownIssuer(c.Issuer)
+	}
+	check := &signature{source: keys, token: token, jws: jws}
+	config := &oidc.Config{
+		ClientID:             audience,
+		SkipClientIDCheck:    audience == "", // refused by checkAudience, with a better word
+		SupportedSigningAlgs: []string{oidc.RS256},
+		SkipExpiryCheck:      true, // checkTimes: go-oidc knows no leeway for exp and has five minutes for nbf
+	}
+	_, err = oidc.NewVerifier(c.Issuer, check, config).Verify(ctx, token)
+	if check.err != nil {
+		return nil, check.err
+	}
+	if !check.valid {
+		return nil, invalid(err, "the token's signature was not checked")
+	}
+	if err := c.checkAudience(audience); err != nil {
+		return nil, err
+	}
+	if err != nil {
+		return nil, invalid(err, "the token's claims are not those of an OIDC token")
+	}
+	if err := c.checkTimes(v.opts.Now(), v.opts.Leeway); err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+// parseCompact bounds a token and reads its outer form (RFC 7515, section 7.1). The alphabet is checked first, because
+// go-oidc also takes the JSON form and skips white space, and both readers must see the same token.
+func parseCompact(token string) (*jose.JSONWebSignature, error) {
+	if len(token) > wire.MaxToken {
+		return nil, problem.New(problem.TooLarge, fmt.Sprintf("the token has %d bytes, more than %d", len(token), wire.MaxToken),
+			"send the token as the issuer gave it")
+	}
+	for _, b := range []byte(token) {
+		if !isBase64URL(b) && b != '.' {
+			return nil, invalid(nil, "the token is not a signed JWT in compact form")
+		}
+	}
+	jws, err := jose.ParseSignedCompact(token, []jose.SignatureAlgorithm{jose.RS256})
+	if alg, ok := errors.AsType[*jose.ErrUnexpectedSignatureAlgorithm](err); ok {
+		return nil, invalid(err, fmt.Sprintf("the token is signed with algorithm %s, only RS256 is accepted", clip(string(alg.Got))))
+	}
+	if err != nil {
+		return nil, invalid(err, "the token is not a signed JWT in compact form")
+	}
+	return jws, nil
+}
+
+func isBase64URL(b byte) bool {
+	return 'a' <= b && b <= 'z' || 'A' <= b && b <= 'Z' || '0' <= b && b <= '9' || b == '-' || b == '_'
+}
+
+// signature is the oidc.KeySet for one verification: it keeps the error, which go-oidc turns into text.
+type signature struct {
+	source source
+	token  string
+	jws    *jose.JSONWebSignature // of token
+	valid  bool
+	err    error
+}
+
+// VerifySignature implements [oidc.KeySet].
+func (s *signature) VerifySignature(ctx context.Context, token string) ([]byte, error) {
+	if token != s.token {
+		return nil, errors.New("another token than the one that was parsed")
+	}
+	kid := s.jws.Signatures[0].Protected.KeyID
+	found, err := s.source.find(ctx, kid)
+	if err != nil {
+		s.err = err
+		return nil, err
+	}
+	for _, key := range found { // nearly always one; some issuers give two keys one id
+		payload, err := s.jws.Verify(key)
+		if err == nil {
+			s.valid, s.err = true, nil
+			return payload, nil
+		}
+		s.err = invalid(err, "the token's signature is wrong")
+	}
+	return nil, s.err
+}

@@ -1,0 +1,215 @@
+//go:build linux
+
+package e2e
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/culvertnet/culvert/internal/lab"
+	"github.com/culvertnet/culvert/internal/problem"
+	"github.com/culvertnet/culvert/internal/stage"
+)
+
+func snapshot(t testing.TB, h *lab.Host) []string {
+	t.Helper()
+	lines, err := h.Snapshot()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return lines
+}
+
+// unchanged waits until the host is as it was: sockets of a process that was killed vanish a moment after it.
+func unchanged(t testing.TB, h *lab.Host, before []string) {
+	t.Helper()
+	deadline := time.Now().Add(5 * time.Second)
+	for {
+		diff := cmp.Diff(before, snapshot(t, h))
+		if diff == "" {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("host %s is not as it was (-before +after):\n%s", h.Name(), diff)
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+}
+
+// fetch downloads with curl and compares the checksum.
+func fetch(t testing.TB, job *stage.Job, url string, via ...string) {
+	t.Helper()
+	curl := program(t, "curl")
+	line := append(via, curl, "--silent", "--show-error", "--fail", "--max-time", "90", url)
+	got := output(t, job, line[0], line[1:]...)
+	sum := sha256.Sum256([]byte(got))
+	if hex.EncodeToString(sum[:]) != downloadSum() {
+		t.Fatalf("the download of %d bytes has another checksum", len(got))
+	}
+}
+
+func TestTunMode(t *testing.T) {
+	s := setup(t, stage.Options{})
+	before := snapshot(t, s.Runner)
+	service := "http://" + s.Target(stage.PortHTTP)
+	if got, err := get(t, s, service); err == nil {
+		t.Fatalf("the service answers without a tunnel: %q", got)
+	}
+	job := newJob(t, s, stage.JobOptions{})
+	r := up(t, job, "tun", "--wait-for", s.Target(stage.PortHTTP))
+	if r.Mode != "tun" || r.Timings["total_ms"] <= 0 {
+		t.Errorf("up reports %+v", r)
+	}
+	curl := program(t, "curl")
+	if got := output(t, job, curl, "--silent", "--show-error", "--max-time", "5", service); got != stage.Greeting {
+		t.Errorf("curl got %q", got)
+	}
+	fetch(t, job, service+"/download")
+	echo(t, s)
+	culvert(t, job, 0, "status", "--json")
+	culvert(t, job, 0, "check", s.Target(stage.PortHTTP))
+	culvert(t, job, 0, "down")
+	if got, err := get(t, s, service); err == nil {
+		t.Errorf("the service still answers after down: %q", got)
+	}
+	unchanged(t, s.Runner, before)
+}
+
+// echo sends datagrams through the tunnel and wants them back.
+func echo(t *testing.T, s *stage.Stage) {
+	t.Helper()
+	conn, err := s.Runner.Dial(timeout(t, 5*time.Second), "udp", s.Target(stage.PortEcho))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	for _, size := range []int{1, 100, 1300} {
+		_ = conn.SetDeadline(time.Now().Add(5 * time.Second))
+		sent := []byte(strings.Repeat("x", size))
+		if _, err := conn.Write(sent); err != nil {
+			t.Fatal(err)
+		}
+		buf := make([]byte, 2000)
+		n, err := conn.Read(buf)
+		if err != nil || string(buf[:n]) != string(sent) {
+			t.Fatalf("echo of %d bytes: got %d, %v", size, n, err)
+		}
+	}
+}
+
+func TestProxyModeAsAnOrdinaryUser(t *testing.T) {
+	s := setup(t, stage.Options{})
+	before := snapshot(t, s.Runner)
+	job := newJob(t, s, stage.JobOptions{Unprivileged: true})
+	r := up(t, job, "proxy", "--wait-for", s.Target(stage.PortHTTP))
+	if r.Proxy == "" {
+		t.Fatalf("up reports no proxy: %+v", r)
+	}
+	curl, service := program(t, "curl"), "http://"+s.Target(stage.PortHTTP)
+	exec := []string{s.Binary("culvert"), "exec", "--"}
+	line := append(exec, curl, "--silent", "--show-error", "--max-time", "5", service)
+	if got := output(t, job, line[0], line[1:]...); got != stage.Greeting {
+		t.Errorf("curl got %q", got)
+	}
+	for _, scheme := range []string{"socks5", "http"} {
+		got := output(t, job, curl, "--silent", "--show-error", "--max-time", "5", "--proxy", scheme+"://"+r.Proxy, service)
+		if got != stage.Greeting {
+			t.Errorf("curl through %s got %q", scheme, got)
+		}
+	}
+	fetch(t, job, service+"/download", exec...)
+	culvert(t, job, 0, "down")
+	unchanged(t, s.Runner, before)
+}
+
+func TestAnotherRepositoryIsDenied(t *testing.T) {
+	s := setup(t, stage.Options{})
+	job := newJob(t, s, stage.JobOptions{Claims: map[string]any{"repository": "acme/other", "repository_id": "4712"}})
+	for _, flags := range [][]string{{"up", "--json"}, {"up", "--json", "--foreground"}} {
+		result := culvert(t, job, problem.ExitDenied, append(flags, "--mode", "tun")...)
+		p := result.Problem()
+		if p == nil || p.Code != problem.Denied || p.Denial == nil {
+			t.Fatalf("culvert %v: no denial in %s", flags, result)
+		}
+		want := problem.Denial{Rule: "deploy", Claim: "repository", Expected: []string{stage.Repository}, Got: "acme/other"}
+		if diff := cmp.Diff(want, *p.Denial); diff != "" {
+			t.Errorf("denial (-want +got):\n%s", diff)
+		}
+	}
+	stranger := newJob(t, s, stage.JobOptions{Claims: map[string]any{
+		"repository": "evil/shop", "repository_owner": "evil", "repository_owner_id": "666"}})
+	result := culvert(t, stranger, problem.ExitDenied, "up", "--json", "--mode", "tun")
+	if p := result.Problem(); p == nil || p.Denial != nil || strings.Contains(p.Error(), "deploy") {
+		t.Errorf("a stranger learns something: %s", result)
+	}
+}
+
+// kill -9 of the process that holds the tunnel leaves the host as it was.
+func TestKillLeavesTheHostClean(t *testing.T) {
+	for _, mode := range []string{"tun", "proxy"} {
+		t.Run(mode, func(t *testing.T) {
+			s := setup(t, stage.Options{})
+			before := snapshot(t, s.Runner)
+			job := newJob(t, s, stage.JobOptions{Unprivileged: mode == "proxy"})
+			proc, err := job.Start(s.Binary("culvert"), "up", "--foreground", "--mode", mode)
+			if err != nil {
+				t.Fatal(err)
+			}
+			waitUp(t, job)
+			if mode == "tun" {
+				if got, err := get(t, s, "http://"+s.Target(stage.PortHTTP)); err != nil || got != stage.Greeting {
+					t.Fatalf("through the tunnel: %q, %v", got, err)
+				}
+				if cmp.Equal(before, snapshot(t, s.Runner)) {
+					t.Fatal("the snapshot does not see the tunnel")
+				}
+			}
+			if err := proc.Signal(syscall.SIGKILL); err != nil {
+				t.Fatal(err)
+			}
+			<-proc.Done()
+			unchanged(t, s.Runner, before)
+		})
+	}
+}
+
+// waitUp waits until the job's tunnel says that it is usable.
+func waitUp(t testing.TB, job *stage.Job) {
+	t.Helper()
+	deadline := time.Now().Add(20 * time.Second)
+	for {
+		result, err := job.Culvert(timeout(t, 5*time.Second), "status", "--json")
+		if err == nil && result.Code == 0 && strings.Contains(strings.ReplaceAll(result.Stdout, " ", ""), `"state":"up"`) {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("the tunnel does not come up: %s, %v", result, err)
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+}
+
+// A destination outside the grant is reset at once; a granted one that nobody listens on refuses as it does without a tunnel.
+func TestOutsideTheGrantIsReset(t *testing.T) {
+	s := setup(t, stage.Options{Rules: func(s *stage.Stage) string {
+		return fmt.Sprintf(`- name: deploy
+  network: corp
+  match: {repository_owner_id: %q}
+  allow: ["tcp %s:80", "tcp %s:9999"]
+`, stage.OwnerID, s.Private.Addr(), s.Private.Addr())
+	}})
+	job := newJob(t, s, stage.JobOptions{})
+	up(t, job, "tun")
+	for _, port := range []uint16{stage.PortOther, 9999} {
+		refused(t, s.Runner, s.Target(port))
+	}
+	culvert(t, job, problem.FlowDenied.Exit(), "check", s.Target(stage.PortOther))
+	culvert(t, job, problem.FlowUnreachable.Exit(), "check", s.Target(9999))
+}

@@ -1,0 +1,52 @@
+//go:build unix && !linux
+
+package lab
+
+import (
+	"net/netip"
+	"os"
+	"syscall"
+)
+
+// Off Linux there are flat labs alone. What they never touch stands here so that the rest compiles.
+
+type namespace struct{}
+
+func newNamespace() (*namespace, error)                          { return nil, errLinux }
+func (*namespace) sysctl(string, string) error                   { return errLinux }
+func (*namespace) do(func() error) error                         { return errLinux }
+func (*namespace) onKeeper(func() error) error                   { return errLinux }
+func (*namespace) close()                                        {}
+func killStrays([]*namespace) error                              { return nil }
+func dieWithThread(*syscall.SysProcAttr)                         {}
+func (*NAT) attach(*namespace) (netip.Addr, error)               { return netip.Addr{}, errLinux }
+func (*Net) attach(*namespace, string, Link) (netip.Addr, error) { return netip.Addr{}, errLinux }
+
+type wire struct{}
+
+func (*wire) close() error { return nil }
+
+// NAT cannot be built off Linux.
+type NAT struct{}
+
+// Kind is how a NAT maps and filters.
+type Kind struct{}
+
+// The kinds, for what names them.
+var Open, Easy, Hard Kind
+
+// NATOptions describe a NAT.
+type NATOptions struct {
+	Kind     Kind
+	BlockUDP bool
+	Link     Link
+}
+
+// NAT attaches a NAT to the internet; it fails off Linux.
+func (n *Net) NAT(string, NATOptions) (*NAT, error) { return nil, errLinux }
+
+func dropPrivileges(attr *syscall.SysProcAttr, _ bool) {
+	if os.Getuid() == 0 {
+		attr.Credential = &syscall.Credential{Uid: UnprivilegedID, Gid: UnprivilegedID}
+	}
+}

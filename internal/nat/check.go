@@ -1,0 +1,151 @@
+package nat
+
+import (
+	"crypto/sha1" //nolint:gosec // RFC 8489's MESSAGE-INTEGRITY is HMAC-SHA1, which collisions of SHA-1 do not touch
+	"crypto/subtle"
+	"errors"
+	"fmt"
+	"net/netip"
+)
+
+const integritySize = attrHeader + sha1.Size
+
+// Check is an authenticated Binding request between the two sides of a session (like RFC 8445, section 2.5).
+type Check struct {
+	ID       TxID
+	Username string // "<session id>:<first 8 characters of the sender's key>"
+	Nominate bool   // this is the path that the sender uses (USE-CANDIDATE, RFC 8445, section 7.1.1)
+}
+
+// AppendCheck encodes a check with MESSAGE-INTEGRITY under key, padded with a PADDING attribute (RFC 5780, section
+// 7.6) to size bytes if size is larger. A size that is no multiple of four is rounded down: a check never exceeds it.
+// It fails for an empty key, a username that is empty or over [MaxUsername], and a size over [MaxMessage]. It does
+// not allocate where dst has room.
+func AppendCheck(dst []byte, c Check, key []byte, size int) ([]byte, error) {
+	switch {
+	case len(key) == 0:
+		return dst, errors.New("encode a check: the key is empty")
+	case c.Username == "" || len(c.Username) > MaxUsername:
+		return dst, fmt.Errorf("encode a check: a username has 1 to %d bytes, not %d", MaxUsername, len(c.Username))
+	case size > MaxMessage:
+		return dst, fmt.Errorf("encode a check: %d bytes are more than %d", size, MaxMessage)
+	}
+	start := len(dst)
+	dst = appendHeader(dst, typeBindingRequest, c.ID)
+	dst = appendAttr(dst, attrUsername, c.Username)
+	if c.Nominate {
+		dst = appendAttr(dst, attrUseCandidate, "")
+	}
+	if gap := size&^3 - (len(dst) - start) - integritySize; gap >= attrHeader {
+		var zeros [MaxMessage]byte
+		dst = appendAttr(dst, attrPadding, zeros[:gap-attrHeader])
+	}
+	return appendIntegrity(dst, start, key), nil
+}
+
+// AppendCheckResponse encodes the success response to a check, with the mapped address and MESSAGE-INTEGRITY. It
+// fails for an empty key or an address that is not valid, and does not allocate where dst has room.
+func AppendCheckResponse(dst []byte, id TxID, mapped netip.AddrPort, key []byte) ([]byte, error) {
+	if len(key) == 0 {
+		return dst, errors.New("encode a check's response: the key is empty")
+	}
+	if !mapped.IsValid() {
+		return dst, errors.New("encode a check's response: the mapped address is not valid")
+	}
+	start := len(dst)
+	dst = appendHeader(dst, typeBindingSuccess, id)
+	dst = appendMapped(dst, id, mapped)
+	return appendIntegrity(dst, start, key), nil
+}
+
+// PeekUsername gives a Binding request's USERNAME before anything is verified, without allocating, so that the
+// receiver finds the key. ok is false for anything but a well-formed Binding request. The username is part of b, and
+// it is the one that [VerifyCheck] finds covered: the first, and before MESSAGE-INTEGRITY.
+func PeekUsername(b []byte) (username []byte, id TxID, ok bool) {
+	if !IsSTUN(b) || messageType(b) != typeBindingRequest {
+		return nil, TxID{}, false
+	}
+	a, covered := walk(b), true
+	for a.next() {
+		switch {
+		case a.typ == attrMessageIntegrity:
+			covered = false
+		case a.typ == attrUsername && covered && username == nil:
+			username = a.value
+		}
+	}
+	if a.bad || len(username) == 0 || len(username) > MaxUsername {
+		return nil, TxID{}, false
+	}
+	return username, transaction(b), true
+}
+
+// Nominated reports whether a request carries USE-CANDIDATE before its MESSAGE-INTEGRITY. It does not allocate.
+func Nominated(b []byte) bool {
+	if !IsSTUN(b) || messageType(b) != typeBindingRequest {
+		return false
+	}
+	for a := walk(b); a.next() && a.typ != attrMessageIntegrity; {
+		if a.typ == attrUseCandidate {
+			return true
+		}
+	}
+	return false
+}
+
+// VerifyCheck checks MESSAGE-INTEGRITY of a request or response under key (RFC 8489, section 14.5). It must be there,
+// and a request's USERNAME before it. What follows it is not covered and nothing here reads it; attributes before it
+// that we do not know are ignored, since the peer vouches for them. It does not allocate.
+func VerifyCheck(b []byte, key []byte) bool {
+	if !IsSTUN(b) || len(b) > MaxMessage || len(key) == 0 {
+		return false
+	}
+	request := messageType(b) == typeBindingRequest
+	if !request && messageType(b) != typeBindingSuccess && messageType(b) != typeBindingError {
+		return false
+	}
+	named := false
+	for a := walk(b); a.next(); {
+		switch a.typ {
+		case attrUsername:
+			named = true
+		case attrMessageIntegrity:
+			if len(a.value) != sha1.Size || request && !named {
+				return false
+			}
+			want := integrity(b[:a.at], key)
+			return subtle.ConstantTimeCompare(want[:], a.value) == 1
+		}
+	}
+	return false
+}
+
+// appendIntegrity ends the message that starts at start with MESSAGE-INTEGRITY and sets its length.
+func appendIntegrity(dst []byte, start int, key []byte) []byte {
+	mac := integrity(dst[start:], key)
+	dst = appendAttr(dst, attrMessageIntegrity, mac[:])
+	setLength(dst[start:], len(dst)-start)
+	return dst
+}
+
+// integrity is HMAC-SHA1 (RFC 2104) under key over the message up to its MESSAGE-INTEGRITY, with the header's length
+// as if that were the last attribute. It works on the stack: crypto/hmac would allocate for every packet.
+func integrity(msg, key []byte) [sha1.Size]byte {
+	var k [sha1.BlockSize]byte
+	if len(key) > len(k) {
+		sum := sha1.Sum(key)
+		copy(k[:], sum[:])
+	} else {
+		copy(k[:], key)
+	}
+	var inner [sha1.BlockSize + MaxMessage]byte
+	var outer [sha1.BlockSize + sha1.Size]byte
+	for i, b := range k {
+		inner[i], outer[i] = b^0x36, b^0x5c
+	}
+	n := sha1.BlockSize + copy(inner[sha1.BlockSize:], msg)
+	setLength(inner[sha1.BlockSize:], len(msg)+integritySize)
+	sum := sha1.Sum(inner[:n])
+	copy(outer[sha1.BlockSize:], sum[:])
+	return sha1.Sum(outer[:])
+}

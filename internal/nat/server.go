@@ -1,0 +1,156 @@
+package nat
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// readPause keeps a socket that fails for good from taking a whole core.
+const readPause = 5 * time.Millisecond
+
+// ServerOptions configure a STUN server.
+type ServerOptions struct {
+	Addr   string       // UDP, for example ":3478"; an empty host takes IPv4 and IPv6 on one socket
+	Logger *slog.Logger // defaults to slog.Default
+}
+
+// Validate fills defaults.
+func (o *ServerOptions) Validate() error {
+	if o.Addr == "" {
+		return errors.New("a stun server needs an address to listen on")
+	}
+	if o.Logger == nil {
+		o.Logger = slog.Default()
+	}
+	return nil
+}
+
+// ServerStats count datagrams since a server's start.
+type ServerStats struct {
+	Answered  uint64 // requests answered
+	Small     uint64 // requests dropped because the answer would have been larger
+	Malformed uint64 // anything else that was dropped
+	Failed    uint64 // answers that the socket did not take
+}
+
+// Server answers plain Binding requests (RFC 8489). It keeps no state, and its answer (32 bytes for IPv4, 44 for
+// IPv6) is never larger than the request: a smaller request is dropped, so that nobody can use the server to amplify
+// traffic towards a forged source. RFC 8489 would allow a request of 20 bytes, an amplification by 1.6 or 2.2;
+// [BindingRequest] makes 44.
+type Server struct {
+	conn    *net.UDPConn
+	log     *slog.Logger
+	readers sync.WaitGroup
+	stop    func() bool // detaches from the context
+
+	answered, small, malformed, failed atomic.Uint64
+}
+
+// Listen opens the socket and starts serving, until Close or until ctx ends.
+func Listen(ctx context.Context, opts ServerOptions) (*Server, error) {
+	if err := opts.Validate(); err != nil {
+		return nil, err
+	}
+	var lc net.ListenConfig
+	pc, err := lc.ListenPacket(ctx, "udp", opts.Addr)
+	if err != nil {
+		return nil, fmt.Errorf("listen for stun: %w", err)
+	}
+	s := &Server{conn: pc.(*net.UDPConn), log: opts.Logger}
+	// One socket takes one reader at a time; the others meanwhile write their answers.
+	for range min(max(2, runtime.GOMAXPROCS(0)), 8) {
+		s.readers.Go(s.read)
+	}
+	s.stop = context.AfterFunc(ctx, s.shut)
+	return s, nil
+}
+
+// Addr is the bound address.
+func (s *Server) Addr() net.Addr { return s.conn.LocalAddr() }
+
+// Stats gives the counters.
+func (s *Server) Stats() ServerStats {
+	return ServerStats{
+		Answered:  s.answered.Load(),
+		Small:     s.small.Load(),
+		Malformed: s.malformed.Load(),
+		Failed:    s.failed.Load(),
+	}
+}
+
+// Close stops serving and waits.
+func (s *Server) Close() error {
+	s.stop()
+	s.shut()
+	s.readers.Wait()
+	return nil
+}
+
+// shut makes every reader return. Only the first call does anything, and what a later one says is of no interest.
+func (s *Server) shut() { _ = s.conn.Close() }
+
+func (s *Server) read() {
+	in := make([]byte, MaxMessage)
+	out := make([]byte, 0, MaxMessage)
+	for {
+		n, from, err := s.conn.ReadFromUDPAddrPort(in)
+		switch {
+		case err == nil:
+			s.answer(in[:n], from, out)
+		case errors.Is(err, net.ErrClosed):
+			return
+		default: // an ICMP error about an earlier answer, or a lack of buffers: a later read may succeed
+			s.log.Debug("stun read failed", "err", err)
+			time.Sleep(readPause)
+		}
+	}
+}
+
+// answer serves one datagram.
+func (s *Server) answer(in []byte, from netip.AddrPort, out []byte) {
+	out, ok := AppendBindingResponse(out, in, from)
+	switch {
+	case !ok:
+		s.malformed.Add(1)
+	case len(out) > len(in):
+		s.small.Add(1)
+	default:
+		if _, err := s.conn.WriteToUDPAddrPort(out, from); err != nil {
+			s.failed.Add(1)
+			return
+		}
+		s.answered.Add(1)
+	}
+}
+
+// AppendBindingResponse encodes the success response to a plain Binding request that came from from. ok is false for
+// anything but a well-formed Binding request, and for one that demands what a plain server does not know: any
+// comprehension-required attribute but PADDING. It does not allocate where dst has room, and it is up to the caller
+// to send no response that is larger than the request.
+func AppendBindingResponse(dst, request []byte, from netip.AddrPort) (response []byte, ok bool) {
+	if !IsSTUN(request) || messageType(request) != typeBindingRequest || !from.IsValid() {
+		return dst, false
+	}
+	a := walk(request)
+	for a.next() {
+		if a.typ < firstOptionalAttr && a.typ != attrPadding {
+			return dst, false
+		}
+	}
+	if a.bad {
+		return dst, false
+	}
+	start, id := len(dst), transaction(request)
+	dst = appendHeader(dst, typeBindingSuccess, id)
+	dst = appendMapped(dst, id, from)
+	setLength(dst[start:], len(dst)-start)
+	return dst, true
+}

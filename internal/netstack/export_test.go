@@ -1,0 +1,45 @@
+package netstack
+
+import "gvisor.dev/gvisor/pkg/tcpip/stack"
+
+// What tests look at from outside.
+const (
+	QueueLimit = queueLimit
+	QueueWait  = queueWait
+)
+
+// SegmentSize is segmentSize.
+var SegmentSize = segmentSize
+
+// Queue is a device's outbound queue on its own.
+type Queue struct{ *queue }
+
+// NewQueue makes a queue as a device has it.
+func NewQueue() Queue { return Queue{newQueue(queueLimit, queueReserve, queueWait, new(counters))} }
+
+// Push takes over pkt.
+func (q Queue) Push(pkt *stack.PacketBuffer) {
+	if !q.push(pkt) {
+		pkt.DecRef()
+	}
+}
+
+// Bytes is what waits.
+func (q Queue) Bytes() int {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.bytes
+}
+
+// Overflow counts what was dropped.
+func (q Queue) Overflow() uint64 { return q.counters.overflow.Load() }
+
+// Close closes the queue.
+func (q Queue) Close() { q.close() }
+
+// Send queues a packet as the stack does.
+func (d *Device) Send(pkt *stack.PacketBuffer) {
+	var list stack.PacketBufferList
+	list.PushBack(pkt)
+	_, _ = d.link.WritePackets(list)
+}

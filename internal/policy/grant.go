@@ -1,0 +1,108 @@
+package policy
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/culvertnet/culvert/internal/problem"
+	"github.com/culvertnet/culvert/internal/wire"
+)
+
+// Grant is a compiled set of allow lines, safe for concurrent use. The zero value grants nothing.
+//
+// Lines are found by their prefix: one map lookup for every prefix length that is in use, however many lines there are.
+type Grant struct {
+	byPrefix map[netip.Prefix][]entry
+	bits4    []int // prefix lengths in use
+	bits6    []int
+	internet []entry
+}
+
+// entry is one line as its prefix leads to it.
+type entry struct {
+	index  int // the line's place in the grant
+	rule   string
+	protos Proto
+	ports  []portRange
+}
+
+// ParseGrant compiles allow lines that came over the wire, at most [MaxLines]. The error is a *problem.Error.
+func ParseGrant(lines []wire.Grant) (*Grant, error) {
+	const next = "run programs of one version on both sides, and check the coordinator's policy"
+	if len(lines) > MaxLines {
+		return nil, problem.New(problem.BadRequest, fmt.Sprintf("a grant of %d lines is more than the %d that are taken", len(lines), MaxLines), next)
+	}
+	g := &Grant{byPrefix: make(map[netip.Prefix][]entry, len(lines))}
+	for i, in := range lines {
+		if !printable(in.Rule) {
+			return nil, problem.New(problem.BadRequest, fmt.Sprintf("a grant names the rule %.64q", in.Rule), next)
+		}
+		l, err := parseLine(in.Allow)
+		if err != nil {
+			return nil, problem.Wrap(err, problem.BadRequest, "a grant does not parse: "+err.Message, next)
+		}
+		g.add(l, entry{index: i, rule: in.Rule, protos: l.protos, ports: l.ports})
+	}
+	return g, nil
+}
+
+func (g *Grant) add(l line, e entry) {
+	if l.internet {
+		g.internet = append(g.internet, e)
+		return
+	}
+	g.byPrefix[l.prefix] = append(g.byPrefix[l.prefix], e)
+	bits := &g.bits6
+	if l.prefix.Addr().Is4() {
+		bits = &g.bits4
+	}
+	if !slices.Contains(*bits, l.prefix.Bits()) {
+		*bits = append(*bits, l.prefix.Bits())
+	}
+}
+
+func (e *entry) covers(proto Proto, port uint16) bool {
+	return e.protos&proto != 0 && (proto == ICMP || hasPort(e.ports, port))
+}
+
+// find gives the first line that covers a flow; exact asks for one that names the very address. A nil grant covers
+// nothing.
+func (g *Grant) find(proto Proto, addr netip.Addr, port uint16, exact bool) (rule string, ok bool) {
+	if g == nil {
+		return "", false
+	}
+	best := firstEntry(g.byPrefix[netip.PrefixFrom(addr, addr.BitLen())], nil, proto, port)
+	if !exact {
+		bits := g.bits6
+		if addr.Is4() {
+			bits = g.bits4
+		}
+		for _, n := range bits {
+			if prefix, err := addr.Prefix(n); err == nil {
+				best = firstEntry(g.byPrefix[prefix], best, proto, port)
+			}
+		}
+		if len(g.internet) > 0 && isPublic(addr) {
+			best = firstEntry(g.internet, best, proto, port)
+		}
+	}
+	if best == nil {
+		return "", false
+	}
+	return best.rule, true
+}
+
+// firstEntry gives the earlier of best and the first entry that covers a flow. Entries are in the order of the lines.
+func firstEntry(entries []entry, best *entry, proto Proto, port uint16) *entry {
+	for i := range entries {
+		e := &entries[i]
+		if best != nil && best.index < e.index {
+			return best
+		}
+		if e.covers(proto, port) {
+			return e
+		}
+	}
+	return best
+}

@@ -1,0 +1,101 @@
+package policy
+
+import "net/netip"
+
+// Flow is one flow that a session wants to open. Dst's port is 0 for ICMP.
+type Flow struct {
+	Proto Proto
+	Dst   netip.AddrPort
+}
+
+// Verdict is what the grants say to a flow.
+type Verdict struct {
+	Allowed bool
+	Rule    string // the rule that allows it
+	Reason  string // why not, for the job's owner: "not granted", "link-local address", …
+}
+
+// Scope is what a gateway holds a flow against.
+type Scope struct {
+	Offered *Grant                // what the coordinator's policy gives
+	Local   *Grant                // what the gateway's own policy gives; nil where it has none
+	Own     func(netip.Addr) bool // the gateway's own addresses, interfaces included; nil means none
+	Overlay []netip.Prefix        // sessions' and services' ranges; never reachable
+}
+
+// Decide holds one flow against a session's scope. It is the only place where a flow is allowed. It does not allocate.
+//
+// A flow needs a line of Offered and, where there is one, a line of Local. Besides:
+//
+//   - Addresses of the overlay are never reachable.
+//   - Link-local addresses are reachable only where the lines name that exact address.
+//   - Loopback, cloud metadata, multicast, unspecified and broadcast addresses and the gateway's own are reachable only
+//     where, in addition, the gateway has a policy of its own, so that a hostile coordinator opens none of them.
+//   - An IPv4-mapped address is the IPv4 address. Any other IPv6 address that stands for an IPv4 one (NAT64, 6to4,
+//     Teredo, IPv4-compatible, IPv4-translated) has to be allowed in both spellings.
+func (s *Scope) Decide(f Flow) Verdict {
+	addr := f.Dst.Addr().Unmap()
+	if !f.wellFormed() {
+		return Verdict{Reason: reasonMalformed}
+	}
+	v := s.decide(f.Proto, addr, f.Dst.Port())
+	if !v.Allowed || !addr.Is6() {
+		return v
+	}
+	in := embedded(addr)
+	for _, a := range in.addrs[:in.n] {
+		if w := s.decide(f.Proto, a, f.Dst.Port()); !w.Allowed {
+			return w
+		}
+	}
+	return v
+}
+
+// wellFormed refuses flows that no line can mean: no address, a zone (which would pick an interface of the gateway),
+// several protocols or none, port 0.
+func (f Flow) wellFormed() bool {
+	if addr := f.Dst.Addr(); !addr.IsValid() || addr.Zone() != "" {
+		return false
+	}
+	switch f.Proto {
+	case TCP, UDP:
+		return f.Dst.Port() != 0
+	case ICMP:
+		return true
+	}
+	return false
+}
+
+// decide judges one spelling of the address.
+func (s *Scope) decide(proto Proto, addr netip.Addr, port uint16) Verdict {
+	if contains(s.Overlay, addr) {
+		return Verdict{Reason: reasonOverlay}
+	}
+	reason, local := s.closed(addr)
+	exact := reason != ""
+	if !exact {
+		reason = reasonNotGranted
+	}
+	rule, ok := s.Offered.find(proto, addr, port, exact)
+	if !ok || local && s.Local == nil {
+		return Verdict{Reason: reason}
+	}
+	if s.Local != nil {
+		if _, ok := s.Local.find(proto, addr, port, exact); !ok {
+			return Verdict{Reason: reason}
+		}
+	}
+	return Verdict{Allowed: true, Rule: rule}
+}
+
+// closed gives why only an exact line opens an address, "" where any line does, and whether the gateway's own policy has
+// to have one too.
+func (s *Scope) closed(addr netip.Addr) (reason string, local bool) {
+	if s.Own != nil && s.Own(addr) {
+		return reasonOwn, true
+	}
+	if c := closedBy(addr); c != nil {
+		return c.reason, c.local
+	}
+	return "", false
+}

@@ -1,0 +1,271 @@
+//go:build unix
+
+package stage
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/culvertnet/culvert/internal/lab"
+)
+
+// programs maps the binaries' names to their folders.
+var programs = map[string]string{
+	"culvert-coordinator": "./coordinator",
+	"culvert-gateway":     "./gateway",
+	"culvert":             "./client",
+}
+
+// Build builds the three programs from the module at root into dir, with further flags of go build. It needs Go's cache,
+// so call it before [lab.Enter].
+func Build(ctx context.Context, root, dir string, flags ...string) error {
+	for name, folder := range programs {
+		args := append([]string{"build", "-trimpath", "-o", filepath.Join(dir, name)}, flags...)
+		cmd := exec.CommandContext(ctx, "go", append(args, folder)...)
+		cmd.Dir, cmd.Env = root, os.Environ()
+		if len(flags) == 0 {
+			cmd.Env = append(cmd.Env, "CGO_ENABLED=0")
+		}
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return fmt.Errorf("build %s: %w\n%s", name, err, out)
+		}
+	}
+	return nil
+}
+
+func (s *Stage) file(name string) string { return filepath.Join(s.opts.Dir, name) }
+
+// writeFiles writes what the programs read.
+func (s *Stage) writeFiles() error {
+	secret, sum := newEnrolment()
+	s.enrolment = s.file("enrolment")
+	if err := os.WriteFile(s.enrolment, []byte(secret+"\n"), 0o600); err != nil {
+		return err
+	}
+	if os.Getuid() == 0 {
+		// Refused where only one user exists, inside lab.Enter; there the file is readable by the gateway anyway.
+		_ = os.Chown(s.enrolment, lab.UnprivilegedID, lab.UnprivilegedID)
+	}
+	if s.opts.Policy != nil {
+		if err := os.WriteFile(s.file("policy.yaml"), []byte(s.opts.Policy(s)), 0o644); err != nil {
+			return err
+		}
+	}
+	rules := s.DefaultRules()
+	if s.opts.Rules != nil {
+		rules = s.opts.Rules(s)
+	}
+	return s.WriteConfig(rules, sum)
+}
+
+// WriteConfig writes the coordinator's file with these rules. sum is the enrolment secret's; "" keeps the one in force.
+func (s *Stage) WriteConfig(rules, sum string) error {
+	if sum == "" {
+		old, err := os.ReadFile(s.ConfigFile())
+		if err != nil {
+			return err
+		}
+		head, _, _ := strings.Cut(string(old), "\nrules:\n")
+		return s.replaceConfig(head + "\nrules:\n" + rules)
+	}
+	listen, stun := netip.AddrPortFrom(s.Cloud.Addr(), 443), netip.AddrPortFrom(s.Cloud.Addr(), 3478)
+	tls := fmt.Sprintf("tls: {cert: %q, key: %q}", s.ca.certFile(), s.ca.keyFile())
+	if s.opts.Flat {
+		listen = netip.AddrPortFrom(s.Cloud.Addr(), s.ports.coordinator)
+		stun = netip.AddrPortFrom(s.Cloud.Addr(), s.ports.stun)
+		tls = ""
+	}
+	return s.replaceConfig(fmt.Sprintf(`url: %s
+listen: %q
+udp: %q
+%s
+state: {dir: %q}
+issuers: [{url: %s}]
+networks: {%s: {gateways: [{enrol_sha256: %s}]}}
+%s
+rules:
+%s`, s.URL, listen, stun, tls, s.file("state"), s.Issuer.URL(), Network, sum, s.opts.Coordinator, rules))
+}
+
+// replaceConfig changes the file in one step, as an operator's tool does, so that no half of it is ever read.
+func (s *Stage) replaceConfig(text string) error {
+	next := s.ConfigFile() + ".next"
+	if err := os.WriteFile(next, []byte(text), 0o644); err != nil {
+		return err
+	}
+	return os.Rename(next, s.ConfigFile())
+}
+
+// ConfigFile is the coordinator's configuration file.
+func (s *Stage) ConfigFile() string { return s.file("culvert.yaml") }
+
+// environ is what every program gets.
+func (s *Stage) environ(more ...string) []string {
+	env := []string{"PATH=" + os.Getenv("PATH"), "TMPDIR=" + os.TempDir(), "NO_COLOR=1"}
+	if !s.opts.Flat {
+		env = append(env, "SSL_CERT_FILE="+s.ca.caFile())
+	}
+	return append(env, more...)
+}
+
+// daemon starts a program whose output goes to name.log, appended.
+func (s *Stage) daemon(h *lab.Host, name string, p lab.Program) (*lab.Process, error) {
+	log, err := os.OpenFile(s.file(name+".log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+	if err != nil {
+		return nil, err
+	}
+	defer log.Close()
+	p.Stdout, p.Stderr = log, log
+	return h.Start(p)
+}
+
+// StartCoordinator starts the coordinator, on the state that it left, and returns when it is ready.
+func (s *Stage) StartCoordinator(ctx context.Context) error {
+	proc, err := s.daemon(s.Cloud, "coordinator", lab.Program{
+		Path: s.Binary("culvert-coordinator"),
+		Args: []string{"serve", "--config", s.ConfigFile()},
+		Env:  s.environ(),
+	})
+	if err != nil {
+		return err
+	}
+	s.coordinator = proc
+	if err := poll(ctx, proc.Done(), func() error { return s.ready(ctx) }); err != nil {
+		return fmt.Errorf("wait for the coordinator: %w\n%s", err, s.Logs())
+	}
+	return nil
+}
+
+func (s *Stage) ready(ctx context.Context) error {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, s.URL+"/readyz", nil)
+	if err != nil {
+		return err
+	}
+	client := s.Client(s.Cloud, 2*time.Second)
+	defer client.CloseIdleConnections()
+	resp, err := client.Do(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return fmt.Errorf("the coordinator answers %s", resp.Status)
+	}
+	return nil
+}
+
+// Binary is the path of one of the three programs.
+func (s *Stage) Binary(name string) string { return s.binaries[name] }
+
+// Publish gives a path under which every user can run a program: its own, or that of a copy where a folder on the way is
+// closed to others, as root's home is.
+func (s *Stage) Publish(path string) (string, error) {
+	path, err := filepath.Abs(path)
+	if err != nil {
+		return "", err
+	}
+	if open(path) {
+		return path, nil
+	}
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return "", fmt.Errorf("copy a program for other users: %w", err)
+	}
+	published := s.file(filepath.Base(path))
+	return published, os.WriteFile(published, data, 0o755)
+}
+
+// open reports whether others may enter every folder on the way to a file and run it.
+func open(path string) bool {
+	for {
+		info, err := os.Stat(path)
+		if err != nil || info.Mode().Perm()&0o001 == 0 {
+			return false
+		}
+		parent := filepath.Dir(path)
+		if parent == path {
+			return true
+		}
+		path = parent
+	}
+}
+
+func (s *Stage) publishBinaries() error {
+	s.binaries = make(map[string]string, len(programs))
+	for name := range programs {
+		path, err := s.Publish(filepath.Join(s.opts.Binaries, name))
+		if err != nil {
+			return err
+		}
+		s.binaries[name] = path
+	}
+	return nil
+}
+
+// StartGateway starts the gateway, without any privilege, and returns when it takes sessions.
+func (s *Stage) StartGateway(ctx context.Context) error {
+	if err := s.LaunchGateway(); err != nil {
+		return err
+	}
+	if err := poll(ctx, s.gateway.Done(), func() error { return s.tryJoin(ctx) }); err != nil {
+		return fmt.Errorf("wait for the gateway: %w\n%s", err, s.Logs())
+	}
+	return nil
+}
+
+// LaunchGateway starts the gateway and does not wait.
+func (s *Stage) LaunchGateway() error {
+	args := []string{"run", "--coordinator", s.URL, "--network", Network, "--enrol-token-file", s.enrolment,
+		"--issuer", s.Issuer.URL(), "--listen", fmt.Sprintf(":%d", s.ports.gateway)}
+	if s.opts.Policy != nil {
+		args = append(args, "--policy", s.file("policy.yaml"))
+	} else {
+		args = append(args, "--owner", OwnerID)
+	}
+	proc, err := s.daemon(s.GatewayBox, "gateway", lab.Program{
+		Path: s.Binary("culvert-gateway"), Args: args, Env: s.environ(), Unprivileged: true,
+	})
+	if err != nil {
+		return err
+	}
+	s.gateway = proc
+	return nil
+}
+
+// Gateway is the gateway's process.
+func (s *Stage) Gateway() *lab.Process { return s.gateway }
+
+// Coordinator is the coordinator's process.
+func (s *Stage) Coordinator() *lab.Process { return s.coordinator }
+
+// KillGateway kills the gateway with -9 and waits.
+func (s *Stage) KillGateway() { kill(s.gateway) }
+
+// KillCoordinator kills the coordinator with -9 and waits.
+func (s *Stage) KillCoordinator() { kill(s.coordinator) }
+
+// StopGateway asks the gateway to end, as an orchestrator does, and gives its exit code.
+func (s *Stage) StopGateway(ctx context.Context) (int, error) { return stop(ctx, s.gateway) }
+
+// StopCoordinator asks the coordinator to end and gives its exit code.
+func (s *Stage) StopCoordinator(ctx context.Context) (int, error) { return stop(ctx, s.coordinator) }
+
+func kill(p *lab.Process) {
+	p.Kill()
+	<-p.Done()
+}
+
+func stop(ctx context.Context, p *lab.Process) (int, error) {
+	if err := p.Signal(syscall.SIGTERM); err != nil {
+		return -1, err
+	}
+	return p.Wait(ctx)
+}

@@ -1,0 +1,338 @@
+// Package tunnel is the WireGuard device and the Bind under it: one UDP socket for WireGuard and STUN checks, one virtual
+// endpoint for each peer, and the choice of the path behind it.
+package tunnel
+
+import (
+	"context"
+	"crypto/hkdf"
+	"crypto/sha256"
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/time/rate"
+	"golang.zx2c4.com/wireguard/conn"
+	"golang.zx2c4.com/wireguard/device"
+	"golang.zx2c4.com/wireguard/tun"
+
+	"github.com/culvertnet/culvert/internal/nat"
+	"github.com/culvertnet/culvert/internal/wire"
+)
+
+// Options configure a [Tunnel].
+type Options struct {
+	Key  wire.PrivateKey
+	TUN  tun.Device // closed with the tunnel
+	Port uint16     // UDP port to listen on; 0 picks one
+	// Window bounds the packets that wait inside the device in each direction, 64 KiB of memory each. 0 means no bound, for a
+	// device with many peers, which must not slow each other down.
+	Window int
+	Logger *slog.Logger // default: discards
+}
+
+// Validate checks the options and fills in defaults.
+func (o *Options) Validate() error {
+	if o.Key.IsZero() {
+		return errors.New("a tunnel needs a private key")
+	}
+	if o.TUN == nil {
+		return errors.New("a tunnel needs a tun device")
+	}
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	return nil
+}
+
+// Tunnel is one WireGuard device on one UDP socket.
+type Tunnel struct {
+	log    *slog.Logger
+	device *device.Device
+	bind   *bind
+	port   uint16
+	tasks  sync.WaitGroup
+
+	mu        sync.RWMutex // guards what follows
+	key       wire.PrivateKey
+	sessions  map[string]*Peer
+	checkers  map[string]*Peer // by the USERNAME of their checks
+	indexes   map[uint32]*Peer // by the prefix of our checks' ids
+	reflexive map[nat.TxID]chan<- netip.AddrPort
+	lastIndex uint32
+	closed    bool
+}
+
+// New opens the socket and starts the device.
+func New(opts Options) (*Tunnel, error) {
+	if err := opts.Validate(); err != nil {
+		return nil, err
+	}
+	t := &Tunnel{
+		log:       opts.Logger,
+		key:       opts.Key,
+		sessions:  map[string]*Peer{},
+		checkers:  map[string]*Peer{},
+		indexes:   map[uint32]*Peer{},
+		reflexive: map[nat.TxID]chan<- netip.AddrPort{},
+	}
+	std, ok := conn.NewStdNetBind().(*conn.StdNetBind)
+	if !ok {
+		return nil, errors.New("wireguard's standard bind has changed its type")
+	}
+	in, out := newWindow(opts.Window), newWindow(opts.Window)
+	t.bind = &bind{StdNetBind: std, stun: t.handleSTUN, find: t.session, in: in, out: out}
+	tunDevice := &windowed{Device: opts.TUN, in: in, out: out, timer: stoppedTimer()}
+	t.device = device.NewDevice(tunDevice, t.bind, deviceLogger(opts.Logger))
+	config := fmt.Sprintf("private_key=%s\nlisten_port=%d\n", hex.EncodeToString(opts.Key.Bytes()), opts.Port)
+	if err := t.device.IpcSet(config); err != nil {
+		t.device.Close()
+		return nil, fmt.Errorf("configure the wireguard device: %w", err)
+	}
+	if err := t.device.Up(); err != nil {
+		t.device.Close()
+		return nil, fmt.Errorf("open udp port %d: %w", opts.Port, err)
+	}
+	if t.port = t.bind.port(); t.port == 0 {
+		t.device.Close()
+		return nil, fmt.Errorf("open udp port %d: no address family works", opts.Port)
+	}
+	return t, nil
+}
+
+// deviceLogger passes the device's own messages on, at most a few a second: some come from packet paths.
+func deviceLogger(log *slog.Logger) *device.Logger {
+	limit := rate.NewLimiter(1, 10)
+	at := func(level slog.Level) func(string, ...any) {
+		return func(format string, args ...any) {
+			if log.Enabled(context.Background(), level) && limit.Allow() {
+				log.Log(context.Background(), level, "wireguard", "detail", fmt.Sprintf(format, args...))
+			}
+		}
+	}
+	return &device.Logger{Verbosef: at(slog.LevelDebug), Errorf: at(slog.LevelWarn)}
+}
+
+// Close ends all peers, the device, its TUN and the socket, and waits for every goroutine.
+func (t *Tunnel) Close() error {
+	t.mu.Lock()
+	if t.closed {
+		t.mu.Unlock()
+		return nil
+	}
+	t.closed = true
+	peers := make([]*Peer, 0, len(t.sessions))
+	for _, p := range t.sessions {
+		peers = append(peers, p)
+	}
+	t.mu.Unlock()
+	for _, p := range peers {
+		p.close()
+	}
+	t.device.Close() // closes the TUN first, so that no peer waits in it, then ends the peers
+	t.tasks.Wait()
+	return nil
+}
+
+// Port is the UDP port in use.
+func (t *Tunnel) Port() uint16 { return t.port }
+
+// PublicKey is the device's public key.
+func (t *Tunnel) PublicKey() wire.Key {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	return t.key.Public()
+}
+
+// SetKey changes the device's key. All peers must have been removed.
+func (t *Tunnel) SetKey(key wire.PrivateKey) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if len(t.sessions) > 0 {
+		return errors.New("a tunnel with peers keeps its key")
+	}
+	if err := t.device.SetPrivateKey(device.NoisePrivateKey(key.Bytes())); err != nil {
+		return fmt.Errorf("set the device's key: %w", err)
+	}
+	t.key = key
+	return nil
+}
+
+// AddPeer adds a peer and starts checking its candidates at once.
+func (t *Tunnel) AddPeer(opts PeerOptions) (*Peer, error) {
+	if opts.Key.IsZero() || opts.Session == "" || len(opts.Session) > 64 {
+		return nil, errors.New("a peer needs a key and a session of at most 64 characters")
+	}
+	p, err := t.register(opts)
+	if err != nil {
+		return nil, fmt.Errorf("add the peer of session %s: %w", opts.Session, err)
+	}
+	var b strings.Builder
+	fmt.Fprintf(&b, "public_key=%s\nreplace_allowed_ips=true\nendpoint=%s\n", opts.Key.Hex(), opts.Session)
+	for _, prefix := range opts.AllowedIPs {
+		fmt.Fprintf(&b, "allowed_ip=%s\n", prefix)
+	}
+	if err := t.device.IpcSet(b.String()); err != nil {
+		t.RemovePeer(p)
+		return nil, fmt.Errorf("add the peer of session %s: %w", opts.Session, err)
+	}
+	t.listen(p)
+	p.AddCandidates(opts.Candidates)
+	return p, nil
+}
+
+// register makes a peer known to the receive path.
+func (t *Tunnel) register(opts PeerOptions) (*Peer, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	own := t.key.Public()
+	p := &Peer{tunnel: t, opts: opts, name: checkName(opts.Session, own)}
+	p.engine = engine{lead: opts.Initiate, onChange: p.changed, onDrop: p.dropped}
+	var err error
+	if p.key, err = checkKey(t.key, opts.Key, opts.Session); err != nil {
+		return nil, err
+	}
+	switch {
+	case t.closed:
+		return nil, errors.New("the tunnel is closed")
+	case t.sessions[opts.Session] != nil:
+		return nil, errors.New("the session has a peer already")
+	case t.device.LookupPeer(device.NoisePublicKey(opts.Key)) != nil:
+		return nil, errors.New("the key has a peer already")
+	}
+	for t.lastIndex++; t.indexes[t.lastIndex] != nil; t.lastIndex++ {
+	}
+	p.index = t.lastIndex
+	p.synthetic = syntheticAddr(p.index)
+	t.indexes[p.index] = p
+	t.sessions[opts.Session] = p
+	return p, nil
+}
+
+// listen lets a peer's checks in. Until then nothing can start a handshake, which a device that does not quite have the
+// peer yet would lose, or begin twice.
+func (t *Tunnel) listen(p *Peer) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.sessions[p.opts.Session] == p {
+		t.checkers[checkName(p.opts.Session, p.opts.Key)] = p
+	}
+}
+
+// syntheticAddr gives the nth address of a documentation prefix (RFC 3849), which no packet ever carries.
+func syntheticAddr(n uint32) netip.Addr {
+	a := [16]byte{0x20, 0x01, 0x0d, 0xb8}
+	binary.BigEndian.PutUint32(a[12:], n)
+	return netip.AddrFrom16(a)
+}
+
+// checkName is the USERNAME of checks that the holder of key sends in a session.
+func checkName(session string, key wire.Key) string { return session + ":" + key.String()[:8] }
+
+// checkKey derives what authenticates the checks of a session: HKDF-SHA256 (RFC 5869) over the X25519 secret of the two
+// WireGuard keys. Only the two ends can compute it.
+func checkKey(own wire.PrivateKey, peer wire.Key, session string) ([]byte, error) {
+	secret, err := own.Shared(peer)
+	if err != nil {
+		return nil, fmt.Errorf("agree on a check key: %w", err)
+	}
+	return hkdf.Key(sha256.New, secret, nil, "culvert path check v1 "+session, sha256.Size)
+}
+
+// RemovePeer ends a peer; nothing of it is accepted afterwards. It is idempotent.
+func (t *Tunnel) RemovePeer(p *Peer) {
+	t.mu.Lock()
+	known := t.sessions[p.opts.Session] == p
+	if known {
+		delete(t.sessions, p.opts.Session)
+		delete(t.checkers, checkName(p.opts.Session, p.opts.Key))
+		delete(t.indexes, p.index)
+	}
+	t.mu.Unlock()
+	if !known {
+		return
+	}
+	p.close()
+	t.device.RemovePeer(device.NoisePublicKey(p.opts.Key))
+}
+
+func (t *Tunnel) session(id string) *Peer {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	return t.sessions[id]
+}
+
+// handleSTUN takes a STUN message off the socket and gives the path that it validated, or nil. What is not authentic is
+// dropped without a word.
+func (t *Tunnel) handleSTUN(pkt []byte, from *conn.StdNetEndpoint, _ time.Time) *path {
+	if name, id, ok := nat.PeekUsername(pkt); ok {
+		t.mu.RLock()
+		p := t.checkers[string(name)]
+		t.mu.RUnlock()
+		if p != nil && nat.VerifyCheck(pkt, p.key) {
+			p.requested(from, id, nat.Nominated(pkt))
+		}
+		return nil
+	}
+	id, mapped, ok := nat.PeekResponse(pkt)
+	if !ok {
+		return nil
+	}
+	t.mu.RLock()
+	waiting := t.reflexive[id]
+	p := t.indexes[binary.BigEndian.Uint32(id[:4])]
+	t.mu.RUnlock()
+	if waiting != nil {
+		select {
+		case waiting <- mapped:
+		default: // a repeated answer
+		}
+		return nil
+	}
+	if p == nil || !nat.VerifyCheck(pkt, p.key) {
+		return nil
+	}
+	return p.answered(from, id)
+}
+
+// Reflexive asks a STUN server through the tunnel's own socket where it sees us, repeating until ctx ends.
+func (t *Tunnel) Reflexive(ctx context.Context, server netip.AddrPort) (netip.AddrPort, error) {
+	id, answer := t.await()
+	defer func() {
+		t.mu.Lock()
+		delete(t.reflexive, id)
+		t.mu.Unlock()
+	}()
+	to := &conn.StdNetEndpoint{AddrPort: unmap(server)}
+	request := nat.BindingRequest(id)
+	for wait := 100 * time.Millisecond; ; wait = min(2*wait, 2*time.Second) {
+		if err := t.bind.sendTo(append([]byte(nil), request...), to); err != nil {
+			return netip.AddrPort{}, fmt.Errorf("ask stun server %s: %w", server, err)
+		}
+		timer := time.NewTimer(wait)
+		select {
+		case mapped := <-answer:
+			timer.Stop()
+			return unmap(mapped), nil
+		case <-timer.C:
+		case <-ctx.Done():
+			timer.Stop()
+			return netip.AddrPort{}, fmt.Errorf("ask stun server %s: %w", server, context.Cause(ctx))
+		}
+	}
+}
+
+// await registers a fresh id whose answer is waited for.
+func (t *Tunnel) await() (nat.TxID, <-chan netip.AddrPort) {
+	answer := make(chan netip.AddrPort, 1)
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	id := randomID()
+	t.reflexive[id] = answer
+	return id, answer
+}

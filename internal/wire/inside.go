@@ -1,0 +1,69 @@
+package wire
+
+import (
+	"net/netip"
+	"time"
+)
+
+// What a gateway serves on its overlay address, inside the tunnel. A session is known by the source address that
+// WireGuard has authenticated; no other credential is needed.
+const (
+	InsidePort    = 80              // HTTP, TCP
+	EchoPort      = 7               // UDP echo (RFC 862): proves that bytes flow both ways in one round trip
+	MaxEcho       = 256             // a longer echo request is dropped, in bytes
+	PathInsideMe  = "/v1/session"   // GET: [InsideSession]
+	PathRenew     = "/v1/renew"     // POST [InsideRenew] → [Lease]
+	PathReach     = "/v1/reach"     // POST [ReachRequest] → [ReachResult]
+	MaxInsideBody = MaxToken + 4096 // bytes
+)
+
+// InsideRenew renews a session through its tunnel.
+type InsideRenew struct {
+	Token Secret `json:"token"`
+}
+
+// InsideSession is the gateway's view of the session that asks.
+type InsideSession struct {
+	Session   string         `json:"session"`
+	Gateway   string         `json:"gateway"`
+	Addresses []netip.Addr   `json:"addresses"`
+	Routes    []netip.Prefix `json:"routes"`
+	Grants    []Grant        `json:"grants"`
+	Expires   time.Time      `json:"expires"`
+	Ends      time.Time      `json:"ends"`
+	Flows     FlowCounts     `json:"flows"`
+}
+
+// FlowCounts counts a session's flows since it began.
+type FlowCounts struct {
+	Open    uint64 `json:"open"`
+	Allowed uint64 `json:"allowed"`
+	Denied  uint64 `json:"denied"`
+	Failed  uint64 `json:"failed"` // allowed, but the target refused or did not answer
+	BytesUp uint64 `json:"bytes_up"`
+	BytesDn uint64 `json:"bytes_down"`
+}
+
+// ReachRequest asks the gateway whether this session could reach a target, by trying.
+type ReachRequest struct {
+	Target string `json:"target"` // "host:port", TCP
+}
+
+// ReachResult is the gateway's word on one target.
+type ReachResult struct {
+	Target  string   `json:"target"`
+	Verdict Verdict  `json:"verdict"`
+	Rule    string   `json:"rule,omitempty"`   // the rule that grants it
+	Reason  string   `json:"reason,omitempty"` // why not
+	RTT     Duration `json:"rtt,omitempty"`    // from the gateway to the target
+}
+
+// Verdict is the outcome of trying a target.
+type Verdict string
+
+// The outcomes.
+const (
+	Reachable   Verdict = "reachable"
+	FlowDenied  Verdict = "denied"      // not in the grant
+	Unreachable Verdict = "unreachable" // granted, but it does not answer behind the gateway
+)

@@ -1,0 +1,107 @@
+package wire
+
+import (
+	"encoding/json"
+	"net/netip"
+	"time"
+)
+
+// Headers with which a gateway opens its stream. The credential goes into Authorization: "Bearer TOKEN" for a workload
+// identity token, "Enrol SECRET" for an enrolment secret.
+const (
+	HeaderNetwork = "Culvert-Network"
+	SchemeBearer  = "Bearer"
+	SchemeEnrol   = "Enrol"
+)
+
+// FrameType names a message on a gateway's control stream.
+type FrameType string
+
+// The messages. Hello and Welcome open a stream, in this order, and carry whole state; all others follow in any order.
+const (
+	FrameHello      FrameType = "hello"      // gateway → coordinator: [Hello]
+	FrameWelcome    FrameType = "welcome"    // coordinator → gateway: [Welcome]
+	FrameOffer      FrameType = "offer"      // coordinator → gateway: [Offer], answered under the same id
+	FrameAnswer     FrameType = "answer"     // gateway → coordinator: [Answer]
+	FrameCandidates FrameType = "candidates" // either way: [Trickle]
+	FrameRenewed    FrameType = "renewed"    // gateway → coordinator: [Renewed]
+	FrameRenew      FrameType = "renew"      // coordinator → gateway: [Renewed], a token that came to the coordinator; answered with [Answer]
+	FrameEnd        FrameType = "end"        // either way: [End]
+	FrameLeaving    FrameType = "leaving"    // gateway → coordinator: no new sessions, please
+)
+
+// Frame is one message on a gateway's control stream, one WebSocket text message each.
+type Frame struct {
+	Type FrameType       `json:"type"`
+	ID   uint64          `json:"id,omitempty"` // pairs an answer with what it answers
+	Body json.RawMessage `json:"body,omitempty"`
+}
+
+// Hello introduces a gateway and re-asserts every session it holds.
+type Hello struct {
+	Version    int         `json:"version"`
+	Instance   string      `json:"instance"` // random, new with every start of the process
+	Name       string      `json:"name"`
+	Key        Key         `json:"key"`
+	Candidates []Candidate `json:"candidates"`
+	Sessions   []Held      `json:"sessions"`
+	Program    string      `json:"program"` // version and platform, for the log
+}
+
+// Held is a session as its gateway holds it.
+type Held struct {
+	Session   string       `json:"session"`
+	Key       Key          `json:"key"`
+	Addresses []netip.Addr `json:"addresses"`
+	Rules     []string     `json:"rules"`
+	Expires   time.Time    `json:"expires"`
+	Ends      time.Time    `json:"ends"`
+}
+
+// Welcome accepts a gateway and tells it what holds in its network.
+type Welcome struct {
+	Version   int            `json:"version"`
+	Network   string         `json:"network"`
+	Addresses []netip.Addr   `json:"addresses"` // the gateway's overlay addresses
+	Overlay   []netip.Prefix `json:"overlay"`   // ranges of sessions and services, to which no flow leaves the tunnel
+	STUN      []string       `json:"stun"`
+	End       []string       `json:"end"` // sessions of Hello that are over
+}
+
+// Offer asks a gateway to admit a session. The gateway believes none of it: it verifies the token for itself.
+type Offer struct {
+	Session    string       `json:"session"`
+	Key        Key          `json:"key"`
+	Token      Secret       `json:"token"`
+	Addresses  []netip.Addr `json:"addresses"`
+	Candidates []Candidate  `json:"candidates"`
+	Grants     []Grant      `json:"grants"`
+	Lease      Duration     `json:"lease"`
+	MaxSession Duration     `json:"max_session"`
+}
+
+// Answer is a gateway's word on an offer or a renewal: either Problem is set, or the session is in place.
+type Answer struct {
+	Problem json.RawMessage `json:"problem,omitempty"` // an RFC 9457 document
+	Gateway *Gateway        `json:"gateway,omitempty"` // to an offer
+	Lease   *Lease          `json:"lease,omitempty"`
+}
+
+// Trickle brings candidates found later: of a client (Session set) or of the gateway itself.
+type Trickle struct {
+	Session    string      `json:"session,omitempty"`
+	Candidates []Candidate `json:"candidates"`
+}
+
+// Renewed passes on a fresh token for a session.
+type Renewed struct {
+	Session string `json:"session"`
+	Token   Secret `json:"token"`
+	Lease   *Lease `json:"lease,omitempty"` // what the gateway gave, in its own word
+}
+
+// End says that a session is over.
+type End struct {
+	Session string `json:"session"`
+	Reason  string `json:"reason"`
+}
