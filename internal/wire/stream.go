@@ -44,6 +44,7 @@ type Hello struct {
 	Name       string      `json:"name"`
 	Key        Key         `json:"key"`
 	Candidates []Candidate `json:"candidates"`
+	Mapping    Mapping     `json:"mapping,omitempty"`
 	Sessions   []Held      `json:"sessions"`
 	Program    string      `json:"program"` // version and platform, for the log
 }
@@ -65,7 +66,8 @@ type Welcome struct {
 	Addresses []netip.Addr   `json:"addresses"` // the gateway's overlay addresses
 	Overlay   []netip.Prefix `json:"overlay"`   // ranges of sessions and services, to which no flow leaves the tunnel
 	STUN      []string       `json:"stun"`
-	End       []string       `json:"end"` // sessions of Hello that are over
+	Relays    []Relay        `json:"relays,omitempty"` // to be kept ready: an offer may name any of them
+	End       []string       `json:"end"`              // sessions of Hello that are over
 }
 
 // Offer asks a gateway to admit a session. The gateway believes none of it: it verifies the token for itself.
@@ -75,6 +77,8 @@ type Offer struct {
 	Token      Secret       `json:"token"`
 	Addresses  []netip.Addr `json:"addresses"`
 	Candidates []Candidate  `json:"candidates"`
+	Mapping    Mapping      `json:"mapping,omitempty"`
+	Relays     []RelayGrant `json:"relays,omitempty"` // the gateway's own tickets
 	Grants     []Grant      `json:"grants"`
 	Lease      Duration     `json:"lease"`
 	MaxSession Duration     `json:"max_session"`

@@ -40,6 +40,7 @@ func Audience(coordinator string, key Key) string {
 type Info struct {
 	Version int      `json:"version"`
 	STUN    []string `json:"stun"` // "host:port"; an empty host means the coordinator's own
+	Relays  []Relay  `json:"relays,omitempty"`
 }
 
 // CandidateKind says where a candidate address comes from, in the words of RFC 8445.
@@ -66,7 +67,9 @@ type JoinRequest struct {
 	Key        Key         `json:"key"`
 	Token      Secret      `json:"token"`
 	Candidates []Candidate `json:"candidates,omitempty"`
-	Client     string      `json:"client,omitempty"` // program version and platform, for the log
+	Mapping    Mapping     `json:"mapping,omitempty"` // what the client's NAT does, as far as it knows yet
+	Relays     []string    `json:"relays,omitempty"`  // names of relays that answered, nearest first
+	Client     string      `json:"client,omitempty"`  // program version and platform, for the log
 }
 
 // JoinEvent is one line of a streamed answer to [JoinRequest]; exactly one field is set. The first is Admitted: policy
@@ -85,6 +88,7 @@ type Session struct {
 	Secret    Secret       `json:"secret"` // authorises PATCH and DELETE
 	Addresses []netip.Addr `json:"addresses"`
 	Gateways  []Gateway    `json:"gateways"`
+	Relays    []RelayGrant `json:"relays,omitempty"`
 	Rules     []string     `json:"rules"`
 	Lease     Duration     `json:"lease"`   // how long one lease lasts
 	Expires   time.Time    `json:"expires"` // when this lease ends unless renewed
@@ -97,6 +101,7 @@ type Gateway struct {
 	Key        Key            `json:"key"`
 	Addresses  []netip.Addr   `json:"addresses"` // its overlay addresses, where it answers inside the tunnel
 	Candidates []Candidate    `json:"candidates"`
+	Mapping    Mapping        `json:"mapping,omitempty"`
 	Routes     []netip.Prefix `json:"routes,omitempty"` // what this session may reach through it
 }
 
