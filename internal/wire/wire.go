@@ -116,6 +116,7 @@ type Gateway struct {
 	Candidates []Candidate    `json:"candidates"`
 	Mapping    Mapping        `json:"mapping,omitempty"`
 	Routes     []netip.Prefix `json:"routes,omitempty"` // what this session may reach through it
+	Names      *Names         `json:"names,omitempty"`  // nil where no name is granted
 }
 
 // Update is the body of PATCH /v1/sessions/{id}: candidates and a mapping found later, a fresh token to renew with, or all.
