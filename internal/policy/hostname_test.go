@@ -141,7 +141,7 @@ func TestHostCoversAgreesWithNames(t *testing.T) {
 			t.Fatalf("%s covers %s: %v", h, o, h.covers(o))
 		}
 		f := Flow{TCP, netip.MustParseAddrPort("10.0.0.1:1")}
-		s := Scope{Offered: mustGrant("tcp "+h.String()+":1")}
+		s := Scope{Offered: mustGrant("tcp " + h.String() + ":1")}
 		if got := s.DecideName(o.name, f).Allowed; got != stands(h, o.name) {
 			t.Fatalf("%s granted, %s allowed: %v", h, o.name, got)
 		}
