@@ -189,7 +189,7 @@ func (d *door) install(s *session, o wire.Offer) error {
 	s.ends = earlier(s.ends, s.admitted.Add(r.max))
 	s.expires = earlier(s.admitted.Add(s.lease), s.ends)
 	s.policy, s.scope = r.policy, d.scope(s.offered, r.local)
-	if r.local != nil && len(s.scope.Routes()) == 0 {
+	if r.local != nil && s.scope.Empty() {
 		return problem.New(problem.GatewayRefused, "the gateway's own policy gives this job nothing of what the coordinator's gives",
 			"make the gateway's --policy file and the coordinator's rules agree")
 	}

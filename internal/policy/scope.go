@@ -1,6 +1,9 @@
 package policy
 
-import "net/netip"
+import (
+	"net/netip"
+	"slices"
+)
 
 // Flow is one flow that a session wants to open. Dst's port is 0 for ICMP.
 type Flow struct {
@@ -98,4 +101,76 @@ func (s *Scope) closed(addr netip.Addr) (reason string, local bool) {
 		return c.reason, c.local
 	}
 	return "", false
+}
+
+// DecideName holds a flow to a name, which the gateway has resolved to f.Dst, against a session's scope. It does not
+// allocate. The name is canonical, see [CanonicalName].
+//
+// Offered has to have a line by name for it, and Local, where there is one, a line by name or by address. A line by name
+// never opens an address that is closed (see [Scope.Decide]): DNS is in other hands than the policy. Only lines that name
+// the exact address do.
+func (s *Scope) DecideName(name string, f Flow) Verdict {
+	addr := f.Dst.Addr().Unmap()
+	if !f.wellFormed() {
+		return Verdict{Reason: reasonMalformed}
+	}
+	v := s.decideName(name, f.Proto, addr, f.Dst.Port())
+	if !v.Allowed || !addr.Is6() {
+		return v
+	}
+	in := embedded(addr)
+	for _, a := range in.addrs[:in.n] {
+		if w := s.decideName(name, f.Proto, a, f.Dst.Port()); !w.Allowed {
+			return w
+		}
+	}
+	return v
+}
+
+// decideName judges one spelling of the address.
+func (s *Scope) decideName(name string, proto Proto, addr netip.Addr, port uint16) Verdict {
+	rule, ok := s.Offered.findName(proto, name, port)
+	if !ok {
+		return Verdict{Reason: reasonNotGranted}
+	}
+	if contains(s.Overlay, addr) {
+		return Verdict{Reason: reasonOverlay}
+	}
+	if reason, _ := s.closed(addr); reason != "" {
+		return s.decide(proto, addr, port)
+	}
+	if s.Local != nil {
+		_, byName := s.Local.findName(proto, name, port)
+		_, byAddr := s.Local.find(proto, addr, port, false)
+		if !byName && !byAddr {
+			return Verdict{Reason: reasonNotGranted}
+		}
+	}
+	return Verdict{Allowed: true, Rule: rule}
+}
+
+// Names are the names that a session may ask for, sorted: exact ones, and domains of which every name below is granted but
+// not the domain itself. A name that the gateway's own policy covers neither by name nor, possibly, by address is left out.
+func (s *Scope) Names() (exact, below []string) {
+	if s.Offered == nil {
+		return nil, nil
+	}
+	for h := range s.Offered.byName {
+		switch {
+		case s.Local != nil && !s.Local.hasAddresses() && !s.Local.meetsName(h):
+		case h.wild:
+			below = append(below, h.name)
+		default:
+			exact = append(exact, h.name)
+		}
+	}
+	slices.Sort(exact)
+	slices.Sort(below)
+	return exact, below
+}
+
+// Empty tells whether nothing at all can be reached.
+func (s *Scope) Empty() bool {
+	exact, below := s.Names()
+	return len(exact)+len(below) == 0 && len(s.Routes()) == 0
 }
