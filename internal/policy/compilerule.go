@@ -197,9 +197,9 @@ func (c *compiler) issuerWords() []string {
 	return append(slices.Sorted(maps.Keys(c.opts.IssuerNames)), c.opts.Issuers...)
 }
 
-// addLines gives a rule what its targets and its own lines allow.
+// addLines gives a rule what its targets and its own lines allow, and what it observes.
 func (c *compiler) addLines(r *rule, in *Rule, path string) {
-	if len(in.Targets)+len(in.Allow) == 0 {
+	if len(in.Targets)+len(in.Allow)+len(in.Observe) == 0 {
 		c.fail(path, fmt.Sprintf("rule %q allows nothing", in.Name), `add allow, such as "tcp 10.0.0.5:5432", or targets`)
 	}
 	var lines []string
@@ -213,16 +213,24 @@ func (c *compiler) addLines(r *rule, in *Rule, path string) {
 		lines = append(lines, t.allow...)
 	}
 	c.checkLines(in.Allow, path+".allow")
+	c.checkObserve(in.Observe, path+".observe")
 	for _, text := range append(lines, in.Allow...) {
-		g := wire.Grant{Allow: strings.TrimSpace(text)}
-		n, known := c.lines[g]
-		if !known {
-			n = len(c.lines)
-			c.lines[g] = n
-		}
-		if !slices.Contains(r.lines, n) {
-			g.Rule = in.Name
-			r.grants, r.lines = append(r.grants, g), append(r.lines, n)
-		}
+		c.addLine(r, wire.Grant{Allow: strings.TrimSpace(text)})
+	}
+	for _, text := range in.Observe {
+		c.addLine(r, wire.Grant{Observe: strings.TrimSpace(text)})
+	}
+}
+
+// addLine gives a rule one line, unless it has it.
+func (c *compiler) addLine(r *rule, g wire.Grant) {
+	n, known := c.lines[g]
+	if !known {
+		n = len(c.lines)
+		c.lines[g] = n
+	}
+	if !slices.Contains(r.lines, n) {
+		g.Rule = r.name
+		r.grants, r.lines = append(r.grants, g), append(r.lines, n)
 	}
 }

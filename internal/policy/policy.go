@@ -45,8 +45,8 @@ type Document struct {
 	Rules []Rule `yaml:"rules,omitempty"`
 }
 
-// Rule is one rule as a file writes it. At least one of Groups and Match says whose jobs it is for, at least one of Targets
-// and Allow what they reach.
+// Rule is one rule as a file writes it. At least one of Groups and Match says whose jobs it is for, at least one of Targets,
+// Allow and Observe what they reach.
 type Rule struct {
 	// Name is what denials, logs and the audit record call the rule.
 	Name string `yaml:"name"`
@@ -60,6 +60,9 @@ type Rule struct {
 	Targets Values `yaml:"targets,omitempty"`
 	// Allow holds lines such as "tcp db.internal:5432": protocols, a space, a target, a colon, ports.
 	Allow []string `yaml:"allow,omitempty"`
+	// Observe holds ranges that are let through on every protocol and port but marked in the record: to learn what a job
+	// needs before its lines are written.
+	Observe []string `yaml:"observe,omitempty"`
 	// MaxSession bounds how long one session may last, such as 2h.
 	MaxSession time.Duration `yaml:"max_session,omitempty"`
 	// Expires is the rule's last day, in UTC; from the next on it matches no job.
