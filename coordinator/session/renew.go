@@ -124,7 +124,7 @@ func (m *Manager) outgrown(rules Rules, l state.Lease, c policy.Claims) string {
 		return endedByPolicy
 	}
 	for _, held := range l.Grants {
-		if !slices.ContainsFunc(d.Grants, func(g wire.Grant) bool { return g.Allow == held.Allow }) {
+		if !slices.ContainsFunc(d.Grants, func(g wire.Grant) bool { return g.Allow == held.Allow && g.Observe == held.Observe }) {
 			return endedByPolicy
 		}
 	}
