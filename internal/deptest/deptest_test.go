@@ -51,6 +51,10 @@ var rules = []rule{
 		why: "the coordinator never holds a tunnel key and never sees a packet in the clear",
 	},
 	{
+		from: []string{"client/...", "coordinator/..."}, never: []string{"internal/portmap"},
+		why: "only a gateway asks its router for a port: a job has no router of its own, and a coordinator stands in the open",
+	},
+	{
 		from: []string{"internal/wire", "internal/problem"}, only: []string{"std"},
 		why: "everything stands on these two, and a second program in another place has to be able to build on them alone",
 	},
@@ -274,6 +278,7 @@ func TestViolationsAreFound(t *testing.T) {
 		{"client/agent", "coordinator/state", "client/agent → coordinator/state: the client runs"},
 		{"client/agent", "internal/policy", "client/agent → internal/policy: the client never judges"},
 		{"internal/tunnel", "internal/claims", "client/agent → internal/tunnel → internal/claims: the client never judges"},
+		{"client/agent", "internal/portmap", "client/agent → internal/portmap: only a gateway"},
 		{"internal/wire", "internal/problem", "internal/wire → internal/problem: everything stands"},
 		{"internal/problem", "example.com/x", "internal/problem → example.com/x: everything stands"},
 		{"internal/policy", "gateway/agent", "internal/policy → gateway/agent: imports point down"},
