@@ -5,6 +5,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -179,5 +180,17 @@ func TestNoHSTSOverPlainHTTP(t *testing.T) {
 func TestPrintable(t *testing.T) {
 	if got := printable("a\x1b[31m\nbé☃c\x7f"); got != "a[31mbc" {
 		t.Errorf("got %q", got)
+	}
+}
+
+func TestHelloWithTooManySessions(t *testing.T) {
+	h := wire.Hello{Version: wire.Version, Instance: "0123456789abcdef", Name: "east", Key: wire.Key{1}}
+	h.Sessions = slices.Repeat([]wire.Held{{Session: wire.Key{1}.SessionID()}}, wire.MaxHeld)
+	if why := checkHello(&h); why != "" {
+		t.Errorf("as many as there may be: %s", why)
+	}
+	h.Sessions = append(h.Sessions, h.Sessions[0])
+	if why := checkHello(&h); why == "" {
+		t.Error("one more was taken")
 	}
 }

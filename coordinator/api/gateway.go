@@ -3,10 +3,11 @@ package api
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net/http"
-	"regexp"
 	"strings"
 	"time"
 
@@ -108,9 +109,6 @@ func (a *API) unregister(s *stream) {
 	}
 }
 
-// instanceID is what a gateway may call an instance of itself: at least 96 random bits in base64url or hexadecimal.
-var instanceID = regexp.MustCompile(`^[A-Za-z0-9_-]{16,64}$`)
-
 // hello reads and checks how a gateway introduces itself.
 func (s *stream) hello(ctx context.Context) (wire.Hello, error) {
 	var h wire.Hello
@@ -128,19 +126,10 @@ func (s *stream) hello(ctx context.Context) (wire.Hello, error) {
 	if f.Type != wire.FrameHello || json.Unmarshal(f.Body, &h) != nil {
 		return refuse("the first frame must be a hello")
 	}
-	switch {
-	case h.Version != wire.Version:
-		return refuse(fmt.Sprintf("this coordinator speaks version %d of the API, the gateway %d", wire.Version, h.Version))
-	case !instanceID.MatchString(h.Instance):
-		return refuse("the instance id must be 16 to 64 characters of base64url")
-	case h.Key.IsZero():
-		return refuse("the hello carries no public key")
-	case len(h.Name) > 128 || len(h.Program) > 128:
-		return refuse("name and program must be at most 128 bytes")
-	case len(h.Candidates) > wire.MaxCandidates:
-		return refuse("too many candidates")
+	if why := checkHello(&h); why != "" {
+		return refuse(why)
 	}
-	h.Name, h.Program = printable(h.Name), printable(h.Program)
+	s.conn.SetReadLimit(wire.MaxFrame)
 	return h, nil
 }
 
@@ -153,7 +142,8 @@ func (s *stream) open(ctx context.Context) error {
 	s.who = session.Gateway{Network: s.network, Name: h.Name, Instance: h.Instance}
 	s.log = s.log.With("gateway", h.Name, "network", s.network)
 	s.presence = state.Presence{
-		Instance: h.Instance, Name: h.Name, Network: s.network, Key: h.Key, Candidates: h.Candidates, Since: time.Now(),
+		Instance: h.Instance, Name: h.Name, Network: s.network, Key: h.Key, Candidates: h.Candidates, Mapping: h.Mapping,
+		Since: time.Now(),
 	}
 	if err := s.api.register(s); err != nil {
 		return err
@@ -188,8 +178,15 @@ func (s *stream) welcome(ctx context.Context, h wire.Hello) error {
 	return nil
 }
 
-// logEnd says why a stream is over.
+// logEnd says why a stream is over. A gateway that said that it leaves, or that closed in good order, has not failed.
 func (s *stream) logEnd(err error) {
+	s.mu.Lock()
+	leaving := s.presence.Leaving
+	s.mu.Unlock()
+	if websocket.CloseStatus(err) == websocket.StatusNormalClosure || leaving && errors.Is(err, io.EOF) {
+		s.log.Info("gateway left", "addr", s.addr)
+		return
+	}
 	level := slog.LevelInfo
 	if c, ok := err.(*closing); ok && c.code == websocket.StatusPolicyViolation {
 		level = slog.LevelWarn

@@ -79,7 +79,7 @@ type stream struct {
 }
 
 func newStream(a *API, conn *websocket.Conn, network string, e config.Enrolment, addr string) *stream {
-	conn.SetReadLimit(wire.MaxFrame)
+	conn.SetReadLimit(wire.MaxState) // until the hello is there
 	return &stream{
 		api: a, conn: conn, network: network, enrolment: e, addr: addr, log: a.log,
 		queue: make(chan wire.Frame, a.opts.Queue), work: make(chan wire.Frame, inbox), kick: make(chan struct{}, 1),

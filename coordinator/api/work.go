@@ -52,7 +52,7 @@ func (s *stream) workOne(ctx context.Context, f wire.Frame) error {
 		if err := parse(f, &t); err != nil {
 			return err
 		}
-		return s.moved(t)
+		s.moved(t)
 	case wire.FrameLeaving:
 		s.mu.Lock()
 		s.presence.Leaving = true
@@ -70,16 +70,12 @@ func parse(f wire.Frame, v any) error {
 	return nil
 }
 
-// moved takes the gateway's new candidates; joins from now on are told these.
-func (s *stream) moved(t wire.Trickle) error {
-	if len(t.Candidates) > wire.MaxCandidates {
-		return problem.New(problem.TooLarge, "too many candidates", "update the gateway")
-	}
+// moved takes the gateway's new candidates and mapping; joins from now on are told these.
+func (s *stream) moved(t wire.Trickle) {
 	s.mu.Lock()
-	s.presence.Candidates = t.Candidates
+	s.presence.Candidates, s.presence.Mapping = usable(t.Candidates), sane(t.Mapping)
 	s.mu.Unlock()
 	s.changed()
-	return nil
 }
 
 // changed has the keeper say soon what is new.

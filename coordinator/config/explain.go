@@ -66,6 +66,10 @@ func explainDecision(w io.Writer, network string, d policy.Decision) {
 	}
 	fmt.Fprintf(w, "network %s: allowed for at most %s\n", network, d.MaxSession)
 	for _, g := range d.Grants {
+		if g.Observe != "" {
+			fmt.Fprintf(w, "  observe %s (rule %q)\n", g.Observe, g.Rule)
+			continue
+		}
 		fmt.Fprintf(w, "  allow %s (rule %q)\n", g.Allow, g.Rule)
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"net"
 	"net/http"
+	"net/netip"
 	"slices"
 	"strings"
 	"testing"
@@ -72,7 +73,12 @@ func TestHelloRefused(t *testing.T) {
 		"short id":   func(h *wire.Hello) { h.Instance = "x" },
 		"key":        func(h *wire.Hello) { h.Key = wire.Key{} },
 		"name":       func(h *wire.Hello) { h.Name = strings.Repeat("x", 200) },
+		"no name":    func(h *wire.Hello) { h.Name = "\x1b\n" },
 		"candidates": func(h *wire.Hello) { h.Candidates = make([]wire.Candidate, wire.MaxCandidates+1) },
+		"session id": func(h *wire.Hello) { h.Sessions = []wire.Held{{Session: "$KV.>"}} },
+		"rule": func(h *wire.Hello) {
+			h.Sessions = []wire.Held{{Session: h.Key.SessionID(), Rules: []string{strings.Repeat("x", 2000)}}}
+		},
 	} {
 		_, err := r.dial(func(o *apitest.Options) { edit(&o.Hello) })
 		if problem.CodeOf(err) != problem.Incompatible {
@@ -151,6 +157,97 @@ func TestGatewayMoves(t *testing.T) {
 		p := r.server.store.Gateways("corp")
 		return len(p) == 1 && slices.Equal(p[0].Candidates, next)
 	})
+}
+
+// TestHelloIsCleaned: of what a gateway says of itself, only what is of use gets into the state.
+func TestHelloIsCleaned(t *testing.T) {
+	r := newRig(t, Options{})
+	good := hello("east").Candidates[0]
+	bad := []wire.Candidate{
+		{Kind: wire.Observed, Addr: good.Addr}, {Kind: "relay", Addr: good.Addr}, {Kind: "\x1b[2J", Addr: good.Addr}, {Kind: wire.Host},
+		{Kind: wire.Host, Addr: netip.MustParseAddrPort("0.0.0.0:1")}, {Kind: wire.Host, Addr: netip.MustParseAddrPort("224.0.0.1:1")},
+		{Kind: wire.Host, Addr: netip.MustParseAddrPort("192.0.2.1:0")}, {Kind: wire.Host, Addr: netip.MustParseAddrPort("[fe80::1%eth0]:1")},
+	}
+	g := r.gateway(func(o *apitest.Options) {
+		o.Hello.Name, o.Hello.Mapping = "ea\x1bst\n", "sideways"
+		o.Hello.Candidates = append(slices.Clone(bad), good)
+	})
+	p := r.server.store.Gateways("corp")[0]
+	if p.Name != "east" || p.Mapping != wire.MappingUnknown || !slices.Equal(p.Candidates, []wire.Candidate{good}) {
+		t.Errorf("the state has %+v", p)
+	}
+	if err := g.Send(t.Context(), wire.FrameCandidates, 0, wire.Trickle{Candidates: append(bad, good, good), Mapping: wire.MappingHard}); err != nil {
+		t.Fatal(err)
+	}
+	r.eventually("it has moved", func() bool {
+		p := r.server.store.Gateways("corp")[0]
+		return p.Mapping == wire.MappingHard && slices.Equal(p.Candidates, []wire.Candidate{good, good})
+	})
+}
+
+// TestLargeHello: a hello with many sessions is longer than any other frame may be.
+func TestLargeHello(t *testing.T) {
+	r := newRig(t, Options{})
+	g := r.gateway(func(o *apitest.Options) {
+		for range 5000 {
+			h := wire.Held{Session: strings.Repeat("A", 22), Key: o.Hello.Key, Rules: []string{strings.Repeat("r", 1000)}}
+			h.Addresses = []netip.Addr{netip.MustParseAddr("198.18.0.10"), netip.MustParseAddr("fd63:756c:7665:7274::c612:a")}
+			o.Hello.Sessions = append(o.Hello.Sessions, h) // none of them is adopted: it is not the key's id
+		}
+	})
+	if n := len(g.Welcome.End); n != 5000 {
+		t.Errorf("%d sessions are over", n)
+	}
+}
+
+// TestLeftAndGone: a gateway that leaves in good order is not logged as a failure.
+func TestLeftAndGone(t *testing.T) {
+	r := newRig(t, Options{})
+	g := r.gateway()
+	g.Close()
+	r.eventually("it has left", func() bool { return strings.Contains(r.log.String(), "gateway left") })
+	g = r.gateway()
+	if err := g.Send(t.Context(), wire.FrameLeaving, 0, struct{}{}); err != nil {
+		t.Fatal(err)
+	}
+	r.eventually("it is leaving", func() bool { return len(r.server.store.Gateways("corp")) == 0 })
+	g.Cut()
+	r.eventually("it has left", func() bool { return strings.Count(r.log.String(), "gateway left") == 2 })
+	if strings.Contains(r.log.String(), "gateway disconnected") {
+		t.Errorf("log:\n%s", r.log)
+	}
+}
+
+// TestEndIsLoggedOnce: the gateway confirms an end that it was told of, and that is not an end of its own.
+func TestEndIsLoggedOnce(t *testing.T) {
+	r := newRig(t, Options{})
+	g := r.gateway()
+	for i := range 20 {
+		s := r.job().mustJoin()
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			for len(g.Frames(wire.FrameEnd)) <= i {
+				select {
+				case <-t.Context().Done():
+					return
+				case <-time.After(50 * time.Microsecond):
+				}
+			}
+			_ = g.Send(t.Context(), wire.FrameEnd, 0, wire.End{Session: s.ID, Reason: "told to"})
+		}()
+		if err := r.call(http.MethodDelete, wire.PathSessions+"/"+s.ID, s.Secret.Reveal(), nil, nil); err != nil {
+			t.Fatal(err)
+		}
+		<-done
+		r.eventually("the lease is free", func() bool {
+			_, err := r.server.store.Lease(t.Context(), s.ID)
+			return err != nil
+		})
+		if n := strings.Count(r.log.String(), "session ended\" session="+s.ID); n != 1 {
+			t.Fatalf("session %d: its end is logged %d times:\n%s", i, n, r.log)
+		}
+	}
 }
 
 // TestLeastBusyFirst spreads sessions over gateways.

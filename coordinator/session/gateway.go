@@ -28,21 +28,36 @@ type Gateway struct {
 // not know are adopted, and the ids of those that are over are returned. Leases of an earlier instance of the same gateway are
 // ended, for their tunnels died with it. An error means that the store is away and nothing was decided.
 func (m *Manager) Reconcile(ctx context.Context, g Gateway, held []wire.Held) (over []string, err error) {
+	over, err = m.reconcile(ctx, g, held)
+	if err == nil {
+		m.buryPredecessor(ctx, g)
+	}
+	return over, err
+}
+
+func (m *Manager) reconcile(ctx context.Context, g Gateway, held []wire.Held) (over []string, err error) {
 	rules := m.Rules()
 	network, ok := rules.Config.Networks[g.Network]
 	if !ok {
 		return nil, errors.New("the network is gone")
 	}
-	for _, h := range held {
-		keep, err := m.reconcileOne(ctx, g, rules, network, h)
-		if err != nil {
-			return nil, err
-		}
-		if !keep {
+	keep := make([]bool, len(held))
+	work, ctx := errgroup.WithContext(ctx) // each asks the store, and a gateway may hold thousands
+	work.SetLimit(64)
+	for i, h := range held {
+		work.Go(func() (err error) {
+			keep[i], err = m.reconcileOne(ctx, g, rules, network, h)
+			return err
+		})
+	}
+	if err := work.Wait(); err != nil {
+		return nil, err
+	}
+	for i, h := range held {
+		if !keep[i] {
 			over = append(over, h.Session)
 		}
 	}
-	m.buryPredecessor(ctx, g)
 	return over, nil
 }
 
@@ -204,10 +219,19 @@ func (m *Manager) Ended(ctx context.Context, g Gateway, e wire.End) error {
 	if l.Network != g.Network || l.Gateway != g.Instance {
 		return errUnknown()
 	}
+	_, err = m.change(ctx, e.Session, func(l *state.Lease) bool { // only one of several ends is the one that is logged
+		before := l.Over
+		l.Over = "ended by its gateway"
+		return before == ""
+	})
+	first := problem.CodeOf(err) != problem.SessionOver
+	if err != nil && first {
+		return err
+	}
 	if err := m.opts.Store.EndLease(ctx, e.Session); err != nil {
 		return storeAway(err)
 	}
-	if l.Over == "" { // else its end is in the log already, and this is the gateway's echo
+	if first {
 		m.logOf(l).Info("session ended", "reason", clip(e.Reason, 200), "by", "gateway")
 	}
 	return nil

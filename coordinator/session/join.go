@@ -124,8 +124,8 @@ func checkCandidates(list []wire.Candidate) error {
 		return problem.New(problem.TooLarge, fmt.Sprintf("more than %d candidates", wire.MaxCandidates), "update the client; if it is up to date, report this")
 	}
 	for _, c := range list {
-		if !c.Addr.IsValid() || c.Addr.Port() == 0 || len(c.Kind) > 16 {
-			return problem.New(problem.BadRequest, "a candidate has no usable address", "update the client; if it is up to date, report this")
+		if !c.Addr.IsValid() || c.Addr.Port() == 0 || !c.Kind.Valid() {
+			return problem.New(problem.BadRequest, "a candidate has no usable address, or is of no kind that a client may name", "update the client; if it is up to date, report this")
 		}
 	}
 	return nil

@@ -124,7 +124,7 @@ func (m *Manager) outgrown(rules Rules, l state.Lease, c policy.Claims) string {
 		return endedByPolicy
 	}
 	for _, held := range l.Grants {
-		if !slices.ContainsFunc(d.Grants, func(g wire.Grant) bool { return g.Allow == held.Allow }) {
+		if !slices.ContainsFunc(d.Grants, func(g wire.Grant) bool { return g.Allow == held.Allow && g.Observe == held.Observe }) {
 			return endedByPolicy
 		}
 	}
@@ -184,28 +184,30 @@ func (m *Manager) End(ctx context.Context, id string, secret wire.Secret) error 
 	return m.finish(ctx, l, endedByClient)
 }
 
-// finish ends a session: its gateway is told, and the lease stays as a memory of it until the gateway has surely heard:
-// for Afterlife where its stream took the word, else until the gateway's own deadline.
+// finish ends a session, and its gateway is told. The lease stays as a memory of it until the gateway has surely heard: for
+// Afterlife where its stream took the word, else until the gateway's own deadline. It is marked first: a gateway is quick to
+// say that it has ended what it was told to end, and that must not look like an end of its own accord.
 func (m *Manager) finish(ctx context.Context, l state.Lease, reason string) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*cleanupTime)
 	defer cancel()
-	told := m.tell(ctx, l.Gateway, wire.FrameEnd, wire.End{Session: l.Session, Reason: reason})
 	_, err := m.change(ctx, l.Session, func(l *state.Lease) bool {
-		if l.Over != "" {
-			return false
-		}
+		before := l.Over
 		l.Over = reason
-		if soon := m.opts.Now().Add(m.opts.Afterlife); told && soon.Before(l.Expires) {
-			l.Expires = soon
-		}
-		return true
+		return before == ""
 	})
 	if problem.CodeOf(err) == problem.SessionOver {
 		return nil
 	}
+	told := m.tell(ctx, l.Gateway, wire.FrameEnd, wire.End{Session: l.Session, Reason: reason})
 	if err != nil {
 		m.logOf(l).Warn("session's end not kept", "err", fmt.Errorf("mark the lease: %w", errors.Unwrap(err)))
 		return err
+	}
+	if soon := m.opts.Now().Add(m.opts.Afterlife); told && soon.Before(l.Expires) {
+		_, _ = m.change(ctx, l.Session, func(l *state.Lease) bool { // gone already where the gateway has confirmed it
+			l.Expires = soon
+			return true
+		})
 	}
 	m.logOf(l).Info("session ended", "reason", reason, "told", told, "lasted", m.opts.Now().Sub(l.Created).Round(time.Second))
 	return nil

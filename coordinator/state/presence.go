@@ -18,6 +18,7 @@ type Presence struct {
 	Network    string           `json:"network"`
 	Key        wire.Key         `json:"key"`
 	Candidates []wire.Candidate `json:"candidates"`
+	Mapping    wire.Mapping     `json:"mapping,omitempty"`
 	Sessions   int              `json:"sessions"`
 	Leaving    bool             `json:"leaving"`
 	Since      time.Time        `json:"since"`

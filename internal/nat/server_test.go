@@ -11,7 +11,10 @@ import (
 	"go.uber.org/goleak"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	prepare()
+	goleak.VerifyTestMain(m)
+}
 
 func listen(t *testing.T, addr string) *Server {
 	t.Helper()

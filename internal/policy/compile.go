@@ -49,6 +49,7 @@ func (c *compiler) rule(in *Rule, path string, index int) (*rule, *Error) {
 		func() *Error { return checkMaxSession(in, path) },
 		func() *Error { return c.checkMatch(in, path) },
 		func() *Error { return c.checkAllow(in, path) },
+		func() *Error { return c.checkObserve(in, path) },
 	}
 	for _, check := range checks {
 		if err := check(); err != nil {
@@ -78,6 +79,7 @@ func (c *compiler) build(in *Rule) *rule {
 	for _, line := range in.Allow {
 		r.grants = append(r.grants, wire.Grant{Rule: in.Name, Allow: strings.TrimSpace(line)})
 	}
+	r.grants = append(r.grants, observeGrants(in)...)
 	return r
 }
 
@@ -151,7 +153,7 @@ func checkMaxSession(in *Rule, path string) *Error {
 }
 
 func (c *compiler) checkAllow(in *Rule, path string) *Error {
-	if len(in.Allow) == 0 {
+	if len(in.Allow)+len(in.Observe) == 0 {
 		return fault(path, fmt.Sprintf("rule %q allows nothing", in.Name), `add allow, such as "tcp 10.0.0.5:5432"`)
 	}
 	if c.lines += len(in.Allow); c.lines > MaxLines {

@@ -55,7 +55,7 @@ func TestParseFileRefuses(t *testing.T) {
 		{"second document", goodFile + "---\nrules: []\n", "p.yaml:15:1: a second document", ""},
 		{"unpinned", edit("repository_id: 42, ", ""), `p.yaml:12:5: rule "docs" pins neither`, "repository_owner_id"},
 		{"bad allow", edit("icmp 10.0.0.0/24", "icmp 10.0.0.1/24"), "p.yaml:8:34: 10.0.0.1/24 has bits set", "10.0.0.0/24"},
-		{"bad allow in a block", edit("tcp [fd00::/64]:443", "tcp db.internal:443"), "p.yaml:14:9: grants by name", ""},
+		{"bad allow in a block", edit("tcp [fd00::/64]:443", "tcp db..internal:443"), "p.yaml:14:9: \"db..internal\" is no address", ""},
 		{"bad claim", edit("environment:", "enviroment:"), `p.yaml:12:32: unknown claim "enviroment"`, `"environment"`},
 		{"bad value in a list", edit("refs/tags/v*", "v*"), "p.yaml:7:32: a ref is a full name", ""},
 		{"bad single value", edit("acme/shop", "shop"), "p.yaml:6:19: a repository is OWNER/REPO", ""},

@@ -15,6 +15,7 @@ func FuzzLine(f *testing.F) {
 		"tcp 10.0.0.5:5432", "tcp,udp 10.0.0.0/24:53,853", "icmp fd00::/64", "tcp [fd00::/64]:8000-8100", "tcp internet:*", "icmp internet",
 		"tcp db.internal:5432", "tcp [::ffff:1.2.3.4]:1", "tcp 10.0.0.1/24:1", "tcp [fe80::1%eth0]:1", "tcp :", "tcp []:1", "tcp [:1", "udp ::/0:1",
 		"tcp 1.1.1.1:1-", "tcp 1.1.1.1:,", ", 1.1.1.1:1", "tcp\t1.1.1.1:1\n", "tcp 0:0", "tcp [1::2]:00080",
+		"tcp *.svc.corp:443", "tcp *:1", "icmp DB.internal", "tcp a..b:1", "tcp -a:1", "tcp 10.0.0.5.corp:1", "tcp _x._y:1",
 	} {
 		f.Add(seed)
 	}
@@ -34,7 +35,11 @@ func FuzzLine(f *testing.F) {
 				t.Fatalf("%q: ports %v", text, l.ports)
 			}
 		}
-		if !l.internet && (l.prefix != l.prefix.Masked() || l.prefix.Addr().Is4In6() || l.prefix.Addr().Zone() != "") {
+		if h := l.host; h.name != "" {
+			if canonical, ok := CanonicalName(h.name); !ok || canonical != h.name || l.internet || l.prefix.IsValid() {
+				t.Fatalf("%q: name %q, prefix %v", text, h, l.prefix)
+			}
+		} else if !l.internet && (l.prefix != l.prefix.Masked() || l.prefix.Addr().Is4In6() || l.prefix.Addr().Zone() != "") {
 			t.Fatalf("%q: prefix %v", text, l.prefix)
 		}
 		if _, err := ParseGrant([]wire.Grant{{Rule: "r", Allow: text}}); err != nil {

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 
 	"github.com/culvertnet/culvert/internal/problem"
 	"github.com/culvertnet/culvert/internal/wire"
@@ -12,11 +13,14 @@ import (
 // Grant is a compiled set of allow lines, safe for concurrent use. The zero value grants nothing.
 //
 // Lines are found by their prefix: one map lookup for every prefix length that is in use, however many lines there are.
+// Lines by name are found by the name and by each of the domains that it lies in.
 type Grant struct {
 	byPrefix map[netip.Prefix][]entry
 	bits4    []int // prefix lengths in use
 	bits6    []int
 	internet []entry
+	byName   map[hostName][]entry
+	observed *Grant // what observe lines let through, by address alone; nil for none
 }
 
 // entry is one line as its prefix leads to it.
@@ -38,18 +42,32 @@ func ParseGrant(lines []wire.Grant) (*Grant, error) {
 		if !printable(in.Rule) {
 			return nil, problem.New(problem.BadRequest, fmt.Sprintf("a grant names the rule %.64q", in.Rule), next)
 		}
-		l, err := parseLine(in.Allow)
+		into, parse, text := g, parseLine, in.Allow
+		if in.Observe != "" {
+			if in.Allow != "" {
+				return nil, problem.New(problem.BadRequest, "a grant both allows and observes", next)
+			}
+			into, parse, text = g.watch(), parseObserve, in.Observe
+		}
+		l, err := parse(text)
 		if err != nil {
 			return nil, problem.Wrap(err, problem.BadRequest, "a grant does not parse: "+err.Message, next)
 		}
-		g.add(l, entry{index: i, rule: in.Rule, protos: l.protos, ports: l.ports})
+		into.add(l, entry{index: i, rule: in.Rule, protos: l.protos, ports: l.ports})
 	}
 	return g, nil
 }
 
 func (g *Grant) add(l line, e entry) {
-	if l.internet {
+	switch {
+	case l.internet:
 		g.internet = append(g.internet, e)
+		return
+	case l.host.name != "":
+		if g.byName == nil {
+			g.byName = make(map[hostName][]entry)
+		}
+		g.byName[l.host] = append(g.byName[l.host], e)
 		return
 	}
 	g.byPrefix[l.prefix] = append(g.byPrefix[l.prefix], e)
@@ -105,4 +123,36 @@ func firstEntry(entries []entry, best *entry, proto Proto, port uint16) *entry {
 		}
 	}
 	return best
+}
+
+// findName gives the first line by name that covers a flow to a canonical name. A nil grant covers nothing.
+func (g *Grant) findName(proto Proto, name string, port uint16) (rule string, ok bool) {
+	if g == nil || len(g.byName) == 0 {
+		return "", false
+	}
+	best := firstEntry(g.byName[hostName{name: name}], nil, proto, port)
+	for rest, more := name, true; more; {
+		if _, rest, more = strings.Cut(rest, "."); more {
+			best = firstEntry(g.byName[hostName{name: rest, wild: true}], best, proto, port)
+		}
+	}
+	if best == nil {
+		return "", false
+	}
+	return best.rule, true
+}
+
+// hasAddresses tells whether any line is by address.
+func (g *Grant) hasAddresses() bool {
+	return len(g.byPrefix) > 0 || len(g.internet) > 0 || g.observed != nil
+}
+
+// meetsName tells whether a line by name stands for some name that h stands for too.
+func (g *Grant) meetsName(h hostName) bool {
+	for own := range g.byName {
+		if own.covers(h) || h.covers(own) {
+			return true
+		}
+	}
+	return false
 }

@@ -21,7 +21,7 @@ const (
 //
 //	line     = protocols SP target [":" ports]
 //	protocols = ("tcp" / "udp" / "icmp") *("," …)
-//	target   = IPv4 / IPv4 "/" bits / "[" IPv6 "]" / "[" IPv6 "/" bits "]" / "internet"
+//	target   = IPv4 / IPv4 "/" bits / "[" IPv6 "]" / "[" IPv6 "/" bits "]" / ["*."] name / "internet"
 //	ports    = "*" / item *("," item)
 //	item     = port / port "-" port
 //
@@ -29,7 +29,8 @@ const (
 type line struct {
 	protos   Proto
 	internet bool
-	prefix   netip.Prefix // unless internet; masked
+	host     hostName     // "" unless the target is a name
+	prefix   netip.Prefix // neither internet nor a name; masked
 	ports    []portRange  // merged and sorted; empty for icmp
 }
 
@@ -56,10 +57,18 @@ func parseLine(text string) (line, *Error) {
 		return line{}, err
 	}
 	l := line{protos: protos, internet: target == "internet"}
-	if !l.internet {
-		if l.prefix, err = parseTarget(target); err != nil {
-			return line{}, err
-		}
+	if !l.internet && strings.EqualFold(target, "internet") {
+		return line{}, fault("", fmt.Sprintf("unknown target %q", target), `write "internet" in lower case`)
+	}
+	switch {
+	case l.internet:
+	case isName(target):
+		l.host, err = parseHost(target)
+	default:
+		l.prefix, err = parseTarget(target)
+	}
+	if err != nil {
+		return line{}, err
 	}
 	err = l.setPorts(fields[1], ports, hasPorts)
 	return l, err
@@ -131,14 +140,17 @@ func parseTarget(s string) (netip.Prefix, *Error) {
 }
 
 func badTarget(s string, isCIDR bool) *Error {
-	next := `write an address, a CIDR or "internet"`
-	if isCIDR || s == "" || strings.Trim(s, "0123456789.") == "" || strings.Contains(s, ":") {
-		return fault("", fmt.Sprintf("%q is no address and no CIDR", s), next)
+	next := `write an address, a CIDR, a name or "internet"`
+	if isCIDR && strings.Trim(s, "0123456789./") != "" && !strings.Contains(s, ":") {
+		next = "a name stands for one host: write it without the /"
 	}
-	if strings.EqualFold(s, "internet") {
-		return fault("", fmt.Sprintf("unknown target %q", s), `write "internet" in lower case`)
-	}
-	return fault("", fmt.Sprintf("grants by name, such as %q, are not supported: grants are by address, CIDR or internet for now", s), next)
+	return fault("", fmt.Sprintf("%q is no address and no CIDR", s), next)
+}
+
+// isName tells whether a target is meant to be a name: it has a character that no IPv4 address has, and none that only
+// IPv6 addresses and CIDRs have.
+func isName(s string) bool {
+	return strings.Trim(s, "0123456789.") != "" && !strings.ContainsAny(s, ":/")
 }
 
 // setPorts checks that ports stand where they have to and nowhere else.
@@ -151,7 +163,7 @@ func (l *line) setPorts(target, ports string, hasPorts bool) *Error {
 	}
 	if !hasPorts {
 		next := fmt.Sprintf("write %s:443 for one port or %s:* for all", target, target)
-		if !l.internet && l.prefix.Addr().Is6() {
+		if l.prefix.Addr().Is6() {
 			bare := strings.Trim(target, "[]")
 			next = fmt.Sprintf("write [%s]:443 for one port or [%s]:* for all", bare, bare)
 		}
@@ -200,6 +212,9 @@ func parsePort(s string) (uint16, bool) {
 
 // checkEffect refuses a range of which every address is always denied: it would silently give nothing.
 func (l *line) checkEffect() *Error {
+	if l.host.name != "" {
+		return l.host.checkEffect()
+	}
 	if l.internet || l.prefix.IsSingleIP() {
 		return nil
 	}

@@ -10,7 +10,7 @@ func TestParseLine(t *testing.T) {
 	tests := []struct {
 		text   string
 		protos Proto
-		prefix string // "" means internet
+		prefix string // or a name; "" means internet
 		ports  []portRange
 	}{
 		{"tcp 10.0.0.5:5432", TCP, "10.0.0.5/32", []portRange{{5432, 5432}}},
@@ -31,6 +31,15 @@ func TestParseLine(t *testing.T) {
 		{"tcp [fd00::/64]:443", TCP, "fd00::/64", []portRange{{443, 443}}},
 		{"tcp [64:ff9b::10.0.0.1]:443", TCP, "64:ff9b::a00:1/128", []portRange{{443, 443}}},
 		{"tcp 0.0.0.0/0:443", TCP, "0.0.0.0/0", []portRange{{443, 443}}},
+		{"tcp db.internal:5432", TCP, "db.internal", []portRange{{5432, 5432}}},
+		{"tcp DB.Internal:5432", TCP, "db.internal", []portRange{{5432, 5432}}},
+		{"tcp,udp *.svc.corp:53,443", TCP | UDP, "*.svc.corp", []portRange{{53, 53}, {443, 443}}},
+		{"tcp registry:5000", TCP, "registry", []portRange{{5000, 5000}}},
+		{"tcp 10-0-0-5.corp:*", TCP, "10-0-0-5.corp", []portRange{{1, 65535}}},
+		{"tcp _ldap._tcp.corp:389", TCP, "_ldap._tcp.corp", []portRange{{389, 389}}},
+		{"tcp xn--bcher-kva.example:443", TCP, "xn--bcher-kva.example", []portRange{{443, 443}}},
+		{"icmp db.internal", ICMP, "db.internal", nil},
+		{"tcp internet.corp:443", TCP, "internet.corp", []portRange{{443, 443}}},
 		{" \ttcp   10.0.0.5:1 ", TCP, "10.0.0.5/32", []portRange{{1, 1}}},
 	}
 	for _, tt := range tests {
@@ -40,7 +49,10 @@ func TestParseLine(t *testing.T) {
 			continue
 		}
 		prefix := ""
-		if !l.internet {
+		switch {
+		case l.host.name != "":
+			prefix = l.host.String()
+		case !l.internet:
 			prefix = l.prefix.String()
 		}
 		if l.protos != tt.protos || prefix != tt.prefix || !slices.Equal(l.ports, tt.ports) {
@@ -98,11 +110,26 @@ func TestParseLineRefuses(t *testing.T) {
 		{"tcp [fd00::1:1", "is no target", ""},
 		{"tcp [fd00::]/64:1", "is no target", "[fd00::/64]:443"},
 		{"tcp [fd00::1]443", "is no target", ""},
-		{"tcp db.internal:5432", "grants by name", "CIDR"},
-		{"tcp *.svc.corp:443", "grants by name", ""},
-		{"tcp localhost:443", "grants by name", ""},
 		{"tcp Internet:443", "unknown target", "lower case"},
-		{"tcp *:443", "grants by name", ""},
+		{"tcp db.internal", "has no port", "db.internal:443"},
+		{"icmp db.internal:1", "icmp has no ports", ""},
+		{"tcp *:443", "every name", "internet"},
+		{"tcp *.:443", "no host name", ""},
+		{"tcp **.corp:443", "wildcard in the middle", "any depth"},
+		{"tcp *.*.corp:443", "wildcard in the middle", ""},
+		{"tcp db-*.corp:443", "wildcard in the middle", ""},
+		{"tcp a.*.corp:443", "wildcard in the middle", ""},
+		{"tcp db..corp:443", "no host name", ""},
+		{"tcp .corp:443", "no host name", ""},
+		{"tcp db.corp.:443", "no host name", "without a dot"},
+		{"tcp -db.corp:443", "no host name", ""},
+		{"tcp db-.corp:443", "no host name", ""},
+		{"tcp db!.corp:443", "no host name", ""},
+		{"tcp b\u00fccher.example:443", "not a name in ASCII", "xn--"},
+		{"tcp " + strings.Repeat("x", 64) + ".corp:443", "no host name", ""},
+		{"tcp " + strings.Repeat("x.", 127) + "corp:443", "no host name", ""},
+		{"tcp db.internal/24:443", "no CIDR", "one host"},
+		{"tcp https://db.internal:443", "no CIDR", "a name"},
 		{"tcp " + strings.Repeat("x", MaxLine), "longer than", ""},
 	}
 	for _, tt := range tests {

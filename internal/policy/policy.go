@@ -37,6 +37,7 @@ type Rule struct {
 	Network    string            `yaml:"network,omitempty"`
 	Match      map[string]Values `yaml:"match"`
 	Allow      []string          `yaml:"allow"`
+	Observe    []string          `yaml:"observe,omitempty"` // ranges that are let through though no allow names them
 	MaxSession time.Duration     `yaml:"max_session,omitempty"`
 }
 

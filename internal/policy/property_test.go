@@ -66,7 +66,14 @@ func drawLine(t *rapid.T) string {
 func drawGrant(t *rapid.T, label string) *Grant {
 	lines := []wire.Grant{}
 	for i := range rapid.IntRange(0, 6).Draw(t, label) {
-		lines = append(lines, wire.Grant{Rule: fmt.Sprint("r", i), Allow: drawLine(t)})
+		g := wire.Grant{Rule: fmt.Sprint("r", i), Allow: drawLine(t)}
+		if rapid.IntRange(0, 3).Draw(t, "observe") == 0 {
+			g.Allow, g.Observe = "", drawPrefix(t).String()
+			if _, err := parseObserve(g.Observe); err != nil {
+				continue // it would never let anything through
+			}
+		}
+		lines = append(lines, g)
 	}
 	g, err := ParseGrant(lines)
 	if err != nil && !strings.Contains(err.Error(), "IPv6 dress") {

@@ -1,6 +1,9 @@
 package policy
 
-import "net/netip"
+import (
+	"net/netip"
+	"slices"
+)
 
 // Flow is one flow that a session wants to open. Dst's port is 0 for ICMP.
 type Flow struct {
@@ -10,9 +13,10 @@ type Flow struct {
 
 // Verdict is what the grants say to a flow.
 type Verdict struct {
-	Allowed bool
-	Rule    string // the rule that allows it
-	Reason  string // why not, for the job's owner: "not granted", "link-local address", …
+	Allowed  bool
+	Observed bool   // allowed by an observe line alone, of the coordinator's policy or of the gateway's own
+	Rule     string // the rule that allows it
+	Reason   string // why not, for the job's owner: "not granted", "link-local address", …
 }
 
 // Scope is what a gateway holds a flow against.
@@ -44,9 +48,11 @@ func (s *Scope) Decide(f Flow) Verdict {
 	}
 	in := embedded(addr)
 	for _, a := range in.addrs[:in.n] {
-		if w := s.decide(f.Proto, a, f.Dst.Port()); !w.Allowed {
+		w := s.decide(f.Proto, a, f.Dst.Port())
+		if !w.Allowed {
 			return w
 		}
+		v.Observed = v.Observed || w.Observed
 	}
 	return v
 }
@@ -76,16 +82,18 @@ func (s *Scope) decide(proto Proto, addr netip.Addr, port uint16) Verdict {
 	if !exact {
 		reason = reasonNotGranted
 	}
-	rule, ok := s.Offered.find(proto, addr, port, exact)
+	rule, observed, ok := s.Offered.look(proto, addr, port, exact)
 	if !ok || local && s.Local == nil {
 		return Verdict{Reason: reason}
 	}
 	if s.Local != nil {
-		if _, ok := s.Local.find(proto, addr, port, exact); !ok {
+		_, also, ok := s.Local.look(proto, addr, port, exact)
+		if !ok {
 			return Verdict{Reason: reason}
 		}
+		observed = observed || also
 	}
-	return Verdict{Allowed: true, Rule: rule}
+	return Verdict{Allowed: true, Observed: observed, Rule: rule}
 }
 
 // closed gives why only an exact line opens an address, "" where any line does, and whether the gateway's own policy has
@@ -98,4 +106,80 @@ func (s *Scope) closed(addr netip.Addr) (reason string, local bool) {
 		return c.reason, c.local
 	}
 	return "", false
+}
+
+// DecideName holds a flow to a name, which the gateway has resolved to f.Dst, against a session's scope. It does not
+// allocate. The name is canonical, see [CanonicalName].
+//
+// Offered has to have a line by name for it, and Local, where there is one, a line by name or by address. A line by name
+// never opens an address that is closed (see [Scope.Decide]): DNS is in other hands than the policy. Only lines that name
+// the exact address do.
+func (s *Scope) DecideName(name string, f Flow) Verdict {
+	addr := f.Dst.Addr().Unmap()
+	if !f.wellFormed() {
+		return Verdict{Reason: reasonMalformed}
+	}
+	v := s.decideName(name, f.Proto, addr, f.Dst.Port())
+	if !v.Allowed || !addr.Is6() {
+		return v
+	}
+	in := embedded(addr)
+	for _, a := range in.addrs[:in.n] {
+		w := s.decideName(name, f.Proto, a, f.Dst.Port())
+		if !w.Allowed {
+			return w
+		}
+		v.Observed = v.Observed || w.Observed
+	}
+	return v
+}
+
+// decideName judges one spelling of the address.
+func (s *Scope) decideName(name string, proto Proto, addr netip.Addr, port uint16) Verdict {
+	rule, ok := s.Offered.findName(proto, name, port)
+	if !ok {
+		return Verdict{Reason: reasonNotGranted}
+	}
+	if contains(s.Overlay, addr) {
+		return Verdict{Reason: reasonOverlay}
+	}
+	if reason, _ := s.closed(addr); reason != "" {
+		return s.decide(proto, addr, port)
+	}
+	v := Verdict{Allowed: true, Rule: rule}
+	if s.Local != nil {
+		if _, byName := s.Local.findName(proto, name, port); byName {
+			return v
+		}
+		if _, v.Observed, ok = s.Local.look(proto, addr, port, false); !ok {
+			return Verdict{Reason: reasonNotGranted}
+		}
+	}
+	return v
+}
+
+// Names are the names that a session may ask for, sorted: exact ones, and domains of which every name below is granted but
+// not the domain itself. A name that the gateway's own policy covers neither by name nor, possibly, by address is left out.
+func (s *Scope) Names() (exact, below []string) {
+	if s.Offered == nil {
+		return nil, nil
+	}
+	for h := range s.Offered.byName {
+		switch {
+		case s.Local != nil && !s.Local.hasAddresses() && !s.Local.meetsName(h):
+		case h.wild:
+			below = append(below, h.name)
+		default:
+			exact = append(exact, h.name)
+		}
+	}
+	slices.Sort(exact)
+	slices.Sort(below)
+	return exact, below
+}
+
+// Empty tells whether nothing at all can be reached.
+func (s *Scope) Empty() bool {
+	exact, below := s.Names()
+	return len(exact)+len(below) == 0 && len(s.Routes()) == 0
 }

@@ -35,3 +35,6 @@ const (
 	MappingEasy    Mapping = "easy" // the same port towards every destination: endpoint-independent
 	MappingHard    Mapping = "hard" // another port for every destination: address- or port-dependent
 )
+
+// Valid reports whether m is one of the mappings above.
+func (m Mapping) Valid() bool { return m == MappingUnknown || m == MappingEasy || m == MappingHard }

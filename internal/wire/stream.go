@@ -91,10 +91,12 @@ type Answer struct {
 	Lease   *Lease          `json:"lease,omitempty"`
 }
 
-// Trickle brings candidates found later: of a client (Session set) or of the gateway itself.
+// Trickle brings what was found later: of a client (Session set; its candidates come on top of those that are known) or of
+// the gateway itself (which names all that it has).
 type Trickle struct {
 	Session    string      `json:"session,omitempty"`
 	Candidates []Candidate `json:"candidates"`
+	Mapping    Mapping     `json:"mapping,omitempty"`
 }
 
 // Renewed passes on a fresh token for a session.

@@ -13,7 +13,9 @@ import (
 const (
 	MaxToken      = 16 << 10 // an OIDC token
 	MaxBody       = 64 << 10 // a request body
-	MaxFrame      = 4 << 20  // one message on a gateway's control stream; hello and welcome carry whole state
+	MaxFrame      = 4 << 20  // one message on a gateway's control stream, but for hello and welcome
+	MaxState      = 32 << 20 // hello and welcome, which carry whole state
+	MaxHeld       = 1 << 16  // sessions in a hello
 	MaxCandidates = 32       // candidates of one side
 )
 
@@ -41,6 +43,8 @@ type Info struct {
 	Version int      `json:"version"`
 	STUN    []string `json:"stun"` // "host:port"; an empty host means the coordinator's own
 	Relays  []Relay  `json:"relays,omitempty"`
+	// TicketKey is the public key that relays check tickets with, as relay.yaml takes it.
+	TicketKey string `json:"ticket_key,omitempty"`
 }
 
 // CandidateKind says where a candidate address comes from, in the words of RFC 8445.
@@ -54,6 +58,15 @@ const (
 	Mapped    CandidateKind = "mapped"    // a port mapping on its router
 	Observed  CandidateKind = "observed"  // peer-reflexive: where an authentic check came from
 )
+
+// Valid reports whether a side may name candidates of this kind. Observed ones come from checks alone, and a relay from tickets.
+func (k CandidateKind) Valid() bool {
+	switch k {
+	case Host, Reflexive, Public, Mapped:
+		return true
+	}
+	return false
+}
 
 // Candidate is one address at which a side may be reachable.
 type Candidate struct {
@@ -103,11 +116,13 @@ type Gateway struct {
 	Candidates []Candidate    `json:"candidates"`
 	Mapping    Mapping        `json:"mapping,omitempty"`
 	Routes     []netip.Prefix `json:"routes,omitempty"` // what this session may reach through it
+	Names      *Names         `json:"names,omitempty"`  // nil where no name is granted
 }
 
-// Update is the body of PATCH /v1/sessions/{id}: candidates found later, a fresh token to renew with, or both.
+// Update is the body of PATCH /v1/sessions/{id}: candidates and a mapping found later, a fresh token to renew with, or all.
 type Update struct {
 	Candidates []Candidate `json:"candidates,omitempty"`
+	Mapping    Mapping     `json:"mapping,omitempty"`
 	Token      Secret      `json:"token,omitempty"`
 }
 
@@ -117,10 +132,12 @@ type Lease struct {
 	Ends    time.Time `json:"ends"`
 }
 
-// Grant is one thing a session may reach: an allow line as the policy file writes it, and the rule it stands in.
+// Grant is one thing a session may reach: a line as the policy file writes it, and the rule it stands in. Exactly one of
+// Allow and Observe is set.
 type Grant struct {
-	Rule  string `json:"rule"`
-	Allow string `json:"allow"`
+	Rule    string `json:"rule"`
+	Allow   string `json:"allow"`
+	Observe string `json:"observe,omitempty"` // a range that is let through and marked as observed
 }
 
 // Duration is a time.Duration that JSON carries as a string such as "10m0s".

@@ -54,7 +54,7 @@ func Dial(ctx context.Context, opts Options) (*Gateway, error) {
 		}
 		return nil, err
 	}
-	conn.SetReadLimit(wire.MaxFrame)
+	conn.SetReadLimit(wire.MaxState)
 	g := &Gateway{opts: opts, conn: conn, done: make(chan struct{})}
 	if err := g.greet(ctx); err != nil {
 		_ = conn.CloseNow()
