@@ -67,6 +67,10 @@ var rules = []rule{
 		why: "an issuer that signs whatever it is asked to has no place in a program",
 	},
 	{
+		from: []string{"coordinator/audit"}, never: []string{"coordinator/session", "coordinator/api", "coordinator/server"},
+		why: "whoever decides writes records; the log knows nothing of how decisions come about",
+	},
+	{
 		from: []string{"internal/policy"}, direct: true, never: []string{"std:net", "std:net/http", "std:os", "std:context", "internal/claims"},
 		why: "policy is pure: a decision can be reproduced from a file and verified claims alone",
 	},
@@ -283,6 +287,7 @@ func TestViolationsAreFound(t *testing.T) {
 		{"internal/policy", "gateway/agent", "internal/policy → gateway/agent: imports point down"},
 		{"gateway/agent", "internal/e2e", "gateway/agent → internal/e2e: what puts programs"},
 		{"gateway/agent", "internal/claims/claimstest", "gateway/agent → internal/claims/claimstest: an issuer"},
+		{"coordinator/audit", "coordinator/session", "coordinator/audit → coordinator/session: whoever decides"},
 		{"internal/policy", "net/http", "internal/policy → net/http: policy is pure"},
 		{"internal/claims", "internal/policy", "internal/claims → internal/policy: verifying"},
 		{"internal/relay", "internal/policy", "internal/relay → internal/policy: a relay moves"},
