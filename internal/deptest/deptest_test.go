@@ -79,7 +79,7 @@ var rules = []rule{
 		why: "verifying a token and judging its claims are two things that are trusted separately",
 	},
 	{
-		from: []string{"internal/relay"}, never: []string{"internal/tunnel", "internal/netstack", "internal/claims", "internal/policy"},
+		from: []string{"internal/relay", "internal/udpconn"}, never: []string{"internal/tunnel", "internal/netstack", "internal/claims", "internal/policy"},
 		why: "a relay moves ciphertext for whoever has a ticket: it holds no tunnel and judges nobody",
 	},
 }
