@@ -13,7 +13,7 @@ PACKAGES  = $(shell $(GO) list ./... | grep -v '/internal/e2e')
 export CGO_ENABLED = 0
 GOBUILD = $(GO) build -trimpath -ldflags '-s -w -X main.version=$(VERSION)'
 
-.PHONY: build demo test check unit e2e bench fuzz clean tools-test tools-bench FORCE
+.PHONY: build demo test check action unit e2e bench fuzz clean tools-test tools-bench FORCE
 
 build: $(BINARIES)
 
@@ -30,7 +30,7 @@ demo: build
 	@bin/demo -bin bin
 
 # Everything that is checked before a change goes in. What cannot run here is named; with CI=true nothing may be skipped.
-test: tools-test check unit e2e
+test: tools-test check action unit e2e
 
 check:
 	@unformatted="$$(gofmt -l $$(git ls-files '*.go'))"; \
@@ -51,6 +51,12 @@ unit: build
 	elif [ "$$CI" = true ]; then echo "the race detector needs a C compiler, and CI must not skip"; exit 1; \
 	else echo "skipped: the race detector, which needs a C compiler"; \
 		CULVERT_E2E_BIN=$(CURDIR)/bin $(GO) test -p 2 -timeout 10m $(PACKAGES); fi
+
+# The action's steps, each as the runner starts it.
+action:
+	@if command -v node >/dev/null; then echo "node --test action/test/"; node --test --test-reporter=dot action/test/; \
+	elif [ "$$CI" = true ]; then echo "the action's tests need node, and CI must not skip"; exit 1; \
+	else echo "skipped: the action's tests, which need node"; fi
 
 # The real programs in namespaces, alone on the machine because they are timed.
 e2e: build

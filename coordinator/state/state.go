@@ -6,6 +6,7 @@
 //	session.<id>                 a lease
 //	address.<network>.<address>  which session holds an IPv4 overlay address
 //	gateway.<instance>           a live gateway
+//	secret.<name>                what all nodes share and nobody else may know; never expires
 //
 // The stream's sequence numbers are the revisions that every change is fenced with. Each node watches the bucket and
 // mirrors it in memory; the mirror answers what is asked for every join (the live gateways, an address that is likely
@@ -109,7 +110,7 @@ func (s *Store) open(ctx context.Context, opts Options) error {
 	reconnected := make(chan struct{}, 1)
 	var err error
 	if len(opts.NATS) == 0 {
-		if s.embedded, err = startEmbedded(opts.Dir, s.log); err != nil {
+		if s.embedded, err = startEmbedded(opts.Dir, storage{name: "culvert", limit: maxStore}, s.log); err != nil {
 			return err
 		}
 	}

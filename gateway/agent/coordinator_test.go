@@ -31,6 +31,7 @@ type coordinator struct {
 	raw     []byte // sent in place of the welcome
 	server  *http.Server
 	conn    *websocket.Conn
+	ended   chan websocket.StatusCode // how each stream was closed
 	dials   int
 	headers http.Header
 	next    uint64
@@ -40,7 +41,7 @@ type coordinator struct {
 
 func startCoordinator(t testing.TB) *coordinator {
 	c := &coordinator{
-		t: t, addr: "127.0.0.1:0", hellos: make(chan wire.Hello, 16), frames: make(chan wire.Frame, 1<<16), waiting: map[uint64]chan wire.Answer{},
+		t: t, addr: "127.0.0.1:0", hellos: make(chan wire.Hello, 16), frames: make(chan wire.Frame, 1<<16), waiting: map[uint64]chan wire.Answer{}, ended: make(chan websocket.StatusCode, 64),
 		welcome: wire.Welcome{Version: wire.Version, Network: "corp", Addresses: gatewayAddrs},
 	}
 	c.start()
@@ -124,7 +125,8 @@ func (c *coordinator) serve(w http.ResponseWriter, r *http.Request) {
 func (c *coordinator) read(ctx context.Context, conn *websocket.Conn) {
 	for {
 		var f wire.Frame
-		if wsjson.Read(ctx, conn, &f) != nil {
+		if err := wsjson.Read(ctx, conn, &f); err != nil {
+			c.ended <- websocket.CloseStatus(err)
 			return
 		}
 		if f.Type != wire.FrameAnswer {
@@ -174,6 +176,18 @@ func (c *coordinator) ask(kind wire.FrameType, v any) (wire.Answer, error) {
 	case <-time.After(10 * time.Second):
 		c.t.Fatal("no answer within 10 s")
 		return wire.Answer{}, nil
+	}
+}
+
+// closed waits for a stream to be over and says how.
+func (c *coordinator) closed() websocket.StatusCode {
+	c.t.Helper()
+	select {
+	case code := <-c.ended:
+		return code
+	case <-time.After(10 * time.Second):
+		c.t.Fatal("the stream is not closed within 10 s")
+		return 0
 	}
 }
 

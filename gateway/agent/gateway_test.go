@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/coder/websocket"
 	"go.uber.org/goleak"
 
 	"github.com/culvertnet/culvert/internal/claims"
@@ -514,6 +515,9 @@ func TestCloseSaysGoodbye(t *testing.T) {
 	}
 	if e := body[wire.End](t, w.coord.expect(wire.FrameEnd)); e.Session != j.offer.Session {
 		t.Errorf("end of %q", e.Session)
+	}
+	if code := w.coord.closed(); code != websocket.StatusNormalClosure {
+		t.Errorf("the stream was closed with %v", code)
 	}
 	_ = c.SetReadDeadline(time.Now().Add(5 * time.Second))
 	if _, err := c.Read(make([]byte, 1)); err == nil || os.IsTimeout(err) {

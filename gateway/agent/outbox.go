@@ -8,14 +8,19 @@ import (
 	"github.com/culvertnet/culvert/internal/wire"
 )
 
-// outbox holds what the coordinator is yet to hear. Everything in it is bounded by what causes it: one answer for each offer
-// under way, one end and one renewal for each session, one set of candidates. What whole state will tell on the next hello
+// maxAnswers bounds the answers that wait to be written, in bytes. A coordinator that offers faster than it reads gets no
+// more: it takes an answer that does not come for one that was lost, and withdraws the offer.
+const maxAnswers = 8 << 20
+
+// outbox holds what the coordinator is yet to hear. Everything in it is bounded: answers by [maxAnswers], the rest by what
+// causes it: one end and one renewal for each session, one set of candidates. What whole state will tell on the next hello
 // anyway is not kept while there is no stream; renewals are, because their tokens are nowhere else.
 type outbox struct {
 	mu         sync.Mutex
 	wake       chan struct{} // capacity 1
 	up         bool
 	answers    []wire.Frame
+	waiting    int // their size, in bytes
 	ends       []wire.End
 	renewed    map[string]wire.Renewed
 	candidates []wire.Candidate // nil when the coordinator knows them
@@ -32,15 +37,22 @@ func newOutbox() *outbox {
 func (o *outbox) open() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.up, o.answers, o.ends, o.candidates, o.writing = true, nil, nil, nil, false
+	o.up = true
+	o.clear()
 }
 
 // shut ends a stream.
 func (o *outbox) shut() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.up, o.answers, o.ends, o.candidates, o.writing = false, nil, nil, nil, false
+	o.up = false
+	o.clear()
 	o.settle()
+}
+
+// clear forgets what belongs to one stream alone. o.mu is held.
+func (o *outbox) clear() {
+	o.answers, o.waiting, o.ends, o.candidates, o.writing = nil, 0, nil, nil, false
 }
 
 func (o *outbox) put(change func()) {
@@ -55,9 +67,11 @@ func (o *outbox) put(change func()) {
 
 // answer queues the answer to the frame with this id.
 func (o *outbox) answer(id uint64, a wire.Answer) {
+	f := frame(wire.FrameAnswer, id, a)
 	o.put(func() {
-		if o.up {
-			o.answers = append(o.answers, frame(wire.FrameAnswer, id, a))
+		if o.up && o.waiting+len(f.Body) <= maxAnswers {
+			o.answers = append(o.answers, f)
+			o.waiting += len(f.Body)
 		}
 	})
 }
@@ -125,6 +139,7 @@ func (o *outbox) take() (wire.Frame, bool) {
 	if len(o.answers) > 0 {
 		f := o.answers[0]
 		o.answers = o.answers[1:]
+		o.waiting -= len(f.Body)
 		return f, true
 	}
 	if o.candidates != nil {

@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"encoding/json"
+	"net/netip"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -55,6 +56,35 @@ func TestOutboxForgetsAnswersOfAnOldStream(t *testing.T) {
 	o.open()
 	if got := drain(o); len(got) != 0 {
 		t.Fatalf("an answer crossed over to another stream: %v", got)
+	}
+}
+
+// TestOutboxIsBounded: a coordinator that offers and does not read gets no more answers than there is room for.
+func TestOutboxIsBounded(t *testing.T) {
+	o := newOutbox()
+	o.open()
+	routes := make([]netip.Prefix, 4096)
+	for i := range routes {
+		routes[i] = netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)}), 32)
+	}
+	big := wire.Answer{Gateway: &wire.Gateway{Name: "gw", Routes: routes}}
+	size := len(frame(wire.FrameAnswer, 0, big).Body)
+	for id := range uint64(2 * maxAnswers / size) {
+		o.answer(id+1, big)
+	}
+	got := drain(o)
+	if held := len(got) * size; held > maxAnswers || held < maxAnswers-size {
+		t.Errorf("%d answers of %d bytes were kept", len(got), size)
+	}
+	o.answer(1, big)
+	if len(drain(o)) != 1 {
+		t.Error("there is no room again after all were written")
+	}
+	o.answer(1, big)
+	o.shut()
+	o.open()
+	if o.waiting != 0 {
+		t.Errorf("%d bytes wait in a new stream", o.waiting)
 	}
 }
 

@@ -30,6 +30,7 @@ const (
 	lastRetry      = 5 * time.Second
 	refusedRetry   = time.Minute // after a refusal that only a person can lift
 	settled        = 10 * time.Second
+	goodbye        = time.Second // for the coordinator to close in good order
 )
 
 // stream keeps one WebSocket to the coordinator, dialling it again whenever it ends.
@@ -98,7 +99,7 @@ func (s *stream) once(ctx context.Context) (welcomed bool, err error) {
 		return false, err
 	}
 	defer conn.CloseNow()
-	conn.SetReadLimit(wire.MaxFrame)
+	conn.SetReadLimit(wire.MaxState) // until the welcome is there
 	s.out.open()
 	defer s.out.shut()
 	if err := s.greet(ctx, conn); err != nil {
@@ -108,11 +109,7 @@ func (s *stream) once(ctx context.Context) (welcomed bool, err error) {
 	s.state.Store(1)
 	defer s.state.Store(0)
 	s.log.Info("stream to the coordinator is up", "network", s.network, "addr", s.url)
-	err = s.serve(ctx, conn)
-	if ctx.Err() != nil {
-		_ = conn.Close(websocket.StatusNormalClosure, "the gateway stops")
-	}
-	return true, err
+	return true, s.serve(ctx, conn)
 }
 
 func (s *stream) dial(ctx context.Context) (*websocket.Conn, error) {
@@ -165,17 +162,29 @@ func (s *stream) greet(ctx context.Context, conn *websocket.Conn) error {
 		return problem.New(problem.Incompatible, fmt.Sprintf("the coordinator speaks version %d of the API, this gateway %d", w.Version, wire.Version),
 			"update coordinator and gateway to the same version")
 	}
+	conn.SetReadLimit(wire.MaxFrame)
 	return s.welcome(w)
 }
 
-// serve reads, writes and pings until one of them fails; it returns when all have ended.
+// serve reads, writes and pings until one of them fails; it returns when all have ended. When ctx ends, the coordinator is told.
 func (s *stream) serve(ctx context.Context, conn *websocket.Conn) error {
-	ctx, cancel := context.WithCancelCause(ctx)
+	leaving := ctx
+	// A read or write whose context ends cuts the connection, so that no word could be said any more.
+	ctx, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer s.join()
 	defer cancel(nil)
 	var wg sync.WaitGroup
 	defer wg.Wait()
-	// A read or write whose context ends closes the connection at once; the writer outlives ctx only in flush, see [Gateway.Close].
+	wg.Go(func() {
+		select {
+		case <-leaving.Done():
+			stop := time.AfterFunc(goodbye, func() { cancel(context.Cause(leaving)) }) // cuts the read below, and that Close
+			_ = conn.Close(websocket.StatusNormalClosure, "the gateway stops")
+			stop.Stop()
+			cancel(context.Cause(leaving))
+		case <-ctx.Done():
+		}
+	})
 	wg.Go(func() { cancel(s.writeAll(ctx, conn)) })
 	wg.Go(func() { cancel(ping(ctx, conn)) })
 	for {

@@ -71,12 +71,20 @@ var rules = []rule{
 		why: "an issuer that signs whatever it is asked to has no place in a program",
 	},
 	{
+		from: []string{"coordinator/audit"}, never: []string{"coordinator/session", "coordinator/api", "coordinator/server"},
+		why: "whoever decides writes records; the log knows nothing of how decisions come about",
+	},
+	{
 		from: []string{"internal/policy"}, direct: true, never: []string{"std:net", "std:net/http", "std:os", "std:context", "internal/claims"},
 		why: "policy is pure: a decision can be reproduced from a file and verified claims alone",
 	},
 	{
 		from: []string{"internal/claims"}, never: []string{"internal/policy", "internal/tunnel"},
 		why: "verifying a token and judging its claims are two things that are trusted separately",
+	},
+	{
+		from: []string{"internal/relay", "internal/udpconn"}, never: []string{"internal/tunnel", "internal/netstack", "internal/claims", "internal/policy"},
+		why: "a relay moves ciphertext for whoever has a ticket: it holds no tunnel and judges nobody",
 	},
 }
 
@@ -262,7 +270,7 @@ func TestViolationsAreFound(t *testing.T) {
 			our("client/agent"): {our("internal/tunnel"), "net/http"}, our("internal/wire"): {"encoding/json"}, our("internal/problem"): nil,
 			our("internal/policy"): {our("internal/wire"), "net/netip"}, our("internal/claims"): {"example.com/oidc"}, our("internal/tunnel"): {our("internal/wire")},
 			our("internal/e2e"): {our("coordinator/api"), our("gateway/agent"), our("client/agent"), our("internal/claims/claimstest")},
-			"encoding/json":     {"os"}, our("internal/claims/claimstest"): {our("internal/claims")}, our("internal/netstack"): nil,
+			"encoding/json":     {"os"}, our("internal/claims/claimstest"): {our("internal/claims")}, our("internal/netstack"): nil, our("internal/relay"): {our("internal/wire")},
 		}
 	}
 	if broken := check(clean(), rules); broken != nil {
@@ -284,8 +292,10 @@ func TestViolationsAreFound(t *testing.T) {
 		{"internal/policy", "gateway/agent", "internal/policy → gateway/agent: imports point down"},
 		{"gateway/agent", "internal/e2e", "gateway/agent → internal/e2e: what puts programs"},
 		{"gateway/agent", "internal/claims/claimstest", "gateway/agent → internal/claims/claimstest: an issuer"},
+		{"coordinator/audit", "coordinator/session", "coordinator/audit → coordinator/session: whoever decides"},
 		{"internal/policy", "net/http", "internal/policy → net/http: policy is pure"},
 		{"internal/claims", "internal/policy", "internal/claims → internal/policy: verifying"},
+		{"internal/relay", "internal/policy", "internal/relay → internal/policy: a relay moves"},
 	}
 	for _, tt := range tests {
 		g := clean()

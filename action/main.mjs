@@ -1,0 +1,92 @@
+// Joins: gets the client, starts it, and ends when the tunnel is usable. The client itself asks for the token, goes on in the background, and
+// says in annotations of its own what went wrong.
+import { spawn, spawnSync } from 'node:child_process'
+import { createHash } from 'node:crypto'
+import { fileURLToPath } from 'node:url'
+import { client } from './client.mjs'
+import { error, exportEnv, flag, input, list, output, saveState, say } from './runner.mjs'
+
+// What the client may read besides its own variables. Under sudo only these are passed on: a job's other secrets stay where they are.
+const passed = ['ACTIONS_ID_TOKEN_REQUEST_URL', 'ACTIONS_ID_TOKEN_REQUEST_TOKEN', 'GITHUB_ACTIONS', 'RUNNER_TEMP', 'XDG_RUNTIME_DIR', 'SSL_CERT_FILE',
+  'SSL_CERT_DIR', 'HTTPS_PROXY', 'HTTP_PROXY', 'NO_PROXY', 'https_proxy', 'http_proxy', 'no_proxy']
+
+/** The tunnel's name. Jobs of one self-hosted machine run as one user, so there it has the runner's tracking id in it. */
+export function tunnelName(env = process.env) {
+  const base = input('name') || input('network') || 'culvert'
+  if (env.RUNNER_ENVIRONMENT === 'github-hosted' || !env.RUNNER_TRACKING_ID) return base
+  return `${base.slice(0, 23)}-${createHash('sha256').update(env.RUNNER_TRACKING_ID).digest('hex').slice(0, 8)}`
+}
+
+/** The client's settings: an input becomes the variable of the flag with its name. */
+export function settings() {
+  const all = {
+    CULVERT_COORDINATOR: input('coordinator'),
+    CULVERT_NETWORK: input('network'),
+    CULVERT_MODE: input('mode'),
+    CULVERT_WAIT_FOR: list('wait-for').join(','),
+    CULVERT_GATEWAY_KEY: list('gateway-keys').join(','),
+    CULVERT_FORWARD: list('forward').join(','),
+    CULVERT_TIMEOUT: input('timeout'),
+    CULVERT_INSECURE_HTTP: flag('insecure-http') ? 'true' : '',
+    CULVERT_LOG_LEVEL: input('log-level') || (process.env.RUNNER_DEBUG === '1' ? 'debug' : ''),
+    CULVERT_LOG_FILE: input('log-file'),
+    CULVERT_NAME: tunnelName(),
+  }
+  return Object.fromEntries(Object.entries(all).filter(([, value]) => value !== ''))
+}
+
+/** The command in front of the client: sudo where mode and machine call for it and it asks for no password. */
+export function elevation(env) {
+  if (!flag('sudo') || input('mode') === 'proxy' || process.platform === 'win32' || process.getuid() === 0) return []
+  if (spawnSync('sudo', ['-n', 'true'], { stdio: 'ignore' }).status !== 0) return []
+  const names = Object.keys(env).filter((name) => passed.includes(name) || name.startsWith('CULVERT_'))
+  return ['sudo', '-n', `--preserve-env=${names.join(',')}`]
+}
+
+async function main() {
+  if (!input('coordinator')) throw new Error('the input coordinator is missing; write with: {coordinator: https://…}')
+  const program = await client()
+  const env = { ...process.env, ...settings() }
+  saveState('program', program)
+  saveState('name', env.CULVERT_NAME)
+  const [command, ...args] = [...elevation(env), program, 'up', '--json']
+  const child = spawn(command, args, { env, stdio: ['ignore', 'pipe', 'inherit'] })
+  const ended = new Promise((resolve, reject) => child.on('error', reject).on('close', (code) => resolve(code ?? 1)))
+  // A signal cannot reach a child of sudo from here, but every tunnel of this user takes `down` at any time.
+  let cancelled = false
+  const cancel = () => {
+    cancelled = true
+    child.kill('SIGINT')
+    spawn(program, ['down', '--name', env.CULVERT_NAME], { stdio: 'ignore' }).on('error', () => {})
+  }
+  process.on('SIGINT', cancel).on('SIGTERM', cancel)
+  let text = ''
+  child.stdout.setEncoding('utf8').on('data', (chunk) => (text += chunk))
+  const code = await ended
+  if (cancelled || code !== 0) {
+    process.exitCode = code || 1 // the client has said why
+    return
+  }
+  const ready = JSON.parse(text)
+  report(ready, env.CULVERT_NAME)
+}
+
+function report(ready, name) {
+  for (const [key, value] of Object.entries({
+    address: ready.address, gateway: ready.gateway, path: ready.path.kind, session: ready.session, proxy: ready.proxy ?? '',
+  })) output(key, value)
+  exportEnv('CULVERT_NAME', name) // status, check, exec and down of later steps find it
+  if (ready.proxy && flag('export-proxy')) {
+    for (const variable of ['HTTPS_PROXY', 'HTTP_PROXY']) exportEnv(variable, `http://${ready.proxy}`)
+    exportEnv('ALL_PROXY', `socks5h://${ready.proxy}`)
+    exportEnv('NO_PROXY', [process.env.NO_PROXY, 'localhost,127.0.0.1,::1'].filter(Boolean).join(','))
+  }
+  say(`culvert: up in network ${ready.network} as ${ready.address}, gateway ${ready.gateway}, ${ready.path.kind} path, ${Math.round(ready.timings.total_ms)} ms`)
+}
+
+if (process.argv[1] === fileURLToPath(import.meta.url)) {
+  main().catch((err) => {
+    error(err.message)
+    process.exitCode = 1
+  })
+}

@@ -1,0 +1,179 @@
+import assert from 'node:assert/strict'
+import { chmodSync, existsSync, mkdirSync, readFileSync, writeFileSync } from 'node:fs'
+import path from 'node:path'
+import { test } from 'node:test'
+import { gz, pairs, platform, ready, runner, sha256, stub, web } from './harness.mjs'
+
+const asset = `/culvert-${platform}.gz`
+const coordinator = 'https://127.0.0.1:9' // never asked: nothing listens there
+
+function withBinary(r, answers) {
+  const program = r.file('own-culvert')
+  writeFileSync(program, stub(answers, r.file('calls')))
+  chmodSync(program, 0o755)
+  return { coordinator, binary: program }
+}
+
+const calls = (r) => r.read('calls').trim().split('\n').filter(Boolean).map((line) => JSON.parse(line))
+
+test('up: inputs become settings, the result becomes outputs', async (t) => {
+  const r = runner(t)
+  const inputs = withBinary(r, { up: { out: ready } })
+  const { code, out } = await r.run('main', { ...inputs, network: 'corp', 'wait-for': 'db:5432, web:443\nmq:5672', 'gateway-keys': 'K1 K2', timeout: '90s', 'export-proxy': 'true' })
+  assert.equal(code, 0, out)
+  const [call] = calls(r)
+  assert.deepEqual(call.args, ['up', '--json'])
+  assert.deepEqual(call.env, { CULVERT_COORDINATOR: coordinator, CULVERT_NETWORK: 'corp', CULVERT_MODE: 'proxy', CULVERT_WAIT_FOR: 'db:5432,web:443,mq:5672',
+    CULVERT_GATEWAY_KEY: 'K1,K2', CULVERT_TIMEOUT: '90s', CULVERT_NAME: 'corp' })
+  assert.deepEqual(pairs(r.read('output')), { address: '198.18.0.2', gateway: 'gw-1', path: 'reflexive', session: 'sess-1', proxy: '127.0.0.1:1080' })
+  const env = pairs(r.read('env'))
+  assert.equal(env.HTTPS_PROXY, 'http://127.0.0.1:1080')
+  assert.equal(env.ALL_PROXY, 'socks5h://127.0.0.1:1080')
+  assert.equal(env.CULVERT_NAME, 'corp')
+})
+
+test('proxy variables stay out of later steps unless asked for', async (t) => {
+  const r = runner(t)
+  await r.run('main', withBinary(r, { up: { out: ready } }))
+  assert.deepEqual(pairs(r.read('env')), { CULVERT_NAME: 'culvert' })
+})
+
+test('a failed up fails the step with the client\'s own exit code', async (t) => {
+  const r = runner(t)
+  const { code } = await r.run('main', withBinary(r, { up: { out: { code: 'denied', detail: 'no' }, code: 3 } }))
+  assert.equal(code, 3)
+  assert.equal(r.read('output'), '')
+})
+
+test('two jobs of one self-hosted machine get tunnels of their own', async (t) => {
+  const names = []
+  for (const RUNNER_TRACKING_ID of ['github_a', 'github_b', 'github_a']) {
+    const r = runner(t)
+    await r.run('main', withBinary(r, { up: { out: ready } }), { RUNNER_ENVIRONMENT: 'self-hosted', RUNNER_TRACKING_ID })
+    names.push(pairs(r.read('env')).CULVERT_NAME)
+  }
+  assert.equal(names[0], names[2])
+  assert.notEqual(names[0], names[1])
+  assert.match(names[0], /^culvert-[0-9a-f]{8}$/)
+})
+
+test('cancelling ends a client that is still joining', { timeout: 60_000 }, async (t) => {
+  const r = runner(t)
+  const step = r.run('main', withBinary(r, { up: { stay: true }, down: {} }))
+  while (!existsSync(r.file('calls'))) await new Promise((resolve) => setTimeout(resolve, 20))
+  step.child.kill('SIGINT')
+  const { code } = await step
+  assert.equal(code, 1)
+})
+
+test('bad inputs are named', async (t) => {
+  for (const [inputs, says] of [
+    [{}, /input coordinator is missing/],
+    [{ coordinator, binary: '/nonexistent/culvert' }, /input binary names \/nonexistent\/culvert/],
+    [{ coordinator }, /belongs to no release/],
+    [{ coordinator, version: '../../etc', sha256: 'a'.repeat(64) }, /is no version/],
+    [{ coordinator, version: '1.2.3' }, /no digest for version 1\.2\.3/],
+  ]) {
+    const { code, out } = await runner(t).run('main', inputs)
+    assert.equal(code, 1)
+    assert.match(out, /^::error title=culvert::/m)
+    assert.match(out, says)
+  }
+})
+
+test('the client is fetched, checked, and taken from the tool cache the next time', async (t) => {
+  const r = runner(t)
+  const program = stub({ up: { out: ready } }, r.file('calls'))
+  const server = await web(t, { [asset]: (req, res, n) => (n === 1 ? res.writeHead(503).end() : gz(program)(req, res)) })
+  r.release('1.2.3', sha256(program))
+  for (const expected of [2, 2]) { // a fault that passes, then the cache
+    const { code, out } = await r.run('main', { coordinator, mirror: `${server.url}/` })
+    assert.equal(code, 0, out)
+    assert.equal(server.calls.length, expected)
+  }
+  const cached = path.join(r.file('tools'), 'culvert/1.2.3', platform, 'culvert')
+  writeFileSync(cached, 'something else')
+  assert.equal((await r.run('main', { coordinator, mirror: server.url })).code, 0)
+  assert.equal(server.calls.length, 3, 'a cached program with another digest is not run')
+  assert.equal(sha256(readFileSync(cached)), sha256(program))
+})
+
+test('a program with another digest is never run', { timeout: 60_000 }, async (t) => {
+  const r = runner(t)
+  const program = stub({ up: { out: ready } }, r.file('calls'))
+  const evil = await web(t, { [asset]: gz('#!/bin/sh\necho evil\n') })
+  r.release('1.2.3', sha256(program))
+  const good = await web(t, { [`/dl/1.2.3${asset}`]: gz(program) })
+  const { code, out } = await r.run('main', { coordinator: good.url, mirror: evil.url, 'insecure-http': 'true' })
+  assert.equal(code, 0, out)
+  assert.match(out, /client from 127\.0\.0\.1/)
+  assert.ok(evil.calls.length >= 1)
+  assert.deepEqual(good.calls, [`/dl/1.2.3${asset}`])
+})
+
+test('downloads are bounded and whole', { timeout: 120_000 }, async (t) => {
+  for (const [handler, says] of [
+    [(_, res) => res.end(Buffer.alloc(33 << 20)), /larger than any client/],
+    [(_, res) => (res.writeHead(200, { 'content-length': 100 }), res.write('x'), setImmediate(() => res.destroy())), /cut off|aborted/],
+    [(_, res) => res.writeHead(302, { location: asset }).end(), /too many redirects/],
+    [(_, res) => res.end('no gzip'), /incorrect header/],
+  ]) {
+    const r = runner(t)
+    r.release('1.2.3', 'a'.repeat(64))
+    const server = await web(t, { [asset]: handler })
+    const { code, out } = await r.run('main', { coordinator, mirror: server.url })
+    assert.equal(code, 1)
+    assert.match(out, says)
+    assert.ok(!existsSync(path.join(r.file('tools'), 'culvert/1.2.3', platform, 'culvert')))
+  }
+})
+
+const status = { state: 'up', network: 'corp', gateway: 'gw`|x\n# evil', rules: ['deploy'], path: { kind: 'relay', rtt_ms: 12.34 }, rx_bytes: 1234567, tx_bytes: 10,
+  flows: [{ target: 'tcp db.internal:5432', verdict: 'allowed', rule: 'deploy', count: 2, bytes_up: 10, bytes_down: 2000 },
+    { target: 'tcp 10.0.0.9:22', verdict: 'denied', count: 3, allow: 'tcp 10.0.0.9:22' }] }
+
+test('post writes the summary and ends the tunnel', async (t) => {
+  const r = runner(t)
+  await r.run('main', withBinary(r, { up: { out: ready }, status: { out: status }, down: { out: { state: 'ended' } } }))
+  const { code, out } = await r.run('post')
+  assert.equal(code, 0, out)
+  assert.deepEqual(calls(r).map((c) => c.args[0]), ['up', 'status', 'down'])
+  const text = r.read('summary')
+  assert.match(text, /\| path \| `relay`, 12\.3 ms \|/)
+  assert.match(text, /`tcp db\.internal:5432` \| 2 \| 2\.0 kB \| `deploy`/)
+  assert.match(text, /`tcp 10\.0\.0\.9:22` \| 3 \| `"tcp 10\.0\.0\.9:22"`/)
+  assert.ok(!/^# evil/m.test(text), 'text of the other side is no markup')
+  assert.ok(!out.includes('::warning'))
+})
+
+test('post never fails the job', async (t) => {
+  for (const answers of [{ up: { out: ready }, status: { code: 1 }, down: { code: 1, out: { code: 'failed', detail: 'x\n::error::y' } } }, { up: { out: ready }, status: { out: 'nonsense' }, down: { code: 9 } }]) {
+    const r = runner(t)
+    await r.run('main', withBinary(r, answers))
+    const { code, out } = await r.run('post')
+    assert.equal(code, 0)
+    assert.match(out, /^::warning title=culvert::the tunnel did not end/m)
+    assert.ok(!/^::error/m.test(out))
+  }
+  const none = runner(t)
+  assert.equal((await none.run('post')).code, 0, 'main never came to start a client')
+  const gone = runner(t)
+  const inputs = withBinary(gone, { up: { out: ready } })
+  await gone.run('main', inputs)
+  writeFileSync(inputs.binary, '')
+  assert.equal((await gone.run('post')).code, 0)
+})
+
+test('a tunnel that has ended already is nothing to warn of', async (t) => {
+  const r = runner(t)
+  await r.run('main', withBinary(r, { up: { out: ready }, status: { code: 1 }, down: { code: 1, out: { code: 'not-up', detail: 'none' } } }))
+  assert.ok(!(await r.run('post')).out.includes('::warning'))
+})
+
+test('the documented inputs are those that the action reads', () => {
+  const yml = readFileSync(new URL('../../action.yml', import.meta.url), 'utf8')
+  const documented = [...yml.slice(yml.indexOf('inputs:'), yml.indexOf('outputs:')).matchAll(/^ {2}([\w-]+):$/gm)].map((m) => m[1]).sort()
+  const code = ['main', 'post', 'client'].map((f) => readFileSync(new URL(`../${f}.mjs`, import.meta.url), 'utf8')).join('\n')
+  const readBy = [...new Set([...code.matchAll(/\b(?:input|list|flag)\('([\w-]+)'\)/g)].map((m) => m[1]))].sort()
+  assert.deepEqual(readBy, documented)
+})
