@@ -25,6 +25,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"github.com/culvertnet/culvert/internal/claims"
+	"github.com/culvertnet/culvert/internal/portmap"
 	"github.com/culvertnet/culvert/internal/problem"
 	"github.com/culvertnet/culvert/internal/wire"
 )
@@ -45,6 +46,7 @@ type Gateway struct {
 	table    *table
 	plane    *plane
 	gather   *gatherer
+	mapper   *portmap.Manager // nil where no router is asked
 	stream   *stream
 	out      *outbox
 	metrics  *metrics
@@ -81,6 +83,10 @@ func Start(ctx context.Context, opts Options) (*Gateway, error) {
 	g.stopAll = stop
 	g.gather.update()
 	g.wg.Go(func() { g.gather.run(run) })
+	g.wg.Go(func() { g.watchNetwork(run) })
+	if g.mapper != nil {
+		g.wg.Go(func() { g.mapper.Run(run) })
+	}
 	g.wg.Go(func() { g.stream.run(run) })
 	g.wg.Go(func() {
 		if err := g.verifier.Prefetch(run); err != nil {
@@ -126,6 +132,9 @@ func (g *Gateway) build() (err error) {
 	}
 	g.gather = newGatherer(g.plane.tunnel.Port(), o, g.log)
 	g.gather.reflexive, g.gather.refresh, g.gather.changed = g.plane.tunnel.Reflexive, own.refresh, g.out.setCandidates
+	if g.mapper, err = g.newMapper(); err != nil {
+		return err
+	}
 	g.table = newTable(o.Limits.Sessions, g.metrics.count, g.sessionEnded)
 	g.door = &door{
 		name: o.Name, key: g.key, judge: j, table: g.table, plane: g.plane, own: own, log: g.log,

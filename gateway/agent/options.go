@@ -39,6 +39,9 @@ type Options struct {
 	Listen string
 	// PublicAddress is where the operator forwards a public address and port to the tunnel's, if anywhere.
 	PublicAddress netip.AddrPort
+	// PortMapping asks the router on the default route to forward the tunnel's port, unless PublicAddress says that somebody
+	// has seen to that.
+	PortMapping bool
 	// StateDir keeps the WireGuard key over restarts. Without it the key lives in memory.
 	StateDir string
 	// Issuers whose tokens jobs may bring; default GitHub's.
