@@ -36,6 +36,9 @@ func check(node ast.Node, t reflect.Type, name string) *fault {
 	if node == nil || node.Type() == ast.NullType {
 		return nil // the zero value; whether it may be missing is the caller's rule
 	}
+	if o, ok := reflect.New(t).Interface().(offable); ok {
+		return checkOff(node, o, name)
+	}
 	switch pt := reflect.PointerTo(t); {
 	case slices.ContainsFunc(customTypes, pt.Implements), t == timeType:
 		return decode(node, reflect.New(t).Interface())
