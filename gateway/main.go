@@ -24,6 +24,7 @@ var version = "dev"
 
 type cli struct {
 	Run     runCmd     `cmd:"" help:"Run a gateway until SIGTERM or SIGINT."`
+	Health  healthCmd  `cmd:"" help:"Ask the gateway on this machine how it is."`
 	Version versionCmd `cmd:"" help:"Print the version."`
 }
 

@@ -182,7 +182,7 @@ func (b *bench) present(g *gateway) {
 // eventually waits for what the store's mirror learns a moment later.
 func (b *bench) eventually(what string, ok func() bool) {
 	b.t.Helper()
-	for deadline := time.Now().Add(5 * time.Second); !ok(); time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(30 * time.Second); !ok(); time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
 			b.t.Fatalf("it never came to be that %s", what)
 		}

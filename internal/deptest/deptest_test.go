@@ -74,6 +74,10 @@ var rules = []rule{
 		from: []string{"internal/claims"}, never: []string{"internal/policy", "internal/tunnel"},
 		why: "verifying a token and judging its claims are two things that are trusted separately",
 	},
+	{
+		from: []string{"internal/relay"}, never: []string{"internal/tunnel", "internal/netstack", "internal/claims", "internal/policy"},
+		why: "a relay moves ciphertext for whoever has a ticket: it holds no tunnel and judges nobody",
+	},
 }
 
 // graph holds what each package imports, by import path.
@@ -258,7 +262,7 @@ func TestViolationsAreFound(t *testing.T) {
 			our("client/agent"): {our("internal/tunnel"), "net/http"}, our("internal/wire"): {"encoding/json"}, our("internal/problem"): nil,
 			our("internal/policy"): {our("internal/wire"), "net/netip"}, our("internal/claims"): {"example.com/oidc"}, our("internal/tunnel"): {our("internal/wire")},
 			our("internal/e2e"): {our("coordinator/api"), our("gateway/agent"), our("client/agent"), our("internal/claims/claimstest")},
-			"encoding/json":     {"os"}, our("internal/claims/claimstest"): {our("internal/claims")}, our("internal/netstack"): nil,
+			"encoding/json":     {"os"}, our("internal/claims/claimstest"): {our("internal/claims")}, our("internal/netstack"): nil, our("internal/relay"): {our("internal/wire")},
 		}
 	}
 	if broken := check(clean(), rules); broken != nil {
@@ -281,6 +285,7 @@ func TestViolationsAreFound(t *testing.T) {
 		{"gateway/agent", "internal/claims/claimstest", "gateway/agent → internal/claims/claimstest: an issuer"},
 		{"internal/policy", "net/http", "internal/policy → net/http: policy is pure"},
 		{"internal/claims", "internal/policy", "internal/claims → internal/policy: verifying"},
+		{"internal/relay", "internal/policy", "internal/relay → internal/policy: a relay moves"},
 	}
 	for _, tt := range tests {
 		g := clean()

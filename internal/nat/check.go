@@ -31,16 +31,16 @@ func AppendCheck(dst []byte, c Check, key []byte, size int) ([]byte, error) {
 		return dst, fmt.Errorf("encode a check: %d bytes are more than %d", size, MaxMessage)
 	}
 	start := len(dst)
-	dst = appendHeader(dst, typeBindingRequest, c.ID)
-	dst = appendAttr(dst, attrUsername, c.Username)
+	dst = AppendHeader(dst, TypeBindingRequest, c.ID)
+	dst = AppendAttr(dst, attrUsername, c.Username)
 	if c.Nominate {
-		dst = appendAttr(dst, attrUseCandidate, "")
+		dst = AppendAttr(dst, attrUseCandidate, "")
 	}
 	if gap := size&^3 - (len(dst) - start) - integritySize; gap >= attrHeader {
 		var zeros [MaxMessage]byte
-		dst = appendAttr(dst, attrPadding, zeros[:gap-attrHeader])
+		dst = AppendAttr(dst, attrPadding, zeros[:gap-attrHeader])
 	}
-	return appendIntegrity(dst, start, key), nil
+	return AppendIntegrity(dst, start, key), nil
 }
 
 // AppendCheckResponse encodes the success response to a check, with the mapped address and MESSAGE-INTEGRITY. It
@@ -53,40 +53,40 @@ func AppendCheckResponse(dst []byte, id TxID, mapped netip.AddrPort, key []byte)
 		return dst, errors.New("encode a check's response: the mapped address is not valid")
 	}
 	start := len(dst)
-	dst = appendHeader(dst, typeBindingSuccess, id)
-	dst = appendMapped(dst, id, mapped)
-	return appendIntegrity(dst, start, key), nil
+	dst = AppendHeader(dst, TypeBindingSuccess, id)
+	dst = AppendMapped(dst, id, mapped)
+	return AppendIntegrity(dst, start, key), nil
 }
 
 // PeekUsername gives a Binding request's USERNAME before anything is verified, without allocating, so that the
 // receiver finds the key. ok is false for anything but a well-formed Binding request. The username is part of b, and
 // it is the one that [VerifyCheck] finds covered: the first, and before MESSAGE-INTEGRITY.
 func PeekUsername(b []byte) (username []byte, id TxID, ok bool) {
-	if !IsSTUN(b) || messageType(b) != typeBindingRequest {
+	if !IsSTUN(b) || MessageType(b) != TypeBindingRequest {
 		return nil, TxID{}, false
 	}
-	a, covered := walk(b), true
-	for a.next() {
+	a, covered := Walk(b), true
+	for a.Next() {
 		switch {
-		case a.typ == attrMessageIntegrity:
+		case a.Type == AttrMessageIntegrity:
 			covered = false
-		case a.typ == attrUsername && covered && username == nil:
-			username = a.value
+		case a.Type == attrUsername && covered && username == nil:
+			username = a.Value
 		}
 	}
-	if a.bad || len(username) == 0 || len(username) > MaxUsername {
+	if a.Bad || len(username) == 0 || len(username) > MaxUsername {
 		return nil, TxID{}, false
 	}
-	return username, transaction(b), true
+	return username, Transaction(b), true
 }
 
 // Nominated reports whether a request carries USE-CANDIDATE before its MESSAGE-INTEGRITY. It does not allocate.
 func Nominated(b []byte) bool {
-	if !IsSTUN(b) || messageType(b) != typeBindingRequest {
+	if !IsSTUN(b) || MessageType(b) != TypeBindingRequest {
 		return false
 	}
-	for a := walk(b); a.next() && a.typ != attrMessageIntegrity; {
-		if a.typ == attrUseCandidate {
+	for a := Walk(b); a.Next() && a.Type != AttrMessageIntegrity; {
+		if a.Type == attrUseCandidate {
 			return true
 		}
 	}
@@ -97,34 +97,44 @@ func Nominated(b []byte) bool {
 // and a request's USERNAME before it. What follows it is not covered and nothing here reads it; attributes before it
 // that we do not know are ignored, since the peer vouches for them. It does not allocate.
 func VerifyCheck(b []byte, key []byte) bool {
-	if !IsSTUN(b) || len(b) > MaxMessage || len(key) == 0 {
+	if !IsSTUN(b) {
 		return false
 	}
-	request := messageType(b) == typeBindingRequest
-	if !request && messageType(b) != typeBindingSuccess && messageType(b) != typeBindingError {
+	request := MessageType(b) == TypeBindingRequest
+	if !request && MessageType(b) != TypeBindingSuccess && MessageType(b) != TypeBindingError {
 		return false
 	}
-	named := false
-	for a := walk(b); a.next(); {
-		switch a.typ {
-		case attrUsername:
-			named = true
-		case attrMessageIntegrity:
-			if len(a.value) != sha1.Size || request && !named {
-				return false
-			}
-			want := integrity(b[:a.at], key)
-			return subtle.ConstantTimeCompare(want[:], a.value) == 1
+	if !request {
+		return VerifyIntegrity(b, key)
+	}
+	for a := Walk(b); a.Next() && a.Type != AttrMessageIntegrity; {
+		if a.Type == attrUsername {
+			return VerifyIntegrity(b, key)
 		}
 	}
 	return false
 }
 
-// appendIntegrity ends the message that starts at start with MESSAGE-INTEGRITY and sets its length.
-func appendIntegrity(dst []byte, start int, key []byte) []byte {
+// VerifyIntegrity checks the first MESSAGE-INTEGRITY of a message of any type under key (RFC 8489, section 14.5);
+// false where there is none. Nothing after it is covered. It does not allocate.
+func VerifyIntegrity(b, key []byte) bool {
+	if !IsSTUN(b) || len(b) > MaxMessage || len(key) == 0 {
+		return false
+	}
+	for a := Walk(b); a.Next(); {
+		if a.Type == AttrMessageIntegrity {
+			want := integrity(b[:a.at], key)
+			return len(a.Value) == sha1.Size && subtle.ConstantTimeCompare(want[:], a.Value) == 1
+		}
+	}
+	return false
+}
+
+// AppendIntegrity ends the message that starts at start with MESSAGE-INTEGRITY and sets its length.
+func AppendIntegrity(dst []byte, start int, key []byte) []byte {
 	mac := integrity(dst[start:], key)
-	dst = appendAttr(dst, attrMessageIntegrity, mac[:])
-	setLength(dst[start:], len(dst)-start)
+	dst = AppendAttr(dst, AttrMessageIntegrity, mac[:])
+	SetLength(dst[start:], len(dst)-start)
 	return dst
 }
 
@@ -144,7 +154,7 @@ func integrity(msg, key []byte) [sha1.Size]byte {
 		inner[i], outer[i] = b^0x36, b^0x5c
 	}
 	n := sha1.BlockSize + copy(inner[sha1.BlockSize:], msg)
-	setLength(inner[sha1.BlockSize:], len(msg)+integritySize)
+	SetLength(inner[sha1.BlockSize:], len(msg)+integritySize)
 	sum := sha1.Sum(inner[:n])
 	copy(outer[sha1.BlockSize:], sum[:])
 	return sha1.Sum(outer[:])

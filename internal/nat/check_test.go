@@ -198,7 +198,7 @@ func TestVerifyCheckRefusesShapes(t *testing.T) {
 		"no username":              build(stun.BindingRequest, key),
 		"indication":               build(stun.NewType(stun.MethodBinding, stun.ClassIndication), user, key),
 		"another method":           build(stun.NewType(stun.MethodAllocate, stun.ClassRequest), user, key),
-		"short integrity":          build(stun.BindingRequest, user, stun.RawAttribute{Type: attrMessageIntegrity, Value: make([]byte, 4)}),
+		"short integrity":          build(stun.BindingRequest, user, stun.RawAttribute{Type: AttrMessageIntegrity, Value: make([]byte, 4)}),
 		"second integrity correct": build(stun.BindingRequest, user, stun.NewShortTermIntegrity("no"), key),
 		"too large":                build(stun.BindingRequest, user, large, key),
 	} {

@@ -136,21 +136,21 @@ func (s *Server) answer(in []byte, from netip.AddrPort, out []byte) {
 // comprehension-required attribute but PADDING. It does not allocate where dst has room, and it is up to the caller
 // to send no response that is larger than the request.
 func AppendBindingResponse(dst, request []byte, from netip.AddrPort) (response []byte, ok bool) {
-	if !IsSTUN(request) || messageType(request) != typeBindingRequest || !from.IsValid() {
+	if !IsSTUN(request) || MessageType(request) != TypeBindingRequest || !from.IsValid() {
 		return dst, false
 	}
-	a := walk(request)
-	for a.next() {
-		if a.typ < firstOptionalAttr && a.typ != attrPadding {
+	a := Walk(request)
+	for a.Next() {
+		if a.Type < firstOptionalAttr && a.Type != attrPadding {
 			return dst, false
 		}
 	}
-	if a.bad {
+	if a.Bad {
 		return dst, false
 	}
-	start, id := len(dst), transaction(request)
-	dst = appendHeader(dst, typeBindingSuccess, id)
-	dst = appendMapped(dst, id, from)
-	setLength(dst[start:], len(dst)-start)
+	start, id := len(dst), Transaction(request)
+	dst = AppendHeader(dst, TypeBindingSuccess, id)
+	dst = AppendMapped(dst, id, from)
+	SetLength(dst[start:], len(dst)-start)
 	return dst, true
 }
