@@ -116,7 +116,7 @@ func (d *door) checkOffer(o wire.Offer) ([]netip.Addr, *policy.Grant, error) {
 		return nil, nil, bad(fmt.Sprintf("has more than %d candidates", wire.MaxCandidates))
 	case len(o.Grants) == 0 || len(o.Grants) > maxGrants:
 		return nil, nil, bad(fmt.Sprintf("has not between 1 and %d grants", maxGrants))
-	case slices.ContainsFunc(o.Grants, func(g wire.Grant) bool { return len(g.Allow) > maxText || len(g.Rule) > maxText }):
+	case slices.ContainsFunc(o.Grants, func(g wire.Grant) bool { return max(len(g.Allow), len(g.Observe), len(g.Rule)) > maxText }):
 		return nil, nil, bad(fmt.Sprintf("has a grant of more than %d bytes", maxText))
 	case o.Lease < 0 || o.MaxSession < 0:
 		return nil, nil, bad("has a negative duration")

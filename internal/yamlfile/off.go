@@ -35,14 +35,15 @@ func isOff(node ast.Node) bool {
 	return ok && text == "off"
 }
 
-// checkOff holds a node against the value that may be off, so that its own mistakes have their own place.
-func checkOff(node ast.Node, o offable, name string) *fault {
+// checkOff holds a node against the value that may be off, so that its own faults have their own place.
+func (c *checker) checkOff(node ast.Node, o offable, name, path string) ast.Node {
 	if isOff(node) {
-		return nil
+		return node
 	}
-	f := check(node, o.value(), name)
-	if _, scalar := Scalar(node); f != nil && scalar {
+	if _, scalar := Scalar(node); scalar && o.value().Kind() == reflect.Struct {
+		f := wrong(node, name, "a mapping")
 		f.next += ", or off"
+		return c.fail(f, path, node)
 	}
-	return f
+	return c.check(node, o.value(), name, path)
 }
