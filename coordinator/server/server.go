@@ -3,7 +3,9 @@ package server
 
 import (
 	"context"
+	"crypto/ed25519"
 	"crypto/tls"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"io"
@@ -235,7 +237,7 @@ func (s *Server) build(ctx context.Context) (err error) {
 	}
 	o := s.opts.API
 	o.Sessions, o.Store, o.Logger = s.sessions, s.store, s.log
-	o.Rules = s.apiRules()
+	o.Rules, o.TicketKey = s.apiRules(), base64.RawURLEncoding.EncodeToString(key.Public().(ed25519.PublicKey))
 	o.TrustedProxies = s.config.TrustedProxies
 	if s.api, err = api.New(o); err != nil {
 		return err
