@@ -81,6 +81,7 @@ clean:
 # What the tests use of the distribution. Only root on Debian has it installed; elsewhere the tests name what they miss.
 tools-test:
 	@$(call want,curl gcc,curl gcc libc6-dev)
+	@$(call want,miniupnpd,miniupnpd-nftables)
 tools-bench:
 	@$(call want,iperf3,iperf3)
 

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"strings"
+	"time"
 
 	"github.com/culvertnet/culvert/internal/claims"
 	"github.com/culvertnet/culvert/internal/policy"
@@ -44,12 +45,12 @@ func (c *Config) Explain(w io.Writer, job *claims.Claims, network string) error 
 		}
 		networks = []string{network}
 	}
-	allowed := false
+	allowed, now := false, time.Now()
 	for _, n := range networks {
-		d := c.Policy.Evaluate(n, job)
+		d := c.Policy.Evaluate(now, n, job)
 		allowed = allowed || d.Allowed
 		explainDecision(w, n, d)
-		for _, r := range c.Policy.Explain(n, job) {
+		for _, r := range c.Policy.Explain(now, n, job) {
 			explainRule(w, r)
 		}
 	}

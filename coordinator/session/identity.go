@@ -1,8 +1,6 @@
 package session
 
 import (
-	"maps"
-
 	"github.com/culvertnet/culvert/coordinator/config"
 	"github.com/culvertnet/culvert/internal/claims"
 )
@@ -39,10 +37,8 @@ func remember(c *claims.Claims, cfg *config.Config) map[string]string {
 	for _, name := range documented {
 		keep(name)
 	}
-	for _, rule := range cfg.Rules {
-		for name := range maps.Keys(rule.Match) {
-			keep(name)
-		}
+	for _, name := range cfg.Policy.Claims() {
+		keep(name)
 	}
 	return out
 }

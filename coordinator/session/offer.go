@@ -67,7 +67,7 @@ func (m *Manager) offer(ctx context.Context, a *admission, g state.Presence) (wi
 		Candidates: a.join.Candidates,
 		Grants:     a.decision.Grants,
 		Lease:      wire.Duration(a.rules.Config.Lease),
-		MaxSession: wire.Duration(a.decision.MaxSession),
+		MaxSession: wire.Duration(a.lease.Ends.Sub(a.lease.Created)),
 	})
 	if err != nil {
 		return answer, err

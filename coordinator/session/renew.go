@@ -102,7 +102,7 @@ func (m *Manager) rejudge(ctx context.Context, rules Rules, l state.Lease, token
 	}
 	if reason := m.outgrown(rules, l, c); reason != "" {
 		_ = m.finish(ctx, l, reason) // logged there
-		return nil, endedNow(rules.Config.Policy.Evaluate(l.Network, c), reason)
+		return nil, endedNow(rules.Config.Policy.Evaluate(m.opts.Now(), l.Network, c), reason)
 	}
 	return c, nil
 }
@@ -119,7 +119,7 @@ func endedNow(d policy.Decision, reason string) error {
 // outgrown says why the rules in force no longer carry a session, or "". Grants are compared as they are written: a
 // session that holds a line which no rule gives any more is over, also where another line would cover it.
 func (m *Manager) outgrown(rules Rules, l state.Lease, c policy.Claims) string {
-	d := rules.Config.Policy.Evaluate(l.Network, c)
+	d := rules.Config.Policy.Evaluate(m.opts.Now(), l.Network, c)
 	if !d.Allowed {
 		return endedByPolicy
 	}

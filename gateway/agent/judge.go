@@ -90,7 +90,7 @@ func (j *judge) rule(c *claims.Claims) (ruling, error) {
 	if p == nil {
 		return ruling{max: j.maxSession}, nil
 	}
-	d := p.Evaluate(j.network, c)
+	d := p.Evaluate(time.Now(), j.network, c)
 	if !d.Allowed {
 		return ruling{}, denied(d)
 	}
