@@ -40,7 +40,7 @@ type runCmd struct {
 	StateDir          string            `placeholder:"DIR" help:"Keep the WireGuard key here, for runners that pin it; otherwise it lives in memory."`
 	Metrics           string            `placeholder:"ADDR" help:"Serve /healthz, /readyz and /metrics here, for example 127.0.0.1:9091."`
 	Name              string            `help:"Name in logs and answers; default the host's."`
-	Issuer            []string          `placeholder:"URL" help:"Issuer of jobs' tokens, --owner pins the first one's; default GitHub's."`
+	Issuer            []string          `placeholder:"URL" help:"Issuer of jobs' tokens; default GitHub's. --owner is about GitHub's own, or about the only one."`
 	JWKSFile          map[string]string `name:"jwks-file" placeholder:"URL=FILE" help:"Read this issuer's keys from a file instead of fetching them."`
 	MaxSessions       int               `default:"20000" help:"Sessions held at once."`
 	InsecureHTTP      bool              `name:"insecure-http" help:"Accept plain HTTP beyond loopback."`

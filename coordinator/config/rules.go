@@ -105,6 +105,34 @@ func (r *reader) included(list policy.Values) []string {
 	return files
 }
 
+// Includes lists the files and folders that a configuration includes, as far as it can be read: what to watch for changes.
+func Includes(file string, data []byte) []string {
+	parsed, err := yamlfile.Parse(file, data)
+	if err != nil {
+		return nil
+	}
+	var d struct {
+		Include policy.Values `yaml:"include"`
+	}
+	parsed.Decode(&d)
+	r := &reader{dir: filepath.Dir(file)}
+	out := make([]string, len(d.Include))
+	for i, name := range d.Include {
+		out[i] = r.path(name)
+	}
+	return out
+}
+
+// Expand lists the files behind what [Includes] gives, as they are at the moment; what is not there is left out.
+func Expand(includes []string) []string {
+	var files []string
+	for _, name := range includes {
+		found, _, _ := expand(name)
+		files = append(files, found...)
+	}
+	return files
+}
+
 // expand gives the files behind one entry of include, and their size.
 func expand(name string) (files []string, size int64, err error) {
 	info, err := os.Stat(name)

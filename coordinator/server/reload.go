@@ -3,6 +3,7 @@ package server
 import (
 	"context"
 	"crypto/sha256"
+	"fmt"
 	"io"
 	"os"
 	"os/signal"
@@ -19,10 +20,18 @@ import (
 	"github.com/culvertnet/culvert/internal/yamlfile"
 )
 
-// watcher finds out whether a file's content changed. It polls, because what mounts files into containers swaps links
-// where notifications do not see it.
+// watcher finds out whether the content of the configuration changed, or of any file that it includes. It polls, because
+// what mounts files into containers swaps links where notifications do not see it.
 type watcher struct {
-	file  string
+	file     string
+	main     [sha256.Size]byte // of the configuration itself
+	includes []string          // of the configuration as main says
+	seen     map[string]version
+	sum      [sha256.Size]byte // of all files
+}
+
+// version is what is known of one file.
+type version struct {
 	mtime time.Time
 	size  int64
 	sum   [sha256.Size]byte
@@ -34,24 +43,53 @@ func newWatcher(file string) *watcher {
 	return w
 }
 
-// changed reports whether the content differs from when it was last asked. A file that is away has not changed.
+// changed reports whether the content differs from when it was last asked. A configuration that is away has not changed.
 func (w *watcher) changed() bool {
-	info, err := os.Stat(w.file)
-	if err != nil || (info.ModTime().Equal(w.mtime) && info.Size() == w.size && settled(info.ModTime())) {
-		return false
-	}
-	f, err := os.Open(w.file)
+	data, err := readBounded(w.file)
 	if err != nil {
 		return false
 	}
-	defer f.Close()
-	h := sha256.New()
-	if _, err := io.Copy(h, io.LimitReader(f, yamlfile.MaxSize+1)); err != nil {
-		return false
+	if sum := sha256.Sum256(data); sum != w.main {
+		w.main, w.includes = sum, config.Includes(w.file, data)
+	}
+	all := sha256.New()
+	all.Write(w.main[:])
+	seen := map[string]version{}
+	for _, file := range config.Expand(w.includes) {
+		v, err := versionOf(file, w.seen[file])
+		if err == nil {
+			seen[file] = v
+		}
+		fmt.Fprintf(all, "%q %v %x\n", file, err, v.sum)
 	}
 	before := w.sum
-	w.mtime, w.size, w.sum = info.ModTime(), info.Size(), [sha256.Size]byte(h.Sum(nil))
+	w.seen, w.sum = seen, [sha256.Size]byte(all.Sum(nil))
 	return w.sum != before
+}
+
+// versionOf looks at a file, and reads it unless it is surely as it was.
+func versionOf(file string, last version) (version, error) {
+	info, err := os.Stat(file)
+	if err != nil {
+		return version{}, err
+	}
+	if info.ModTime().Equal(last.mtime) && info.Size() == last.size && settled(info.ModTime()) {
+		return last, nil
+	}
+	data, err := readBounded(file)
+	if err != nil {
+		return version{}, err
+	}
+	return version{info.ModTime(), info.Size(), sha256.Sum256(data)}, nil
+}
+
+func readBounded(file string) ([]byte, error) {
+	f, err := os.Open(file)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return io.ReadAll(io.LimitReader(f, yamlfile.MaxSize+1))
 }
 
 // settled reports whether a file's time is old enough that a second write would have given it another one.
@@ -76,6 +114,25 @@ func (s *Server) reloadLoop(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		}
+	}
+}
+
+// expireLoop ends what sessions hold by a rule that expires, until ctx ends.
+func (s *Server) expireLoop(ctx context.Context) {
+	tick := time.NewTicker(DefaultReload)
+	defer tick.Stop()
+	for last := time.Now(); ; {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+		now := time.Now()
+		if at, ok := s.sessions.Rules().Config.Policy.NextExpiry(last); ok && !now.Before(at) {
+			s.log.Info("a rule has expired", "at", at)
+			s.sessions.Reevaluate(ctx)
+		}
+		last = now
 	}
 }
 

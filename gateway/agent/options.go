@@ -15,6 +15,7 @@ import (
 
 	"github.com/culvertnet/culvert/gateway/forward"
 	"github.com/culvertnet/culvert/internal/claims"
+	"github.com/culvertnet/culvert/internal/policy"
 	"github.com/culvertnet/culvert/internal/problem"
 )
 
@@ -24,8 +25,8 @@ type Options struct {
 	Coordinator string
 	// Network is the network that this gateway serves.
 	Network string
-	// Owners are the numeric repository_owner_id values whose jobs may be admitted. They pin tokens of the first issuer
-	// alone, because ids of different issuers collide.
+	// Owners are the numeric repository_owner_id values whose jobs may be admitted. They pin tokens of one issuer alone,
+	// because ids of different issuers collide: see [policy.DefaultIssuer].
 	Owners []string
 	// PolicyFile is the gateway's own policy: what is granted is its intersection with the coordinator's. It is read
 	// again when it changes. One of Owners and PolicyFile is required; with both, both must agree.
@@ -142,6 +143,14 @@ func (o *Options) checkPins() error {
 		return problem.New(problem.BadConfig,
 			"the gateway is not told whose jobs it may admit, and it does not leave that to the coordinator",
 			"pin your organisation with --owner ID (gh api orgs/NAME --jq .id), or give rules of its own with --policy FILE")
+	}
+	issuers := make([]string, len(o.Issuers))
+	for i := range o.Issuers {
+		issuers[i] = o.Issuers[i].URL
+	}
+	if _, ok := policy.DefaultIssuer(issuers); !ok && len(o.Owners) > 0 {
+		return problem.New(problem.BadConfig, "--owner does not say whose owner it means: there are several issuers, and none is github.com's",
+			"give rules that name their issuer with --policy FILE instead")
 	}
 	for _, id := range o.Owners {
 		if n, err := strconv.ParseUint(id, 10, 64); err != nil || n == 0 || strconv.FormatUint(n, 10) != id {
