@@ -16,6 +16,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/http"
 	"net/netip"
 	"runtime"
 	"slices"
@@ -41,6 +42,7 @@ type Gateway struct {
 	log      *slog.Logger
 	instance string
 	key      wire.Key
+	client   *http.Client
 	verifier *claims.Verifier
 	door     *door
 	table    *table
@@ -108,9 +110,8 @@ func (g *Gateway) build() (err error) {
 		return err
 	}
 	g.key = key.Public()
-	g.verifier, err = claims.New(claims.Options{
-		Issuers: o.Issuers, InsecureHTTP: o.InsecureHTTP, HTTPClient: o.HTTPClient, Logger: g.log,
-	})
+	g.client = o.client()
+	g.verifier, err = claims.New(claims.Options{Issuers: o.Issuers, InsecureHTTP: o.InsecureHTTP, HTTPClient: g.client, Logger: g.log})
 	if err != nil {
 		return err
 	}
@@ -143,7 +144,7 @@ func (g *Gateway) build() (err error) {
 	}
 	g.plane.handler, g.plane.known = g.door.insideHandler(), func(a netip.Addr) bool { _, ok := g.table.from(a); return ok }
 	g.stream = &stream{
-		url: o.Coordinator + wire.PathGateway, network: o.Network, client: o.streamClient(), credential: o.credential,
+		url: o.Coordinator + wire.PathGateway, network: o.Network, client: g.client, credential: o.credential,
 		hello: g.hello, welcome: g.welcome, handle: g.handle, join: g.offers.Wait, out: g.out, log: g.log,
 	}
 	return g.metrics.serve(o.Metrics, g)
@@ -182,6 +183,9 @@ func (g *Gateway) release() error {
 	}
 	if g.verifier != nil {
 		err = errors.Join(err, g.verifier.Close())
+	}
+	if g.client != nil {
+		g.client.CloseIdleConnections()
 	}
 	return err
 }
