@@ -20,14 +20,14 @@ type Cases struct {
 	// Defaults are claims of every case that does not give them itself.
 	Defaults map[string]*Claim `yaml:"defaults,omitempty"`
 	// Cases are held against the policy in turn.
-	Cases []Case `yaml:"cases"`
+	Cases []Case `yaml:"cases" jsonschema:"required"`
 }
 
 // Case is one expectation. What it does not mention may be anything, except that a case which only has claims expects the
 // job to be denied or allowed by Allowed.
 type Case struct {
 	// Name of the case in the report.
-	Name string `yaml:"name"`
+	Name string `yaml:"name" jsonschema:"required"`
 	// Network that the job wants into; may be left out where there is one.
 	Network string `yaml:"network,omitempty"`
 	// Claims of the job's token; null takes a default away.
@@ -52,7 +52,7 @@ type Case struct {
 
 // Closest names a rule and a claim.
 type Closest struct {
-	Rule  string `yaml:"rule"`
+	Rule  string `yaml:"rule" jsonschema:"required"`
 	Claim string `yaml:"claim,omitempty"`
 }
 
