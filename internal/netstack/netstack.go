@@ -90,6 +90,7 @@ type Device struct {
 	inbound  [2]stack.NetworkEndpoint // IPv4, IPv6
 	mergers  sync.Pool                // of *merger
 	filter   atomic.Pointer[func(netip.Addr) bool]
+	watch    atomic.Pointer[Watch]
 	writing  sync.RWMutex // held shared by Write, so that Close can wait for those under way
 	counters counters
 
