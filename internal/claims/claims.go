@@ -9,7 +9,9 @@ package claims
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
 	"math"
+	"slices"
 	"strings"
 	"time"
 )
@@ -95,6 +97,9 @@ func (c *Claims) Get(name string) (string, bool) {
 	}
 	return string(raw), true
 }
+
+// Names lists the claims that the token carries, in no order.
+func (c *Claims) Names() []string { return slices.Collect(maps.Keys(c.raw)) }
 
 // text is Get for the typed fields.
 func (c *Claims) text(name string) string {

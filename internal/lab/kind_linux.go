@@ -44,6 +44,9 @@ func Kinds() []Kind {
 // String is the kind's name.
 func (k Kind) String() string { return k.name }
 
+// Is reports whether two kinds are the same.
+func (k Kind) Is(other Kind) bool { return k.name == other.name }
+
 // UDP reports whether any UDP passes.
 func (k Kind) UDP() bool {
 	return k.name != NoUDP.name && k.name != OnlyHTTPS.name && k.name != OnlyProxy.name

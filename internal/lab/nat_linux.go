@@ -128,7 +128,7 @@ func (t *NAT) attach(ns *namespace, opts HostOptions) (address, error) {
 	if err := vethPair(inside, host, linkMTU); err != nil {
 		return address{}, err
 	}
-	if opts.Proxy && t.kind.name == OnlyProxy.name {
+	if opts.Proxy && t.kind.Is(OnlyProxy) {
 		return far, t.rule(func(r *rules) { r.exempt(far.Addr()) })
 	}
 	if t.hosts > 1 || t.kind.first == nil {

@@ -35,6 +35,9 @@ func (*NAT) Public() netip.Addr { return netip.Addr{} }
 // Kind is what stands between a private network and the internet.
 type Kind struct{}
 
+// Is is never asked of two that differ.
+func (Kind) Is(Kind) bool { return false }
+
 // The kinds, for what names them.
 var Open, FullCone, Restricted, Easy, Hard, CarrierGrade, NoUDP, OnlyHTTPS, OnlyProxy Kind
 

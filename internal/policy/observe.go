@@ -4,8 +4,6 @@ import (
 	"fmt"
 	"net/netip"
 	"strings"
-
-	"github.com/culvertnet/culvert/internal/wire"
 )
 
 // parseObserve reads a target under observe: an address, a CIDR or "internet", without protocols and ports. What lies
@@ -38,26 +36,16 @@ func parseObserve(text string) (line, *Error) {
 }
 
 // checkObserve checks the ranges that a rule observes.
-func (c *compiler) checkObserve(in *Rule, path string) *Error {
-	if c.lines += len(in.Observe); c.lines > MaxLines {
-		return fault(path+".observe", fmt.Sprintf("the rules have more than %d lines", MaxLines), "join ranges")
+func (c *compiler) checkObserve(lines []string, path string) {
+	if len(lines) > MaxLines {
+		c.fail(path, fmt.Sprintf("more than %d lines", MaxLines), "join ranges")
+		return
 	}
-	for i, text := range in.Observe {
+	for i, text := range lines {
 		if _, err := parseObserve(text); err != nil {
-			err.Path = fmt.Sprintf("%s.observe[%d]", path, i)
-			return err
+			c.failed(err, fmt.Sprintf("%s[%d]", path, i))
 		}
 	}
-	return nil
-}
-
-// observeGrants are a rule's observed ranges as they cross the wire.
-func observeGrants(in *Rule) []wire.Grant {
-	var out []wire.Grant
-	for _, text := range in.Observe {
-		out = append(out, wire.Grant{Rule: in.Name, Observe: strings.TrimSpace(text)})
-	}
-	return out
 }
 
 // watch gives the grant that holds a grant's observed ranges.

@@ -133,7 +133,7 @@ func TestCompileObserve(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	d := p.Evaluate("n", claimSet{"iss": GitHub, "repository_owner_id": "1"})
+	d := p.Evaluate(today, "n", claimSet{"iss": GitHub, "repository_owner_id": "1"})
 	if !d.Allowed || len(d.Grants) != 1 || d.Grants[0] != (wire.Grant{Rule: "r", Observe: "10.0.0.0/8"}) {
 		t.Errorf("%+v", d)
 	}
