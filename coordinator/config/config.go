@@ -11,6 +11,7 @@ import (
 	"github.com/culvertnet/culvert/internal/claims"
 	"github.com/culvertnet/culvert/internal/policy"
 	"github.com/culvertnet/culvert/internal/problem"
+	"github.com/culvertnet/culvert/internal/wire"
 	"github.com/culvertnet/culvert/internal/yamlfile"
 )
 
@@ -38,18 +39,23 @@ var (
 // Config is a coordinator's configuration, checked and with defaults filled in. It is never changed once loaded.
 type Config struct {
 	File           string         // where it was read from
+	Included       []string       // files that it includes, in order
 	URL            string         // public base URL without a trailing slash; part of every token's audience
 	Listen         string         // TCP address for HTTP
 	TLS            *TLS           // nil: plain HTTP
 	TrustedProxies []netip.Prefix // whose X-Forwarded-For is believed
-	UDP            string         // UDP address for STUN
+	UDP            string         // UDP address for STUN and the relay; "" where there is none
+	Probe          string         // UDP address of the second STUN port; "" where there is none
+	ProbeChosen    bool           // the file names it; else it is as good as none where it cannot be opened
+	Relay          Relay          // this node's own
+	Relays         []wire.Relay   // other relays
 	State          State
 	Issuers        []claims.Issuer // whose tokens may admit jobs
 	Networks       map[string]Network
 	STUN           []string // what clients are told to ask instead of this coordinator, "host:port"
 	Lease          time.Duration
 	InsecureHTTP   bool
-	Rules          []policy.Rule
+	Rules          []policy.Rule  // of all files
 	Policy         *policy.Policy // Rules, compiled
 }
 
@@ -114,28 +120,74 @@ func (c *Config) GatewayIssuers() []claims.Issuer {
 	return out
 }
 
-// Load reads and checks a file. Errors are *problem.Error with code bad-config.
+// Load reads and checks a file and what it includes. Errors are *problem.Error with code bad-config: the first mistake, and
+// how many more there are.
 func Load(file string) (*Config, error) {
-	data, err := readBounded(file)
-	if err != nil {
-		return nil, problem.Wrap(err, problem.BadConfig, fmt.Sprintf("cannot read %s: %v", file, cause(err)),
-			"give the path of a readable configuration file")
-	}
-	return Parse(file, data)
+	c, findings := load(file)
+	return c, firstMistake(file, findings)
 }
 
 // Parse checks a file's content; file names it in errors, and paths in it are relative to its folder.
 func Parse(file string, data []byte) (*Config, error) {
+	c, findings := check(file, data)
+	return c, firstMistake(file, findings)
+}
+
+// Check is [Load] that tells everything that is wrong, and what is dangerous as well. The Config is nil where there is a
+// mistake.
+func Check(file string) (*Config, []policy.Finding) { return load(file, (*reader).lint) }
+
+func load(file string, more ...func(*reader, *Config)) (*Config, []policy.Finding) {
+	data, err := readBounded(file)
+	if err != nil {
+		err = problem.Wrap(err, problem.BadConfig, fmt.Sprintf("cannot read %s: %v", file, cause(err)),
+			"give the path of a readable configuration file")
+		return nil, []policy.Finding{policy.FromProblem(file, err)}
+	}
+	return check(file, data, more...)
+}
+
+func check(file string, data []byte, more ...func(*reader, *Config)) (*Config, []policy.Finding) {
+	parsed, err := yamlfile.Parse(file, data)
+	if err != nil {
+		return nil, []policy.Finding{policy.FromProblem(file, err)}
+	}
 	var d document
-	if err := yamlfile.Decode(file, data, &d); err != nil {
-		return nil, err
+	r := &reader{locators: []*policy.Locator{{File: file, Document: parsed}}, dir: filepath.Dir(file)}
+	r.locators[0].Decode(&d)
+	c := r.read(&d)
+	for _, f := range more {
+		f(r, c)
 	}
-	r := &reader{file: file, data: data, dir: filepath.Dir(file)}
-	cfg := r.read(&d)
-	if r.err != nil {
-		return nil, r.err
+	findings := r.findings()
+	if mistakes(findings) > 0 {
+		return nil, findings
 	}
-	return cfg, nil
+	return c, findings
+}
+
+func mistakes(findings []policy.Finding) int {
+	n := 0
+	for i := range findings {
+		if findings[i].Severity == policy.Mistake {
+			n++
+		}
+	}
+	return n
+}
+
+func firstMistake(file string, findings []policy.Finding) error {
+	for i := range findings {
+		if findings[i].Severity != policy.Mistake {
+			continue
+		}
+		e := problem.From(findings[i].Problem())
+		if more := mistakes(findings) - 1; more > 0 {
+			e.Next += fmt.Sprintf("; %d more: culvert-coordinator check %s", more, file)
+		}
+		return e
+	}
+	return nil
 }
 
 // readBounded reads a file of at most yamlfile.MaxSize bytes; a longer one is left to yamlfile to refuse.

@@ -19,75 +19,114 @@ import (
 
 	"github.com/culvertnet/culvert/internal/claims"
 	"github.com/culvertnet/culvert/internal/policy"
-	"github.com/culvertnet/culvert/internal/problem"
 	"github.com/culvertnet/culvert/internal/yamlfile"
 )
 
-// document is culvert.yaml as it is written.
+// document is culvert.yaml as it is written. The comments on its keys are what editors show: see schema.go.
 type document struct {
-	URL            string                `yaml:"url"`
-	Listen         string                `yaml:"listen"`
-	TLS            *TLS                  `yaml:"tls"`
-	ACME           map[string]any        `yaml:"acme"`
-	TrustedProxies []string              `yaml:"trusted_proxies"`
-	UDP            string                `yaml:"udp"`
-	State          State                 `yaml:"state"`
-	Issuers        []issuerDoc           `yaml:"issuers"`
-	Networks       map[string]networkDoc `yaml:"networks"`
-	STUN           []string              `yaml:"stun"`
-	Lease          time.Duration         `yaml:"lease"`
-	InsecureHTTP   bool                  `yaml:"insecure_http"`
-	Rules          []policy.Rule         `yaml:"rules"`
+	// URL at which clients and gateways reach the coordinator; part of every token's audience.
+	URL string `yaml:"url" jsonschema:"required"`
+	// Listen is the TCP address for HTTP, such as ":443".
+	Listen string `yaml:"listen"`
+	// TLS names the certificate; without it only loopback and trusted proxies are served.
+	TLS *TLS `yaml:"tls"`
+	// ACME asks for a certificate.
+	ACME map[string]any `yaml:"acme"`
+	// TrustedProxies are addresses and ranges whose X-Forwarded-For is believed.
+	TrustedProxies []string `yaml:"trusted_proxies"`
+	// UDP address for STUN and the relay, such as ":3478", or off.
+	UDP string `yaml:"udp"`
+	// Probe is the UDP address of the second STUN port, or off.
+	Probe string `yaml:"probe"`
+	// Relay is this node's own, or off.
+	Relay yamlfile.OrOff[Relay] `yaml:"relay"`
+	// Relays that run elsewhere.
+	Relays []relayDoc `yaml:"relays"`
+	// State is where leases live.
+	State State `yaml:"state" jsonschema:"required"`
+	// Issuers whose tokens may admit jobs; default GitHub's public one.
+	Issuers []issuerDoc `yaml:"issuers"`
+	// Networks that jobs get into, by name.
+	Networks map[string]networkDoc `yaml:"networks" jsonschema:"required"`
+	// STUN servers that clients ask instead of this coordinator, as host:port.
+	STUN []string `yaml:"stun"`
+	// Lease is how long one lease lasts, such as 10m; renewed at half of that.
+	Lease time.Duration `yaml:"lease"`
+	// InsecureHTTP accepts plain HTTP beyond loopback.
+	InsecureHTTP bool `yaml:"insecure_http"`
+	// Include names files with more rules, targets and groups, or folders of such files.
+	Include         policy.Values `yaml:"include"`
+	policy.Document `yaml:",inline"`
 }
 
 type issuerDoc struct {
-	URL      string `yaml:"url"`
+	// Name under which rules may speak of the issuer, as iss.
+	Name string `yaml:"name"`
+	// URL exactly as the tokens' iss has it.
+	URL string `yaml:"url" jsonschema:"required"`
+	// JWKSFile holds the issuer's keys, where they cannot be fetched.
 	JWKSFile string `yaml:"jwks_file"`
 }
 
 type networkDoc struct {
-	Gateways []enrolmentDoc `yaml:"gateways"`
-	Sessions string         `yaml:"sessions"`
-	Services string         `yaml:"services"`
+	// Gateways that may serve the network.
+	Gateways []enrolmentDoc `yaml:"gateways" jsonschema:"required"`
+	// Sessions is the IPv4 range of session addresses; default 198.18.0.0/16.
+	Sessions string `yaml:"sessions"`
+	// Services is the IPv4 range of service addresses; default 198.19.0.0/16.
+	Services string `yaml:"services"`
 }
 
+// enrolmentDoc knows a gateway by a workload identity, issuer and subject, or by enrol_sha256.
 type enrolmentDoc struct {
-	Issuer      string `yaml:"issuer"`
-	Subject     string `yaml:"subject"`
-	JWKSFile    string `yaml:"jwks_file"`
+	// Issuer of the gateway's workload identity.
+	Issuer string `yaml:"issuer"`
+	// Subject is the token's sub, such as system:serviceaccount:culvert:gateway.
+	Subject string `yaml:"subject"`
+	// JWKSFile holds the issuer's keys, where they cannot be fetched.
+	JWKSFile string `yaml:"jwks_file"`
+	// EnrolSHA256 is the SHA-256 of an enrolment secret, in hexadecimal.
 	EnrolSHA256 string `yaml:"enrol_sha256"`
 }
 
-// reader turns a document into a Config and keeps the first mistake it meets.
+// reader turns a document into a Config and collects what is wrong with it.
 type reader struct {
-	file string
-	data []byte
-	dir  string
-	err  error
+	locators []*policy.Locator // of the file, then of those that it includes
+	sources  []policy.Source   // what each of them says about jobs
+	dir      string
+	broken   []policy.Finding // files that cannot even be read
 }
 
-// fail notes a mistake at a YAML path; the first one stays.
+// fail notes a mistake at a YAML path of the main file.
 func (r *reader) fail(path, message, next string) {
-	if r.err == nil {
-		r.err = problem.New(problem.BadConfig, yamlfile.At(r.file, r.data, path)+": "+message, next)
+	r.locators[0].Add(policy.Mistake, "", path, message, next)
+}
+
+// findings gives what was found, file by file.
+func (r *reader) findings() []policy.Finding {
+	var all []policy.Finding
+	for _, l := range r.locators {
+		all = append(all, l.Findings()...)
 	}
+	return append(all, r.broken...)
 }
 
 func (r *reader) read(d *document) *Config {
-	c := &Config{File: r.file, InsecureHTTP: d.InsecureHTTP, Rules: d.Rules}
+	c := &Config{File: r.locators[0].File, InsecureHTTP: d.InsecureHTTP}
 	c.URL = r.publicURL(d.URL, d.InsecureHTTP)
 	c.TrustedProxies = r.proxies(d.TrustedProxies)
 	c.TLS, c.Listen = r.listener(d)
-	c.UDP = r.address("$.udp", d.UDP, DefaultUDP)
+	c.UDP, c.Probe = r.ports(d)
+	c.ProbeChosen = d.Probe != ""
+	c.Relay = r.relay(d.Relay)
+	c.Relays = r.relays(d.Relays, d.InsecureHTTP)
 	c.State = r.state(d.State)
 	c.Issuers = r.issuers(d.Issuers, d.InsecureHTTP)
 	c.Networks = r.networks(d.Networks, d.InsecureHTTP)
 	r.oneKeySet(c)
 	c.STUN = r.stun(d.STUN)
 	c.Lease = r.lease(d.Lease)
-	if r.err == nil {
-		c.Policy = r.policy(c)
-	}
+	r.policy(c, d)
 	return c
 }
 
@@ -211,12 +250,21 @@ func (r *reader) issuers(list []issuerDoc, insecure bool) []claims.Issuer {
 		return []claims.Issuer{{URL: claims.GitHub}}
 	}
 	out := make([]claims.Issuer, 0, len(list))
+	names := map[string]bool{}
 	for i, d := range list {
-		path := fmt.Sprintf("$.issuers[%d].url", i)
-		r.webURL(path, d.URL, insecure)
+		path := fmt.Sprintf("$.issuers[%d]", i)
+		r.webURL(path+".url", d.URL, insecure)
 		if slices.ContainsFunc(out, func(other claims.Issuer) bool { return other.URL == d.URL }) {
-			r.fail(path, "the issuer is listed twice", "keep one of them")
+			r.fail(path+".url", "the issuer is listed twice", "keep one of them")
 		}
+		switch {
+		case d.Name == "":
+		case !networkName.MatchString(d.Name):
+			r.fail(path+".name", strconv.Quote(d.Name)+" is no name for an issuer", "use up to 63 lower-case letters, digits and inner hyphens")
+		case names[d.Name]:
+			r.fail(path+".name", fmt.Sprintf("the name %q is another issuer's as well", d.Name), "give every issuer its own name")
+		}
+		names[d.Name] = true
 		out = append(out, claims.Issuer{URL: d.URL, JWKSFile: r.path(d.JWKSFile)})
 	}
 	return out
@@ -328,20 +376,6 @@ func (r *reader) lease(d time.Duration) time.Duration {
 		r.fail("$.lease", fmt.Sprintf("a lease of %s is not between %s and %s", d, MinLease, MaxLease), "write it like 10m")
 	}
 	return d
-}
-
-func (r *reader) policy(c *Config) *policy.Policy {
-	issuers := make([]string, 0, len(c.Issuers))
-	for _, i := range c.Issuers {
-		issuers = append(issuers, i.URL)
-	}
-	p, err := policy.Compile(c.Rules, policy.Options{Issuers: issuers, Networks: c.NetworkNames()})
-	if pe, ok := errors.AsType[*policy.Error](err); ok {
-		r.fail(pe.Path, pe.Message, pe.Next)
-	} else if err != nil {
-		r.fail("$.rules", err.Error(), "correct the rules")
-	}
-	return p
 }
 
 // NetworkNames lists the networks in alphabetical order.

@@ -14,6 +14,7 @@ import (
 	"github.com/culvertnet/culvert/internal/claims"
 	"github.com/culvertnet/culvert/internal/policy"
 	"github.com/culvertnet/culvert/internal/problem"
+	"github.com/culvertnet/culvert/internal/relay"
 	"github.com/culvertnet/culvert/internal/wire"
 )
 
@@ -38,6 +39,8 @@ type admission struct {
 	decision policy.Decision
 	secret   wire.Secret
 	lease    state.Lease
+	relays   []wire.Relay      // that both sides get tickets for
+	tickets  []wire.RelayGrant // the client's
 	log      *slog.Logger
 }
 
@@ -85,11 +88,11 @@ func (m *Manager) admit(ctx context.Context, a *admission) error {
 	}
 	a.claims = c
 	a.log = a.log.With("repository", c.Repository, "run_id", c.RunID)
-	if err := a.chooseNetwork(); err != nil {
+	if err := a.chooseNetwork(m.opts.Now()); err != nil {
 		return err
 	}
 	a.log = a.log.With("network", a.join.Network)
-	a.decision = a.rules.Config.Policy.Evaluate(a.join.Network, c)
+	a.decision = a.rules.Config.Policy.Evaluate(m.opts.Now(), a.join.Network, c)
 	if !a.decision.Allowed {
 		return denied(a.decision)
 	}
@@ -109,7 +112,10 @@ func checkJoin(j *Join) error {
 	if err := checkToken(j.Token); err != nil {
 		return err
 	}
-	return checkCandidates(j.Candidates)
+	if err := checkRelays(j.Relays); err != nil {
+		return err
+	}
+	return checkFound(j.Candidates, j.Mapping)
 }
 
 func checkToken(t wire.Secret) error {
@@ -119,7 +125,11 @@ func checkToken(t wire.Secret) error {
 	return nil
 }
 
-func checkCandidates(list []wire.Candidate) error {
+// checkFound bounds what a client has found out about its network.
+func checkFound(list []wire.Candidate, m wire.Mapping) error {
+	if !m.Valid() {
+		return problem.New(problem.BadRequest, "the mapping is none that is known", "update the client; if it is up to date, report this")
+	}
 	if len(list) > wire.MaxCandidates {
 		return problem.New(problem.TooLarge, fmt.Sprintf("more than %d candidates", wire.MaxCandidates), "update the client; if it is up to date, report this")
 	}
@@ -133,7 +143,7 @@ func checkCandidates(list []wire.Candidate) error {
 
 // chooseNetwork fills in the one network where the job named none, and refuses one that does not exist. What networks
 // there are is told only to jobs whose owner some rule pins.
-func (a *admission) chooseNetwork() error {
+func (a *admission) chooseNetwork(now time.Time) error {
 	cfg := a.rules.Config
 	names := cfg.NetworkNames()
 	if a.join.Network == "" && len(names) == 1 {
@@ -143,7 +153,7 @@ func (a *admission) chooseNetwork() error {
 		a.network = n
 		return nil
 	}
-	if !knownOwner(cfg, names, a.claims) {
+	if !knownOwner(now, cfg, names, a.claims) {
 		return denied(policy.Decision{})
 	}
 	message := fmt.Sprintf("there is no network %q", a.join.Network)
@@ -153,9 +163,9 @@ func (a *admission) chooseNetwork() error {
 	return problem.New(problem.NoNetwork, message, "name one of "+strings.Join(names, ", "))
 }
 
-func knownOwner(cfg *config.Config, networks []string, c policy.Claims) bool {
+func knownOwner(now time.Time, cfg *config.Config, networks []string, c policy.Claims) bool {
 	for _, n := range networks {
-		if d := cfg.Policy.Evaluate(n, c); d.Allowed || d.Denial != nil {
+		if d := cfg.Policy.Evaluate(now, n, c); d.Allowed || d.Denial != nil {
 			return true
 		}
 	}
@@ -189,7 +199,7 @@ func (m *Manager) createLease(ctx context.Context, a *admission) error {
 		Issued:     a.claims.IssuedAt,
 		Created:    now,
 		Expires:    now.Add(pending),
-		Ends:       now.Add(a.decision.MaxSession),
+		Ends:       endOf(now, a.decision),
 	}, pool(a.network))
 	switch {
 	case errors.Is(err, state.ErrExists):
@@ -201,7 +211,18 @@ func (m *Manager) createLease(ctx context.Context, a *admission) error {
 		return storeAway(err)
 	}
 	a.lease = l
+	a.relays = pick(a.join.Relays, a.rules.Relays)
+	a.tickets = m.tickets(a, relay.Client, a.lease.Key)
 	return nil
+}
+
+// endOf is when a session that begins now has to be over: no rule that let it in lasts longer.
+func endOf(now time.Time, d policy.Decision) time.Time {
+	ends := now.Add(d.MaxSession)
+	if !d.Until.IsZero() && d.Until.Before(ends) {
+		return d.Until
+	}
+	return ends
 }
 
 // session is what the client is told, without gateways.
@@ -211,6 +232,7 @@ func (a *admission) session() wire.Session {
 		Network:   a.lease.Network,
 		Secret:    a.secret,
 		Addresses: a.lease.Addresses,
+		Relays:    a.tickets,
 		Rules:     a.lease.Rules,
 		Lease:     wire.Duration(a.rules.Config.Lease),
 		Expires:   a.lease.Expires,

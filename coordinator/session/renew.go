@@ -25,10 +25,10 @@ const (
 // updateTries bounds how often a lease that others write too is read again.
 const updateTries = 5
 
-// Update takes what a session's owner sends later: candidates, which go on to the gateway, or a fresh token, which renews.
+// Update takes what a session's owner sends later: candidates and mapping, which go on to the gateway, or a fresh token, which renews.
 // Errors are *problem.Error; an unknown session and a wrong secret look the same.
 func (m *Manager) Update(ctx context.Context, id string, secret wire.Secret, u wire.Update) (wire.Lease, error) {
-	if err := checkCandidates(u.Candidates); err != nil {
+	if err := checkFound(u.Candidates, u.Mapping); err != nil {
 		return wire.Lease{}, err
 	}
 	if err := checkToken(u.Token); err != nil {
@@ -38,8 +38,8 @@ func (m *Manager) Update(ctx context.Context, id string, secret wire.Secret, u w
 	if err != nil {
 		return wire.Lease{}, err
 	}
-	if len(u.Candidates) > 0 {
-		if err := m.passCandidates(ctx, l, u.Candidates); err != nil {
+	if len(u.Candidates) > 0 || u.Mapping != wire.MappingUnknown {
+		if err := m.passOn(ctx, l, u); err != nil {
 			return wire.Lease{}, err
 		}
 	}
@@ -49,11 +49,13 @@ func (m *Manager) Update(ctx context.Context, id string, secret wire.Secret, u w
 	return m.renew(ctx, l, u.Token)
 }
 
-func (m *Manager) passCandidates(ctx context.Context, l state.Lease, list []wire.Candidate) error {
-	if m.holdCandidates(l.Session, list) {
+// passOn tells the session's gateway what its client has found later.
+func (m *Manager) passOn(ctx context.Context, l state.Lease, u wire.Update) error {
+	if m.holdFound(l.Session, u.Candidates, u.Mapping) {
 		return nil
 	}
-	if !m.tell(ctx, l.Gateway, wire.FrameCandidates, wire.Trickle{Session: l.Session, Candidates: list}) {
+	found := wire.Trickle{Session: l.Session, Candidates: u.Candidates, Mapping: u.Mapping}
+	if !m.tell(ctx, l.Gateway, wire.FrameCandidates, found) {
 		return problem.New(problem.GatewayTimeout, "the session's gateway is not connected", "try again in a few seconds")
 	}
 	return nil
@@ -102,7 +104,7 @@ func (m *Manager) rejudge(ctx context.Context, rules Rules, l state.Lease, token
 	}
 	if reason := m.outgrown(rules, l, c); reason != "" {
 		_ = m.finish(ctx, l, reason) // logged there
-		return nil, endedNow(rules.Config.Policy.Evaluate(l.Network, c), reason)
+		return nil, endedNow(rules.Config.Policy.Evaluate(m.opts.Now(), l.Network, c), reason)
 	}
 	return c, nil
 }
@@ -119,12 +121,12 @@ func endedNow(d policy.Decision, reason string) error {
 // outgrown says why the rules in force no longer carry a session, or "". Grants are compared as they are written: a
 // session that holds a line which no rule gives any more is over, also where another line would cover it.
 func (m *Manager) outgrown(rules Rules, l state.Lease, c policy.Claims) string {
-	d := rules.Config.Policy.Evaluate(l.Network, c)
+	d := rules.Config.Policy.Evaluate(m.opts.Now(), l.Network, c)
 	if !d.Allowed {
 		return endedByPolicy
 	}
 	for _, held := range l.Grants {
-		if !slices.ContainsFunc(d.Grants, func(g wire.Grant) bool { return g.Allow == held.Allow }) {
+		if !slices.ContainsFunc(d.Grants, func(g wire.Grant) bool { return g.Allow == held.Allow && g.Observe == held.Observe }) {
 			return endedByPolicy
 		}
 	}

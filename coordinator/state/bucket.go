@@ -86,16 +86,7 @@ func makeStream(ctx context.Context, js jetstream.JetStream, clustered bool, log
 		AllowDirect:            false, // reads go to the leader: what one node wrote, another reads
 		Replicas:               1,
 	}
-	if clustered {
-		config.Replicas = 3
-		stream, err := js.CreateStream(ctx, config)
-		if err == nil {
-			return stream, nil
-		}
-		log.Warn("state is not replicated: nats did not make three replicas", "err", err)
-		config.Replicas = 1
-	}
-	return js.CreateStream(ctx, config)
+	return makeReplicated(ctx, js, clustered, log, config)
 }
 
 // write stores r for as long as it lives by its own word, and at least for a second, over the revision expect: 0

@@ -30,23 +30,31 @@ type embedded struct {
 	lock   *os.File
 }
 
+// storage is how much an embedded server may keep and how soon it is safe from a loss of power.
+type storage struct {
+	name  string // of the server
+	limit int64  // bytes on disk
+	sync  bool   // sync every write before it is acknowledged; else every few seconds
+}
+
 // startEmbedded starts a server that keeps its files in dir, which no other process may use at the same time.
-func startEmbedded(dir string, log *slog.Logger) (*embedded, error) {
+func startEmbedded(dir string, how storage, log *slog.Logger) (*embedded, error) {
 	e := &embedded{dir: dir}
 	if err := e.prepare(); err != nil {
 		return nil, errors.Join(err, e.stop())
 	}
 	bridge := &serverLog{log: log}
 	srv, err := server.NewServer(&server.Options{
-		ServerName:         "culvert",
+		ServerName:         how.name,
 		DontListen:         true,
 		NoSigs:             true,
 		NoLog:              true,
 		JetStream:          true,
 		StoreDir:           e.dir,
 		JetStreamMaxMemory: maxMemory,
-		JetStreamMaxStore:  maxStore,
+		JetStreamMaxStore:  how.limit,
 		SyncInterval:       syncInterval,
+		SyncAlways:         how.sync,
 	})
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("make the embedded nats server: %w", err), e.stop())

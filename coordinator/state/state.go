@@ -110,7 +110,7 @@ func (s *Store) open(ctx context.Context, opts Options) error {
 	reconnected := make(chan struct{}, 1)
 	var err error
 	if len(opts.NATS) == 0 {
-		if s.embedded, err = startEmbedded(opts.Dir, s.log); err != nil {
+		if s.embedded, err = startEmbedded(opts.Dir, storage{name: "culvert", limit: maxStore}, s.log); err != nil {
 			return err
 		}
 	}

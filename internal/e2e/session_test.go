@@ -30,7 +30,7 @@ func snapshot(t testing.TB, h *lab.Host) []string {
 // unchanged waits until the host is as it was: sockets of a process that was killed vanish a moment after it.
 func unchanged(t testing.TB, h *lab.Host, before []string) {
 	t.Helper()
-	deadline := time.Now().Add(5 * time.Second)
+	deadline := time.Now().Add(30 * time.Second)
 	for {
 		diff := cmp.Diff(before, snapshot(t, h))
 		if diff == "" {

@@ -12,6 +12,8 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+
+	"github.com/vishvananda/netlink"
 )
 
 // The environment variable by which [Enter] knows what this process is.
@@ -37,6 +39,9 @@ func EnterThen(last func()) error {
 		}
 		os.Exit(0)
 	case enterChild:
+		if err := loopback(); err != nil {
+			return err
+		}
 		return os.Unsetenv(enterEnv)
 	}
 	direct := Available()
@@ -52,6 +57,18 @@ func EnterThen(last func()) error {
 	}
 	last()
 	os.Exit(code)
+	return nil
+}
+
+// loopback brings the loopback interface up, which a new network namespace has down.
+func loopback() error {
+	lo, err := netlink.LinkByName("lo")
+	if err == nil {
+		err = netlink.LinkSetUp(lo)
+	}
+	if err != nil {
+		return fmt.Errorf("bring the loopback interface up: %w", err)
+	}
 	return nil
 }
 
@@ -125,16 +142,13 @@ func try() error {
 		return err
 	}
 	defer b.close()
-	near, far := netip.MustParsePrefix("203.0.113.1/30"), netip.MustParsePrefix("203.0.113.2/30")
-	if err := vethPair(end{ns: a, name: wan, addr: near}, end{ns: b, name: "eth0", addr: far}); err != nil {
+	near := end{ns: a, name: wan, addr: address{v4: netip.MustParsePrefix("203.0.113.1/30")}}
+	far := end{ns: b, name: "eth0", addr: address{v4: netip.MustParsePrefix("203.0.113.2/30")}}
+	if err := vethPair(near, far, linkMTU); err != nil {
 		return err
 	}
-	return a.do(func() error {
-		r, err := newRules()
-		if err != nil {
-			return err
-		}
+	return a.rule(func(r *rules) {
+		r.public, r.lan = near.addr.Addr(), near.addr.v4
 		Easy.rules(r)
-		return r.commit()
 	})
 }

@@ -16,16 +16,35 @@ import (
 type HostOptions struct {
 	Behind *NAT // private, behind this NAT; nil puts it on the internet
 	Link   Link // towards the internet; not with Behind
+	IPv6   bool // an IPv6 address as well; behind a NAT it is the NAT that decides
+	Proxy  bool // may reach TCP port 443 of the internet where the NAT is [OnlyProxy]
 	// Flat is the host's address in a flat lab; default a loopback address of its own.
 	Flat netip.Addr
 }
 
+// address is what an interface has: IPv4, and IPv6 where it is wanted.
+type address struct {
+	v4, v6 netip.Prefix
+}
+
+// Addr is the IPv4 address.
+func (a address) Addr() netip.Addr { return a.v4.Addr() }
+
+// all lists the addresses with their prefixes.
+func (a address) all() []netip.Prefix {
+	if a.v6.IsValid() {
+		return []netip.Prefix{a.v4, a.v6}
+	}
+	return []netip.Prefix{a.v4}
+}
+
 // Host is one computer of the lab.
 type Host struct {
-	net  *Net
-	ns   *namespace // nil: this machine itself
-	name string
-	addr netip.Addr
+	net    *Net
+	ns     *namespace // nil: this machine itself
+	name   string
+	addr   address
+	public netip.Addr
 }
 
 // Host adds a host.
@@ -35,23 +54,35 @@ func (n *Net) Host(name string, opts HostOptions) (*Host, error) {
 		return nil, fmt.Errorf("build host %s: behind a NAT it is the NAT that has a link", name)
 	}
 	if n.Flat() {
-		if h.addr = opts.Flat; !h.addr.IsValid() {
-			h.addr = n.nextLoopback()
+		h.public = opts.Flat
+		if !h.public.IsValid() {
+			h.public = n.nextLoopback()
 		}
+		h.addr.v4 = netip.PrefixFrom(h.public, h.public.BitLen())
 		return h, nil
 	}
-	var err error
-	if h.ns, err = n.space(false); err == nil {
-		if opts.Behind != nil {
-			h.addr, err = opts.Behind.attach(h.ns)
-		} else {
-			h.addr, err = n.attach(h.ns, "eth0", opts.Link)
-		}
-	}
-	if err != nil {
+	if err := h.build(opts); err != nil {
 		return nil, fmt.Errorf("build host %s: %w", name, err)
 	}
 	return h, nil
+}
+
+func (h *Host) build(opts HostOptions) (err error) {
+	if h.ns, err = h.net.space(false); err != nil {
+		return err
+	}
+	if opts.Behind == nil {
+		h.addr, err = h.net.attach(h.ns, "eth0", opts.Link, opts.IPv6)
+		h.public = h.addr.Addr()
+		return err
+	}
+	if h.addr, err = opts.Behind.attach(h.ns, opts); err != nil {
+		return err
+	}
+	if h.public = h.addr.Addr(); h.public.IsPrivate() {
+		h.public = opts.Behind.Public()
+	}
+	return nil
 }
 
 // MachineAddr is an IPv4 address of this machine beyond loopback, invalid where it has none. Programs treat it as they
@@ -74,7 +105,13 @@ func MachineAddr() netip.Addr {
 func (h *Host) Name() string { return h.name }
 
 // Addr is the host's address on its own interface eth0.
-func (h *Host) Addr() netip.Addr { return h.addr }
+func (h *Host) Addr() netip.Addr { return h.addr.Addr() }
+
+// Addr6 is its IPv6 address there, invalid where it has none.
+func (h *Host) Addr6() netip.Addr { return h.addr.v6.Addr() }
+
+// Public is the address under which the internet sees the host: its own, or that of the NAT in front of it.
+func (h *Host) Public() netip.Addr { return h.public }
 
 // Do runs f on the caller's goroutine inside the host. Sockets that f opens stay there; goroutines that f starts do not, so
 // what dials on goroutines of its own (an http.Client, say) takes [Host.Dial].

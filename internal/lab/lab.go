@@ -19,6 +19,9 @@ var blocks = []netip.Prefix{netip.MustParsePrefix("203.0.113.0/24"), netip.MustP
 type Link struct {
 	Delay time.Duration // one way
 	Loss  float64       // share of packets lost, 0 to 1
+	// MTU is the largest packet, in bytes; default 1500. On a smaller link nobody is told of what was too big: it is a black
+	// hole, except for TCP connections of hosts behind a NAT, whose segments the NAT makes fit.
+	MTU uint16
 }
 
 // Net is one lab: an internet and what is attached to it.
@@ -29,7 +32,8 @@ type Net struct {
 
 	mu      sync.Mutex
 	closed  bool
-	publics int // /30 networks given out
+	apart   bool // the router has its rule for [Net.Block]
+	publics int  // /30 networks given out
 	nats    int
 	spaces  []*namespace
 	wires   []*wire
@@ -74,22 +78,31 @@ func (n *Net) space(forward bool) (*namespace, error) {
 	if err := ns.sysctl("net/ipv4/icmp_ratelimit", "0"); err != nil {
 		return nil, err
 	}
-	return ns, ns.sysctl("net/ipv4/ip_forward", "1")
+	if err := ns.sysctl("net/ipv4/ip_forward", "1"); err != nil {
+		return nil, err
+	}
+	_ = ns.sysctl("net/ipv6/conf/all/forwarding", "1") // a kernel without IPv6 is as good until somebody asks for it
+	return ns, nil
 }
 
-// nextPublic gives the next attachment's /30: the router's side and the attached side.
-func (n *Net) nextPublic() (router, attached netip.Prefix, err error) {
+// nextPublic gives the next attachment's number and /30: the router's side and the attached side.
+func (n *Net) nextPublic() (index int, router, attached netip.Prefix, err error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	i := n.publics
 	if i >= 64*len(blocks) {
-		return router, attached, errors.New("the lab's internet is full")
+		return i, router, attached, errors.New("the lab's internet is full")
 	}
 	n.publics++
 	base := blocks[i/64].Addr().As4()
 	base[3] = byte(i%64) * 4
 	router = netip.PrefixFrom(offset(base, 1), 30)
-	return router, netip.PrefixFrom(offset(base, 2), 30), nil
+	return i, router, netip.PrefixFrom(offset(base, 2), 30), nil
+}
+
+// public6 is an address of the attachment's /64 out of 2001:db8::/32 (RFC 3849).
+func public6(index int, host byte) netip.Prefix {
+	return netip.PrefixFrom(netip.AddrFrom16([16]byte{0x20, 0x01, 0x0d, 0xb8, 0, byte(index), 15: host}), 64)
 }
 
 func offset(base [4]byte, by byte) netip.Addr {

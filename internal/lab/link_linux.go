@@ -11,21 +11,22 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// end is one end of a link: an interface with an address in a namespace.
+// end is one end of a link: an interface with addresses in a namespace.
 type end struct {
-	ns   *namespace
-	name string
-	addr netip.Prefix
-	via  netip.Addr // default route, if valid
+	ns      *namespace
+	name    string
+	addr    address
+	gateway address // default routes, where valid
 }
 
 const linkMTU = 1500
 
 // vethPair connects two namespaces without delay.
-func vethPair(a, b end) error {
+func vethPair(a, b end, mtu int) error {
 	attrs := netlink.NewLinkAttrs()
-	attrs.Name, attrs.MTU = a.name, linkMTU
-	veth := &netlink.Veth{LinkAttrs: attrs, PeerName: b.name, PeerNamespace: netlink.NsFd(int(b.ns.file.Fd()))}
+	attrs.Name, attrs.MTU = a.name, mtu
+	veth := &netlink.Veth{LinkAttrs: attrs, PeerName: b.name, PeerMTU: uint32(mtu),
+		PeerNamespace: netlink.NsFd(int(b.ns.file.Fd()))}
 	if err := a.ns.handle.LinkAdd(veth); err != nil {
 		return fmt.Errorf("add veth pair %s, %s: %w", a.name, b.name, err)
 	}
@@ -43,17 +44,17 @@ func configurePair(a, b end) error {
 	if err != nil {
 		return err
 	}
-	if err := a.neighbour(la, b.addr.Addr(), lb.Attrs().HardwareAddr); err != nil {
+	if err := a.neighbours(la, b.addr, lb.Attrs().HardwareAddr); err != nil {
 		return err
 	}
-	if err := b.neighbour(lb, a.addr.Addr(), la.Attrs().HardwareAddr); err != nil {
+	if err := b.neighbours(lb, a.addr, la.Attrs().HardwareAddr); err != nil {
 		return err
 	}
 	return errors.Join(a.running(), b.running())
 }
 
-// running waits until the interface carries packets: the kernel learns of a carrier a moment after the peer came up, and
-// drops what is sent before.
+// running waits until the interface carries packets: the kernel learns of a carrier a moment after the peer came up and
+// drops what is sent before, and only then does it take IPv6 packets for the interface's own address.
 func (e end) running() error {
 	deadline := time.Now().Add(5 * time.Second)
 	for {
@@ -61,7 +62,7 @@ func (e end) running() error {
 		if err != nil {
 			return fmt.Errorf("find interface %s: %w", e.name, err)
 		}
-		if link.Attrs().RawFlags&unix.IFF_RUNNING != 0 {
+		if link.Attrs().RawFlags&unix.IFF_RUNNING != 0 && (!e.addr.v6.IsValid() || e.ns.takes(e.addr.v6.Addr())) {
 			return nil
 		}
 		if time.Now().After(deadline) {
@@ -71,73 +72,128 @@ func (e end) running() error {
 	}
 }
 
+// takes reports whether the namespace takes packets for an address as its own.
+func (ns *namespace) takes(addr netip.Addr) bool {
+	routes, err := ns.handle.RouteGet(addr.AsSlice())
+	return err == nil && len(routes) == 1 && routes[0].Type == unix.RTN_LOCAL
+}
+
 func (e end) configure() (netlink.Link, error) {
 	h := e.ns.handle
 	link, err := h.LinkByName(e.name)
 	if err != nil {
 		return nil, fmt.Errorf("find interface %s: %w", e.name, err)
 	}
-	if err := e.address(link); err != nil {
+	if err := e.assign(link); err != nil {
 		return nil, err
 	}
 	if err := h.LinkSetUp(link); err != nil {
 		return nil, fmt.Errorf("bring %s up: %w", e.name, err)
 	}
-	if !e.via.IsValid() {
+	if !e.gateway.v4.IsValid() {
 		return link, nil
 	}
-	route := &netlink.Route{LinkIndex: link.Attrs().Index, Gw: e.via.AsSlice()}
-	if err := h.RouteAdd(route); err != nil {
-		return nil, fmt.Errorf("route through %s: %w", e.via, err)
+	for _, via := range e.gateway.all() {
+		route := &netlink.Route{LinkIndex: link.Attrs().Index, Gw: via.Addr().AsSlice()}
+		if err := h.RouteAdd(route); err != nil {
+			return nil, fmt.Errorf("route through %s: %w", via, err)
+		}
 	}
 	return link, nil
 }
 
-func (e end) neighbour(link netlink.Link, addr netip.Addr, mac net.HardwareAddr) error {
-	err := e.ns.handle.NeighSet(&netlink.Neigh{
-		LinkIndex:    link.Attrs().Index,
-		Family:       unix.AF_INET,
-		State:        netlink.NUD_PERMANENT,
-		IP:           addr.AsSlice(),
-		HardwareAddr: mac,
-	})
-	if err != nil {
-		return fmt.Errorf("tell %s its neighbour %s: %w", e.name, addr, err)
+func (e end) neighbours(link netlink.Link, of address, mac net.HardwareAddr) error {
+	for _, p := range of.all() {
+		family := unix.AF_INET
+		if p.Addr().Is6() {
+			family = unix.AF_INET6
+		}
+		err := e.ns.handle.NeighSet(&netlink.Neigh{
+			LinkIndex:    link.Attrs().Index,
+			Family:       family,
+			State:        netlink.NUD_PERMANENT,
+			IP:           p.Addr().AsSlice(),
+			HardwareAddr: mac,
+		})
+		if err != nil {
+			return fmt.Errorf("tell %s its neighbour %s: %w", e.name, p.Addr(), err)
+		}
 	}
 	return nil
 }
 
-// address gives the end's address to its interface.
-func (e end) address(link netlink.Link) error {
-	addr, err := netlink.ParseAddr(e.addr.String())
-	if err != nil {
-		return fmt.Errorf("address of %s: %w", e.name, err)
-	}
-	if err := e.ns.handle.AddrAdd(link, addr); err != nil {
-		return fmt.Errorf("give %s to %s: %w", e.addr, e.name, err)
+// assign gives the end's addresses to its interface.
+func (e end) assign(link netlink.Link) error {
+	for _, p := range e.addr.all() {
+		addr, err := netlink.ParseAddr(p.String())
+		if err != nil {
+			return fmt.Errorf("address of %s: %w", e.name, err)
+		}
+		if p.Addr().Is6() {
+			addr.Flags = unix.IFA_F_NODAD // nobody else is there, and detection would take a second
+		}
+		if err := e.ns.handle.AddrAdd(link, addr); err != nil {
+			return fmt.Errorf("give %s to %s: %w", p, e.name, err)
+		}
 	}
 	return nil
 }
 
-// attach connects a namespace to the internet by an interface of this name and gives its public address.
-func (n *Net) attach(ns *namespace, iface string, link Link) (netip.Addr, error) {
-	near, far, err := n.nextPublic()
+// attach connects a namespace to the internet by an interface of this name and gives its public addresses.
+func (n *Net) attach(ns *namespace, iface string, link Link, ipv6 bool) (address, error) {
+	index, near, far, err := n.nextPublic()
 	if err != nil {
-		return netip.Addr{}, err
+		return address{}, err
 	}
-	uplink := end{ns: n.router, name: fmt.Sprintf("to%d", n.publics), addr: near}
-	own := end{ns: ns, name: iface, addr: far, via: near.Addr()}
-	if link == (Link{}) {
-		return far.Addr(), vethPair(uplink, own)
+	uplink := end{ns: n.router, name: fmt.Sprintf("to%d", index), addr: address{v4: near}}
+	own := end{ns: ns, name: iface, addr: address{v4: far}}
+	if ipv6 {
+		uplink.addr.v6, own.addr.v6 = public6(index, 1), public6(index, 2)
+	}
+	own.gateway = uplink.addr
+	if link.MTU > 0 {
+		if err := errors.Join(n.router.muteTooBig(), ns.muteTooBig()); err != nil {
+			return address{}, err
+		}
+	}
+	if link.Delay == 0 && link.Loss == 0 {
+		return own.addr, vethPair(uplink, own, link.mtu())
 	}
 	w, err := newWire(uplink, own, link)
 	if err != nil {
-		return netip.Addr{}, err
+		return address{}, err
 	}
 	n.mu.Lock()
 	n.wires = append(n.wires, w)
 	n.mu.Unlock()
-	return far.Addr(), nil
+	return own.addr, nil
+}
+
+func (l Link) mtu() int {
+	if l.MTU > 0 {
+		return int(l.MTU)
+	}
+	return linkMTU
+}
+
+// muteTooBig makes a namespace that routes a black hole for packets that are too big.
+func (ns *namespace) muteTooBig() error { return ns.rule((*rules).muteTooBig) }
+
+// clampMSS makes TCP connections through a namespace fit an MTU.
+func (ns *namespace) clampMSS(mtu uint16) error {
+	return ns.rule(func(r *rules) { r.clampMSS(mtu) })
+}
+
+// rule adds rules in a namespace.
+func (ns *namespace) rule(add func(*rules)) error {
+	return ns.do(func() error {
+		r, err := newRules()
+		if err != nil {
+			return err
+		}
+		add(r)
+		return r.commit()
+	})
 }
 
 // AddAddr gives the host a further address on its loopback interface, for services that only it reaches.
@@ -146,5 +202,16 @@ func (h *Host) AddAddr(addr netip.Addr) error {
 	if err != nil {
 		return fmt.Errorf("find the loopback interface: %w", err)
 	}
-	return end{ns: h.ns, name: "lo", addr: netip.PrefixFrom(addr, addr.BitLen())}.address(lo)
+	return end{ns: h.ns, name: "lo", addr: address{v4: netip.PrefixFrom(addr, addr.BitLen())}}.assign(lo)
+}
+
+func (e end) setMTU(mtu int) error {
+	link, err := e.ns.handle.LinkByName(e.name)
+	if err != nil {
+		return fmt.Errorf("find interface %s: %w", e.name, err)
+	}
+	if err := e.ns.handle.LinkSetMTU(link, mtu); err != nil {
+		return fmt.Errorf("give %s an MTU of %d: %w", e.name, mtu, err)
+	}
+	return nil
 }

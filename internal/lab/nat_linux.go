@@ -4,19 +4,17 @@ import (
 	"fmt"
 	"net/netip"
 
-	"github.com/google/nftables"
-	"github.com/google/nftables/binaryutil"
-	"github.com/google/nftables/expr"
-	"golang.org/x/sys/unix"
+	"github.com/vishvananda/netlink"
 )
 
 const wan = "wan" // a NAT's interface towards the internet
 
 // NATOptions describe a NAT. The zero value is [Easy] on a plain link.
 type NATOptions struct {
-	Kind     Kind
-	BlockUDP bool // forward no UDP, either way
-	Link     Link // towards the internet
+	Kind Kind
+	Link Link // towards the internet
+	// IPv6 gives the hosts behind it global addresses, with a firewall that lets answers in alone ([Open]: everything).
+	IPv6 bool
 }
 
 // NAT is a router that hides the hosts behind it.
@@ -25,30 +23,11 @@ type NAT struct {
 	ns     *namespace
 	name   string
 	kind   Kind
-	public netip.Addr
+	public address
 	lan    [2]byte // first two bytes of the private addresses
+	number int
 	hosts  int
 }
-
-// Kind is how a NAT maps and filters. Each kind is a list of rules, so that a further one is a line.
-type Kind struct {
-	name  string
-	rules func(*rules)
-	first func(*rules, netip.Addr) // further rules once the first host behind it is known
-}
-
-// The kinds. A NAT that keeps ports is endpoint-independent in its mapping for as long as ports do not collide (RFC 4787).
-var (
-	// Open is a full cone for the first host behind it: anybody may send to its mapping.
-	Open = Kind{name: "open", rules: (*rules).masquerade, first: (*rules).forwardAll}
-	// Easy keeps one mapping for all destinations and filters by address and port.
-	Easy = Kind{name: "easy", rules: func(r *rules) { r.masquerade(); r.dropStrangers() }}
-	// Hard gives every destination another port (symmetric) and filters by address and port.
-	Hard = Kind{name: "hard", rules: func(r *rules) { r.masqueradeRandom(); r.dropStrangers() }}
-)
-
-// String is the kind's name.
-func (k Kind) String() string { return k.name }
 
 // NAT attaches a NAT to the internet.
 func (n *Net) NAT(name string, opts NATOptions) (*NAT, error) {
@@ -67,156 +46,106 @@ func (n *Net) buildNAT(name string, opts NATOptions) (*NAT, error) {
 	if err != nil {
 		return nil, err
 	}
-	nat := &NAT{net: n, ns: ns, name: name, kind: opts.Kind, lan: n.nextLAN()}
-	if nat.public, err = n.attach(ns, wan, opts.Link); err != nil {
+	nat := &NAT{net: n, ns: ns, name: name, kind: opts.Kind}
+	nat.number, nat.lan = n.nextLAN()
+	if nat.public, err = n.attach(ns, wan, opts.Link, opts.IPv6); err != nil {
 		return nil, err
 	}
-	return nat, ns.do(func() error {
-		r, err := newRules()
-		if err != nil {
-			return err
+	if opts.IPv6 {
+		if err := n.router.route(nat.lan6(), nat.public.v6.Addr()); err != nil {
+			return nil, err
 		}
-		if opts.BlockUDP {
-			r.dropUDP()
+	}
+	if opts.Link.MTU > 0 {
+		if err := ns.clampMSS(opts.Link.MTU); err != nil {
+			return nil, err
 		}
-		opts.Kind.rules(r)
-		return r.commit()
+	}
+	return nat, nat.rule(nat.kind.rules)
+}
+
+// rule adds rules in the NAT's namespace.
+func (t *NAT) rule(add func(*rules)) error {
+	return t.ns.rule(func(r *rules) {
+		r.public, r.lan = t.public.Addr(), t.LAN()
+		add(r)
 	})
 }
 
 // nextLAN gives each NAT private addresses of its own: 192.168.k.0/24, then 10.20.k.0/24, 10.21.k.0/24 and so on.
-func (n *Net) nextLAN() [2]byte {
+func (n *Net) nextLAN() (number int, lan [2]byte) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.nats++
 	if n.nats == 1 {
-		return [2]byte{192, 168}
+		return 1, [2]byte{192, 168}
 	}
-	return [2]byte{10, byte(18 + n.nats)}
+	return n.nats, [2]byte{10, byte(18 + n.nats)}
 }
 
-// Public is the address under which hosts behind the NAT appear.
-func (t *NAT) Public() netip.Addr { return t.public }
+// Public is the address under which hosts behind the NAT appear, unless they have a public one of their own.
+func (t *NAT) Public() netip.Addr { return t.public.Addr() }
 
 // LAN covers the private addresses behind the NAT.
 func (t *NAT) LAN() netip.Prefix {
 	return netip.PrefixFrom(netip.AddrFrom4([4]byte{t.lan[0], t.lan[1]}), 16)
 }
 
-// attach connects a host to the private side and gives its address.
-func (t *NAT) attach(ns *namespace) (netip.Addr, error) {
-	t.hosts++
-	subnet := [4]byte{t.lan[0], t.lan[1], byte(t.hosts), 0}
-	inside := end{ns: t.ns, name: fmt.Sprintf("lan%d", t.hosts), addr: netip.PrefixFrom(offset(subnet, 1), 24)}
-	host := end{ns: ns, name: "eth0", addr: netip.PrefixFrom(offset(subnet, 10), 24), via: offset(subnet, 1)}
-	if err := vethPair(inside, host); err != nil {
-		return netip.Addr{}, err
-	}
-	if t.hosts > 1 || t.kind.first == nil {
-		return host.addr.Addr(), nil
-	}
-	return host.addr.Addr(), t.ns.do(func() error {
-		r, err := newRules()
-		if err != nil {
-			return err
-		}
-		t.kind.first(r, host.addr.Addr())
-		return r.commit()
-	})
+// lan6 covers the IPv6 addresses behind the NAT: a /48 out of RFC 3849's documentation range.
+func (t *NAT) lan6() netip.Prefix {
+	return netip.PrefixFrom(netip.AddrFrom16([16]byte{0x20, 0x01, 0x0d, 0xb8, 0x10, byte(t.number)}), 48)
 }
 
-// rules collects nftables rules and commits them in one transaction, in the namespace of the calling thread.
-type rules struct {
-	conn  *nftables.Conn
-	table *nftables.Table
+// Router is the NAT itself as a host, for programs that run on it.
+func (t *NAT) Router() *Host {
+	return &Host{net: t.net, ns: t.ns, name: t.name, addr: t.public, public: t.public.Addr()}
 }
 
-func newRules() (*rules, error) {
-	conn, err := nftables.New()
-	if err != nil {
-		return nil, fmt.Errorf("open nftables: %w", err)
-	}
-	table := conn.AddTable(&nftables.Table{Name: "lab", Family: nftables.TableFamilyIPv4})
-	return &rules{conn, table}, nil
-}
-
-func (r *rules) commit() error {
-	if err := r.conn.Flush(); err != nil {
-		return fmt.Errorf("set nftables rules: %w", err)
+// Forget drops every mapping, as a NAT does that starts anew.
+func (t *NAT) Forget() error {
+	if err := t.ns.handle.ConntrackTableFlush(netlink.ConntrackTable); err != nil {
+		return fmt.Errorf("forget the mappings of NAT %s: %w", t.name, err)
 	}
 	return nil
 }
 
-func (r *rules) masquerade()       { r.masqueradeWith(&expr.Masq{}) }
-func (r *rules) masqueradeRandom() { r.masqueradeWith(&expr.Masq{FullyRandom: true}) }
-
-func (r *rules) masqueradeWith(masq *expr.Masq) {
-	chain := r.chain("out", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource)
-	r.rule(chain, iface(expr.MetaKeyOIFNAME), []expr.Any{masq})
-}
-
-// dropStrangers drops what opens a flow from outside, to hosts behind the NAT and to the NAT itself. Without the second,
-// a stranger's packet to the NAT's own address makes a conntrack entry, the next flow outward gets another port
-// because of it, and an easy NAT turns hard in the middle of a hole punch.
-func (r *rules) dropStrangers() {
-	forward := r.chain("through", nftables.ChainTypeFilter, nftables.ChainHookForward, nftables.ChainPriorityFilter)
-	r.rule(forward, iface(expr.MetaKeyIIFNAME), state(expr.CtStateBitNEW), drop)
-	input := r.chain("to-self", nftables.ChainTypeFilter, nftables.ChainHookInput, nftables.ChainPriorityFilter)
-	r.rule(input, iface(expr.MetaKeyIIFNAME), state(expr.CtStateBitNEW|expr.CtStateBitUNTRACKED), drop)
-}
-
-// forwardAll sends every unprivileged UDP port from outside to one host.
-func (r *rules) forwardAll(host netip.Addr) {
-	chain := r.chain("in", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, nftables.ChainPriorityNATDest)
-	r.rule(chain, iface(expr.MetaKeyIIFNAME), udp, []expr.Any{
-		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
-		&expr.Cmp{Op: expr.CmpOpGte, Register: 1, Data: binaryutil.BigEndian.PutUint16(1024)},
-		&expr.Immediate{Register: 1, Data: host.AsSlice()},
-		&expr.NAT{Type: expr.NATTypeDestNAT, Family: unix.NFPROTO_IPV4, RegAddrMin: 1},
-	})
-}
-
-func (r *rules) dropUDP() {
-	forward := r.chain("no-udp", nftables.ChainTypeFilter, nftables.ChainHookForward, nftables.ChainPriorityFilter)
-	r.rule(forward, udp, drop)
-}
-
-func (r *rules) chain(name string, kind nftables.ChainType, hook *nftables.ChainHook, prio *nftables.ChainPriority) *nftables.Chain {
-	return r.conn.AddChain(&nftables.Chain{Name: name, Table: r.table, Type: kind, Hooknum: hook, Priority: prio})
-}
-
-func (r *rules) rule(chain *nftables.Chain, parts ...[]expr.Any) {
-	var all []expr.Any
-	for _, p := range parts {
-		all = append(all, p...)
+// attach connects a host to the private side and gives its addresses.
+func (t *NAT) attach(ns *namespace, opts HostOptions) (address, error) {
+	t.hosts++
+	near, far, err := t.subnet()
+	if err != nil {
+		return address{}, err
 	}
-	r.conn.AddRule(&nftables.Rule{Table: r.table, Chain: chain, Exprs: all})
+	if t.public.v6.IsValid() {
+		net := t.lan6().Addr().As16()
+		net[7], net[15] = byte(t.hosts), 1
+		near.v6 = netip.PrefixFrom(netip.AddrFrom16(net), 64)
+		net[15] = 10
+		far.v6 = netip.PrefixFrom(netip.AddrFrom16(net), 64)
+	}
+	inside := end{ns: t.ns, name: fmt.Sprintf("lan%d", t.hosts), addr: near}
+	host := end{ns: ns, name: "eth0", addr: far, gateway: near}
+	if err := vethPair(inside, host, linkMTU); err != nil {
+		return address{}, err
+	}
+	if opts.Proxy && t.kind.Is(OnlyProxy) {
+		return far, t.rule(func(r *rules) { r.exempt(far.Addr()) })
+	}
+	if t.hosts > 1 || t.kind.first == nil {
+		return far, nil
+	}
+	return far, t.rule(func(r *rules) { t.kind.first(r, far.Addr()) })
 }
 
-var (
-	drop = []expr.Any{&expr.Verdict{Kind: expr.VerdictDrop}}
-	udp  = []expr.Any{
-		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{unix.IPPROTO_UDP}},
+// subnet gives the IPv4 network of the link to the next host: private, or public for the first host of an open router.
+func (t *NAT) subnet() (near, far address, err error) {
+	if !t.kind.public || t.hosts > 1 {
+		base := [4]byte{t.lan[0], t.lan[1], byte(t.hosts), 0}
+		return address{v4: netip.PrefixFrom(offset(base, 1), 24)}, address{v4: netip.PrefixFrom(offset(base, 10), 24)}, nil
 	}
-)
-
-// iface matches packets whose in or out interface is the one towards the internet.
-func iface(key expr.MetaKey) []expr.Any {
-	name := make([]byte, unix.IFNAMSIZ)
-	copy(name, wan)
-	return []expr.Any{
-		&expr.Meta{Key: key, Register: 1},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: name},
+	_, near.v4, far.v4, err = t.net.nextPublic()
+	if err != nil {
+		return near, far, err
 	}
-}
-
-// state matches packets in any of these conntrack states.
-func state(bits uint32) []expr.Any {
-	return []expr.Any{
-		&expr.Ct{Register: 1, Key: expr.CtKeySTATE},
-		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4,
-			Mask: binaryutil.NativeEndian.PutUint32(bits), Xor: make([]byte, 4)},
-		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: make([]byte, 4)},
-	}
+	return near, far, t.net.router.route(near.v4.Masked(), t.public.Addr())
 }

@@ -12,15 +12,15 @@ import (
 
 type namespace struct{}
 
-func newNamespace() (*namespace, error)                          { return nil, errLinux }
-func (*namespace) sysctl(string, string) error                   { return errLinux }
-func (*namespace) do(func() error) error                         { return errLinux }
-func (*namespace) onKeeper(func() error) error                   { return errLinux }
-func (*namespace) close()                                        {}
-func killStrays([]*namespace) error                              { return nil }
-func dieWithThread(*syscall.SysProcAttr)                         {}
-func (*NAT) attach(*namespace) (netip.Addr, error)               { return netip.Addr{}, errLinux }
-func (*Net) attach(*namespace, string, Link) (netip.Addr, error) { return netip.Addr{}, errLinux }
+func newNamespace() (*namespace, error)                             { return nil, errLinux }
+func (*namespace) sysctl(string, string) error                      { return errLinux }
+func (*namespace) do(func() error) error                            { return errLinux }
+func (*namespace) onKeeper(func() error) error                      { return errLinux }
+func (*namespace) close()                                           {}
+func killStrays([]*namespace) error                                 { return nil }
+func dieWithThread(*syscall.SysProcAttr)                            {}
+func (*NAT) attach(*namespace, HostOptions) (address, error)        { return address{}, errLinux }
+func (*Net) attach(*namespace, string, Link, bool) (address, error) { return address{}, errLinux }
 
 type wire struct{}
 
@@ -29,17 +29,23 @@ func (*wire) close() error { return nil }
 // NAT cannot be built off Linux.
 type NAT struct{}
 
-// Kind is how a NAT maps and filters.
+// Public is never asked for.
+func (*NAT) Public() netip.Addr { return netip.Addr{} }
+
+// Kind is what stands between a private network and the internet.
 type Kind struct{}
 
+// Is is never asked of two that differ.
+func (Kind) Is(Kind) bool { return false }
+
 // The kinds, for what names them.
-var Open, Easy, Hard Kind
+var Open, FullCone, Restricted, Easy, Hard, CarrierGrade, NoUDP, OnlyHTTPS, OnlyProxy Kind
 
 // NATOptions describe a NAT.
 type NATOptions struct {
-	Kind     Kind
-	BlockUDP bool
-	Link     Link
+	Kind Kind
+	Link Link
+	IPv6 bool
 }
 
 // NAT attaches a NAT to the internet; it fails off Linux.

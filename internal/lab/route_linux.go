@@ -11,7 +11,7 @@ import (
 func (h *Host) Forward() error { return h.ns.sysctl("net/ipv4/ip_forward", "1") }
 
 // Route sends what is for dst to a host behind the NAT.
-func (t *NAT) Route(dst netip.Prefix, via *Host) error { return t.ns.route(dst, via.addr) }
+func (t *NAT) Route(dst netip.Prefix, via *Host) error { return t.ns.route(dst, via.Addr()) }
 
 func (ns *namespace) route(dst netip.Prefix, via netip.Addr) error {
 	to, err := netlink.ParseIPNet(dst.String())

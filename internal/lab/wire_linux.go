@@ -49,6 +49,9 @@ func newWire(a, b end, link Link) (*wire, error) {
 			return nil, errors.Join(err, w.close())
 		}
 		w.taps[i] = tap
+		if err := e.setMTU(link.mtu()); err != nil {
+			return nil, errors.Join(err, w.close())
+		}
 	}
 	if err := configurePair(a, b); err != nil {
 		return nil, errors.Join(err, w.close())

@@ -8,25 +8,17 @@ import (
 	"github.com/culvertnet/culvert/internal/yamlfile"
 )
 
-func (c *compiler) checkMatch(in *Rule, path string) *Error {
-	path += ".match"
-	if len(in.Match) > MaxMatch {
-		return fault(path, fmt.Sprintf("more than %d claims in one match", MaxMatch), "split the rule")
+// checkMatch notes what is wrong with a match. Whether it pins anybody is another question: see checkWay.
+func (c *compiler) checkMatch(match map[string]Values, path string) {
+	if len(match) > MaxMatch {
+		c.fail(path, fmt.Sprintf("more than %d claims in one match", MaxMatch), "split the rule")
 	}
-	for _, claim := range claimNames(in) {
+	for _, claim := range claimNames(match) {
 		at := path + yamlfile.Key(claim)
-		if err := checkClaimName(claim, at); err != nil {
-			return err
-		}
-		if err := c.checkValues(claim, in.Match[claim], at); err != nil {
-			return err
+		if !c.failed(checkClaimName(claim, at), at) {
+			c.checkValues(claim, match[claim], at)
 		}
 	}
-	if !findPin(in.Match).found {
-		return fault(path, fmt.Sprintf("rule %q pins neither an owner nor a repository, so any GitHub user's job could match it", in.Name),
-			"add repository_owner_id (surest), repository_owner, repository_id, or repository with the owner spelt out")
-	}
-	return nil
 }
 
 func checkClaimName(claim, at string) *Error {
@@ -42,26 +34,20 @@ func checkClaimName(claim, at string) *Error {
 	return nil
 }
 
-func (c *compiler) checkValues(claim string, values []string, at string) *Error {
+func (c *compiler) checkValues(claim string, values []string, at string) {
 	switch {
 	case len(values) == 0:
-		return fault(at, fmt.Sprintf("%s has no value, so nothing could match", claim), `give at least one, or "**" for any`)
+		c.fail(at, fmt.Sprintf("%s has no value, so nothing could match", claim), `give at least one, or "**" for any`)
 	case len(values) > MaxValues:
-		return fault(at, fmt.Sprintf("%s has more than %d values", claim, MaxValues), "use a wildcard, or split the rule")
+		c.fail(at, fmt.Sprintf("%s has more than %d values", claim, MaxValues), "use a wildcard, or split the rule")
+		return
 	}
 	for i, v := range values {
-		where := at
-		if len(values) > 1 {
-			where = fmt.Sprintf("%s[%d]", at, i)
-		}
-		if err := checkPattern(v, where); err != nil {
-			return err
-		}
-		if err := c.checkMeaning(claim, v, where); err != nil {
-			return err
+		where := item(at, i, len(values))
+		if !c.failed(checkPattern(v, where), where) {
+			c.failed(c.checkMeaning(claim, v, where), where)
 		}
 	}
-	return nil
 }
 
 func checkPattern(v, at string) *Error {
@@ -97,11 +83,14 @@ func (c *compiler) checkMeaning(claim, v, at string) *Error {
 }
 
 func (c *compiler) checkIssuer(v, at string) *Error {
-	if slices.Contains(c.opts.Issuers, v) {
+	if slices.Contains(c.opts.Issuers, c.issuerURL(v)) {
 		return nil
 	}
-	return fault(at, fmt.Sprintf("%q is not an issuer that is configured", v),
-		"name one exactly, without wildcards: "+quoted(c.opts.Issuers))
+	next := "name one exactly, without wildcards: " + quoted(c.issuerWords())
+	if near := yamlfile.Nearest(v, c.issuerWords()); near != "" {
+		next = fmt.Sprintf("did you mean %q?", near)
+	}
+	return fault(at, fmt.Sprintf("%q is not an issuer that is configured", v), next)
 }
 
 // checkRef refuses what no ref can be: GitHub gives the full name, and git-check-ref-format(1) rules some characters out.

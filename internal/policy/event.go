@@ -11,20 +11,23 @@ var explicitEvents = []string{"pull_request_target", "workflow_run"}
 
 // mayTrigger tells whether the event that started the job is one that the rule need not, or does, spell out. Case and
 // surrounding space are ignored when looking for an event to refuse, never when looking for one to admit.
-func (r *rule) mayTrigger(c Claims) bool {
+func (w *way) mayTrigger(c Claims) bool {
 	got, _ := c.Get(claimEvent)
 	if !slices.Contains(explicitEvents, strings.ToLower(strings.TrimSpace(got))) {
 		return true
 	}
-	return slices.Contains(r.events, got)
+	for _, spelt := range w.events {
+		if !slices.Contains(spelt, got) {
+			return false
+		}
+	}
+	return len(w.events) > 0
 }
 
 // expectedEvents says what a denial expects of the event.
-func (r *rule) expectedEvents() []string {
-	for i := range r.claims {
-		if r.claims[i].claim == claimEvent {
-			return r.claims[i].values
-		}
+func (w *way) expectedEvents() []string {
+	if len(w.events) > 0 {
+		return w.events[0]
 	}
 	return []string{"any event but " + strings.Join(explicitEvents, " and ") + ", which a rule has to name"}
 }

@@ -1,7 +1,6 @@
 package policy
 
 import (
-	"errors"
 	"strings"
 	"testing"
 	"time"
@@ -33,11 +32,11 @@ func TestParseFile(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	d := p.Evaluate("anything", github())
+	d := p.Evaluate(today, "anything", github())
 	if !cmp.Equal(d.Rules, []string{"deploy"}) || d.MaxSession != 2*time.Hour {
 		t.Errorf("got %+v", d)
 	}
-	if d := p.Evaluate("corp", github("environment", "staging")); !cmp.Equal(d.Rules, []string{"deploy", "docs"}) {
+	if d := p.Evaluate(today, "corp", github("environment", "staging")); !cmp.Equal(d.Rules, []string{"deploy", "docs"}) {
 		t.Errorf("got %+v", d)
 	}
 }
@@ -103,12 +102,5 @@ func TestValuesKeepTheirText(t *testing.T) {
 		if err := yamlfile.Decode("f", []byte(text), &v); err != nil || !cmp.Equal(v.A, want) {
 			t.Errorf("%q: %q, %v", text, v.A, err)
 		}
-	}
-}
-
-func TestLocatePassesOtherErrors(t *testing.T) {
-	other := errors.New("other")
-	if got := Locate("f", nil, other); got != other {
-		t.Errorf("got %v", got)
 	}
 }

@@ -64,7 +64,7 @@ func FuzzParseFile(f *testing.F) {
 		}
 		stranger := claimSet{"iss": GitHub, "repository": "\x00/\x00", "repository_id": "x", "repository_owner": "\x00", "repository_owner_id": "x"}
 		for _, r := range p.rules {
-			if d := p.Evaluate(r.network, stranger); d.Allowed || d.Denial != nil {
+			if d := p.Evaluate(today, r.network, stranger); d.Allowed || d.Denial != nil {
 				t.Fatalf("%q lets anyone in: %+v", data, d)
 			}
 			if _, err := ParseGrant(r.grants); err != nil {

@@ -20,6 +20,7 @@ type Grant struct {
 	bits6    []int
 	internet []entry
 	byName   map[hostName][]entry
+	observed *Grant // what observe lines let through, by address alone; nil for none
 }
 
 // entry is one line as its prefix leads to it.
@@ -41,11 +42,18 @@ func ParseGrant(lines []wire.Grant) (*Grant, error) {
 		if !printable(in.Rule) {
 			return nil, problem.New(problem.BadRequest, fmt.Sprintf("a grant names the rule %.64q", in.Rule), next)
 		}
-		l, err := parseLine(in.Allow)
+		into, parse, text := g, parseLine, in.Allow
+		if in.Observe != "" {
+			if in.Allow != "" {
+				return nil, problem.New(problem.BadRequest, "a grant both allows and observes", next)
+			}
+			into, parse, text = g.watch(), parseObserve, in.Observe
+		}
+		l, err := parse(text)
 		if err != nil {
 			return nil, problem.Wrap(err, problem.BadRequest, "a grant does not parse: "+err.Message, next)
 		}
-		g.add(l, entry{index: i, rule: in.Rule, protos: l.protos, ports: l.ports})
+		into.add(l, entry{index: i, rule: in.Rule, protos: l.protos, ports: l.ports})
 	}
 	return g, nil
 }
@@ -135,7 +143,9 @@ func (g *Grant) findName(proto Proto, name string, port uint16) (rule string, ok
 }
 
 // hasAddresses tells whether any line is by address.
-func (g *Grant) hasAddresses() bool { return len(g.byPrefix) > 0 || len(g.internet) > 0 }
+func (g *Grant) hasAddresses() bool {
+	return len(g.byPrefix) > 0 || len(g.internet) > 0 || g.observed != nil
+}
 
 // meetsName tells whether a line by name stands for some name that h stands for too.
 func (g *Grant) meetsName(h hostName) bool {

@@ -1,6 +1,9 @@
 package policy
 
-import "strings"
+import (
+	"slices"
+	"strings"
+)
 
 // matcher holds one key of a rule's match.
 type matcher struct {
@@ -34,16 +37,31 @@ type pin struct {
 	who   matcher // whether a token comes from an owner (or, for repository_id, a repository) that is pinned
 }
 
-// findPin looks for the pin of a rule's match: a numeric owner id, an owner's name, the owner part of a repository's
-// name, a numeric repository id. Every value has to pin, because any of them may match.
-func findPin(match map[string]Values) pin {
+// literal tells whether every value is spelt out.
+func (m *matcher) literal() bool {
+	for i := range m.globs {
+		if m.globs[i].tokens != nil {
+			return false
+		}
+	}
+	return len(m.globs) > 0
+}
+
+// findPin looks for the pin of what has to match together: a numeric owner id, an owner's name, the owner part of a
+// repository's name, a numeric repository id. Every value has to pin, because any of them may match.
+func findPin(claims []matcher) pin {
 	for _, claim := range []string{claimOwnID, claimOwner, claimRepo, claimRepoID} {
-		if values := pinned(claim, match[claim]); len(values) > 0 {
-			as := claim
-			if claim == claimRepo {
-				as = claimOwner
+		for i := range claims {
+			if claims[i].claim != claim {
+				continue
 			}
-			return pin{found: true, who: newMatcher(as, values)}
+			if values := pinned(claim, claims[i].values); len(values) > 0 {
+				as := claim
+				if claim == claimRepo {
+					as = claimOwner
+				}
+				return pin{found: true, who: newMatcher(as, values)}
+			}
 		}
 	}
 	return pin{}
@@ -65,13 +83,14 @@ func pinned(claim string, values []string) []string {
 		}
 		out = append(out, v)
 	}
-	return out
+	slices.Sort(out)
+	return slices.Compact(out)
 }
 
 // knows tells whether the token comes from an owner that the rule pins. A rule that pins only repository ids knows the
 // repository's own jobs and nobody else.
-func (r *rule) knows(c Claims) bool {
-	m := &r.pin.who
+func (w *way) knows(c Claims) bool {
+	m := &w.pin.who
 	got, ok := c.Get(m.claim)
 	if !ok && m.claim == claimOwner {
 		repo, _ := c.Get(claimRepo)

@@ -107,13 +107,13 @@ func misspelt(name string) string {
 }
 
 // byRank sorts claim names as a denial goes through them.
-func byRank(names []string) {
-	slices.SortFunc(names, func(a, b string) int {
-		_, i := lookup(a)
-		_, j := lookup(b)
-		if i != j {
-			return i - j
-		}
-		return strings.Compare(a, b)
-	})
+func byRank(names []string) { slices.SortFunc(names, compareRank) }
+
+func compareRank(a, b string) int {
+	_, i := lookup(a)
+	_, j := lookup(b)
+	if i != j {
+		return i - j
+	}
+	return strings.Compare(a, b)
 }

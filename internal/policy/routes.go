@@ -112,6 +112,12 @@ func (g *Grant) reaches() map[netip.Prefix]*reach {
 			all[p].add(&entries[i])
 		}
 	}
+	for p, r := range g.observed.reaches() {
+		if all[p] == nil {
+			all[p] = &reach{}
+		}
+		all[p].tcp, all[p].udp, all[p].icmp = append(all[p].tcp, r.tcp...), append(all[p].udp, r.udp...), true
+	}
 	if len(g.internet) > 0 {
 		addInternet(all, g.internet)
 	}

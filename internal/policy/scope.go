@@ -13,9 +13,10 @@ type Flow struct {
 
 // Verdict is what the grants say to a flow.
 type Verdict struct {
-	Allowed bool
-	Rule    string // the rule that allows it
-	Reason  string // why not, for the job's owner: "not granted", "link-local address", …
+	Allowed  bool
+	Observed bool   // allowed by an observe line alone, of the coordinator's policy or of the gateway's own
+	Rule     string // the rule that allows it
+	Reason   string // why not, for the job's owner: "not granted", "link-local address", …
 }
 
 // Scope is what a gateway holds a flow against.
@@ -47,9 +48,11 @@ func (s *Scope) Decide(f Flow) Verdict {
 	}
 	in := embedded(addr)
 	for _, a := range in.addrs[:in.n] {
-		if w := s.decide(f.Proto, a, f.Dst.Port()); !w.Allowed {
+		w := s.decide(f.Proto, a, f.Dst.Port())
+		if !w.Allowed {
 			return w
 		}
+		v.Observed = v.Observed || w.Observed
 	}
 	return v
 }
@@ -79,16 +82,18 @@ func (s *Scope) decide(proto Proto, addr netip.Addr, port uint16) Verdict {
 	if !exact {
 		reason = reasonNotGranted
 	}
-	rule, ok := s.Offered.find(proto, addr, port, exact)
+	rule, observed, ok := s.Offered.look(proto, addr, port, exact)
 	if !ok || local && s.Local == nil {
 		return Verdict{Reason: reason}
 	}
 	if s.Local != nil {
-		if _, ok := s.Local.find(proto, addr, port, exact); !ok {
+		_, also, ok := s.Local.look(proto, addr, port, exact)
+		if !ok {
 			return Verdict{Reason: reason}
 		}
+		observed = observed || also
 	}
-	return Verdict{Allowed: true, Rule: rule}
+	return Verdict{Allowed: true, Observed: observed, Rule: rule}
 }
 
 // closed gives why only an exact line opens an address, "" where any line does, and whether the gateway's own policy has
@@ -120,9 +125,11 @@ func (s *Scope) DecideName(name string, f Flow) Verdict {
 	}
 	in := embedded(addr)
 	for _, a := range in.addrs[:in.n] {
-		if w := s.decideName(name, f.Proto, a, f.Dst.Port()); !w.Allowed {
+		w := s.decideName(name, f.Proto, a, f.Dst.Port())
+		if !w.Allowed {
 			return w
 		}
+		v.Observed = v.Observed || w.Observed
 	}
 	return v
 }
@@ -139,14 +146,16 @@ func (s *Scope) decideName(name string, proto Proto, addr netip.Addr, port uint1
 	if reason, _ := s.closed(addr); reason != "" {
 		return s.decide(proto, addr, port)
 	}
+	v := Verdict{Allowed: true, Rule: rule}
 	if s.Local != nil {
-		_, byName := s.Local.findName(proto, name, port)
-		_, byAddr := s.Local.find(proto, addr, port, false)
-		if !byName && !byAddr {
+		if _, byName := s.Local.findName(proto, name, port); byName {
+			return v
+		}
+		if _, v.Observed, ok = s.Local.look(proto, addr, port, false); !ok {
 			return Verdict{Reason: reasonNotGranted}
 		}
 	}
-	return Verdict{Allowed: true, Rule: rule}
+	return v
 }
 
 // Names are the names that a session may ask for, sorted: exact ones, and domains of which every name below is granted but

@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/http"
+	"net/url"
 	"time"
 
 	"github.com/culvertnet/culvert/internal/lab"
@@ -16,10 +17,16 @@ import (
 	"github.com/culvertnet/culvert/internal/wire"
 )
 
-// Client is an HTTP client on a host that trusts the stage's authority.
+// Client is an HTTP client on a host that trusts the stage's authority. It takes the host's proxy for HTTPS, as programs do.
 func (s *Stage) Client(h *lab.Host, timeout time.Duration) *http.Client {
 	return &http.Client{Timeout: timeout, Transport: &http.Transport{
-		DialContext:       h.Dial,
+		DialContext: h.Dial,
+		Proxy: func(r *http.Request) (*url.URL, error) {
+			if r.URL.Scheme != "https" {
+				return nil, nil
+			}
+			return s.proxies[h], nil
+		},
 		TLSClientConfig:   &tls.Config{RootCAs: s.ca.pool, MinVersion: tls.VersionTLS12},
 		DisableKeepAlives: true,
 	}}

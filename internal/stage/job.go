@@ -48,7 +48,7 @@ func (s *Stage) Job(opts JobOptions) (*Job, error) {
 		_ = os.Chown(j.home, lab.UnprivilegedID, lab.UnprivilegedID) // see writeFiles
 	}
 	asks := s.Issuer.AddJob(Claims(opts.Claims))
-	j.env = s.environ(
+	j.env = s.environ(j.host,
 		"HOME="+j.home, "XDG_RUNTIME_DIR="+j.home, "RUNNER_TEMP="+j.home,
 		"ACTIONS_ID_TOKEN_REQUEST_URL="+asks.RequestURL,
 		"ACTIONS_ID_TOKEN_REQUEST_TOKEN="+asks.RequestToken,

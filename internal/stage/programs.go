@@ -107,11 +107,14 @@ func (s *Stage) replaceConfig(text string) error {
 // ConfigFile is the coordinator's configuration file.
 func (s *Stage) ConfigFile() string { return s.file("culvert.yaml") }
 
-// environ is what every program gets.
-func (s *Stage) environ(more ...string) []string {
+// environ is what every program on a host gets.
+func (s *Stage) environ(h *lab.Host, more ...string) []string {
 	env := []string{"PATH=" + os.Getenv("PATH"), "TMPDIR=" + os.TempDir(), "NO_COLOR=1"}
 	if !s.opts.Flat {
 		env = append(env, "SSL_CERT_FILE="+s.ca.caFile())
+	}
+	if proxy := s.proxies[h]; proxy != nil {
+		env = append(env, "HTTPS_PROXY="+proxy.String())
 	}
 	return append(env, more...)
 }
@@ -132,7 +135,7 @@ func (s *Stage) StartCoordinator(ctx context.Context) error {
 	proc, err := s.daemon(s.Cloud, "coordinator", lab.Program{
 		Path: s.Binary("culvert-coordinator"),
 		Args: []string{"serve", "--config", s.ConfigFile()},
-		Env:  s.environ(),
+		Env:  s.environ(s.Cloud),
 	})
 	if err != nil {
 		return err
@@ -225,13 +228,16 @@ func (s *Stage) StartGateway(ctx context.Context) error {
 func (s *Stage) LaunchGateway() error {
 	args := []string{"run", "--coordinator", s.URL, "--network", Network, "--enrol-token-file", s.enrolment,
 		"--issuer", s.Issuer.URL(), "--listen", fmt.Sprintf(":%d", s.ports.gateway)}
+	if s.opts.Flat { // the router there is this machine's own
+		args = append(args, "--port-mapping", "off")
+	}
 	if s.opts.Policy != nil {
 		args = append(args, "--policy", s.file("policy.yaml"))
 	} else {
 		args = append(args, "--owner", OwnerID)
 	}
 	proc, err := s.daemon(s.GatewayBox, "gateway", lab.Program{
-		Path: s.Binary("culvert-gateway"), Args: args, Env: s.environ(), Unprivileged: true,
+		Path: s.Binary("culvert-gateway"), Args: args, Env: s.environ(s.GatewayBox), Unprivileged: true,
 	})
 	if err != nil {
 		return err

@@ -15,6 +15,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/netip"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
@@ -47,7 +48,8 @@ type Options struct {
 	Dir      string // scratch folder that other users can enter; the caller removes it
 	Flat     bool   // everything on this machine itself, nothing kept apart; see [lab.Flat]
 	Link     lab.Link
-	// Runner and Gateway are the NATs in front of them; default [lab.Easy].
+	// Runner and Gateway are what stands in front of them; default [lab.Easy]. Behind [lab.OnlyProxy] there is a proxy that wants
+	// a password, and the programs are told of it; it needs tinyproxy.
 	Runner  lab.NATOptions
 	Gateway lab.NATOptions
 	// Rules gives the coordinator's rules as YAML, a list; the default grants the service's HTTP and echo ports to
@@ -77,6 +79,7 @@ type Stage struct {
 
 	binaries    map[string]string // name → path that every user can run
 	ports       ports
+	proxies     map[*lab.Host]*url.URL // of hosts that have no other way out
 	ca          *authority
 	enrolment   string
 	coordinator *lab.Process
@@ -115,6 +118,9 @@ func (s *Stage) build(ctx context.Context) error {
 		return err
 	}
 	if err := s.startService(); err != nil {
+		return err
+	}
+	if err := s.startProxies(ctx); err != nil {
 		return err
 	}
 	s.URL = s.scheme() + "://" + s.at(s.Cloud, s.ports.coordinator, 443)

@@ -128,7 +128,7 @@ func TestBlockedUDPTakesTheStream(t *testing.T) {
 				blocked.noUDP.Store(true)
 			}
 			stop := time.Now().Add(patient)
-			for c.Status().Path.Transport != WebSocket || g.Status().Path.Transport != WebSocket {
+			for !overStream("r")(c.Status().Path) || !overStream("r")(g.Status().Path) {
 				if time.Now().After(stop) {
 					t.Fatalf("not over a websocket: %+v and %+v", c.Status(), g.Status())
 				}

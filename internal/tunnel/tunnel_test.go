@@ -3,6 +3,7 @@ package tunnel
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"net"
 	"net/netip"
 	"sync/atomic"
@@ -238,28 +239,41 @@ func (m *middle) run() {
 	}
 }
 
-// One lost handshake datagram, either way, costs well under the five seconds after which WireGuard itself tries again.
+// One lost handshake datagram, either way, costs well under the five seconds after which WireGuard itself tries again. A busy
+// machine may take that long for anything, so one of three tries has to show it.
 func TestLostHandshakeIsRepaired(t *testing.T) {
 	for name, lost := range map[string]uint32{"initiation": device.MessageInitiationType, "response": device.MessageResponseType} {
 		t.Run(name, func(t *testing.T) {
-			client, gateway := newEnd(t), newEnd(t)
-			var once atomic.Bool
-			m := newMiddle(t, gateway.Port(), func(_ bool, pkt []byte) bool {
-				return isWireGuard(pkt) && messageType(pkt) == lost && once.CompareAndSwap(false, true)
-			})
-			start := time.Now()
-			c, _ := join(t, client, gateway, m.port())
-			ctx, cancel := context.WithTimeout(t.Context(), 4*time.Second)
-			defer cancel()
-			if err := c.WaitHandshake(ctx); err != nil {
-				t.Fatalf("no handshake %v after losing one: %v", time.Since(start), err)
+			var err error
+			for range 3 {
+				if err = repaired(t, lost); err == nil {
+					return
+				}
 			}
-			if !once.Load() {
-				t.Fatal("nothing was lost")
-			}
-			ping(t, client, gateway)
+			t.Error(err)
 		})
 	}
+}
+
+// repaired loses the first message of a type and tells whether the handshake is there within four seconds all the same.
+func repaired(t *testing.T, lost uint32) error {
+	client, gateway := newEnd(t), newEnd(t)
+	var once atomic.Bool
+	m := newMiddle(t, gateway.Port(), func(_ bool, pkt []byte) bool {
+		return isWireGuard(pkt) && messageType(pkt) == lost && once.CompareAndSwap(false, true)
+	})
+	start := time.Now()
+	c, _ := join(t, client, gateway, m.port())
+	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Second)
+	defer cancel()
+	if err := c.WaitHandshake(ctx); err != nil {
+		return fmt.Errorf("no handshake %v after losing one: %w", time.Since(start), err)
+	}
+	if !once.Load() {
+		t.Fatal("nothing was lost")
+	}
+	ping(t, client, gateway)
+	return nil
 }
 
 // captureCheck joins two ends over a middle and gives a check that the client sent, which the gateway has seen or not.

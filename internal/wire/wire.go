@@ -132,10 +132,12 @@ type Lease struct {
 	Ends    time.Time `json:"ends"`
 }
 
-// Grant is one thing a session may reach: an allow line as the policy file writes it, and the rule it stands in.
+// Grant is one thing a session may reach: a line as the policy file writes it, and the rule it stands in. Exactly one of
+// Allow and Observe is set.
 type Grant struct {
-	Rule  string `json:"rule"`
-	Allow string `json:"allow"`
+	Rule    string `json:"rule"`
+	Allow   string `json:"allow"`
+	Observe string `json:"observe,omitempty"` // a range that is let through and marked as observed
 }
 
 // Duration is a time.Duration that JSON carries as a string such as "10m0s".

@@ -26,36 +26,54 @@ var (
 	}
 )
 
-// check holds a node against the type that it will be decoded into. It comes before decoding because the library's own
-// errors lack a place (durations, text unmarshalers), leak Go's type names, or are no errors at all (0123 as a string).
-// name is the key that holds the node, for messages.
-func check(node ast.Node, t reflect.Type, name string) *fault {
+// checker holds a document against the type that it will be decoded into, and takes out of it what does not fit. It
+// comes before decoding because the library stops at the first error, and because its errors lack a place (durations,
+// text unmarshalers), leak Go's type names, or are none at all (0123 as a string).
+type checker struct {
+	faults []fault
+}
+
+// fail notes a fault and gives what takes the node's place: nothing, which decodes to the zero value.
+func (c *checker) fail(f *fault, path string, node ast.Node) ast.Node {
+	if f.path == "" {
+		f.path = path
+	}
+	c.faults = append(c.faults, *f)
+	return ast.Null(first(node))
+}
+
+// check gives the node, or what takes its place. name is the key that holds it, for messages.
+func (c *checker) check(node ast.Node, t reflect.Type, name, path string) ast.Node {
 	for t.Kind() == reflect.Pointer {
 		t = t.Elem()
 	}
 	if node == nil || node.Type() == ast.NullType {
-		return nil // the zero value; whether it may be missing is the caller's rule
+		return node // the zero value; whether it may be missing is the caller's rule
 	}
+	if o, ok := reflect.New(t).Interface().(offable); ok {
+		return c.checkOff(node, o, name, path)
+	}
+	var f *fault
 	switch pt := reflect.PointerTo(t); {
 	case slices.ContainsFunc(customTypes, pt.Implements), t == timeType:
-		return decode(node, reflect.New(t).Interface())
+		f = decode(node, reflect.New(t).Interface())
 	case t == durationType:
-		return checkDuration(node, name)
+		f = checkDuration(node, name)
 	case pt.Implements(textType):
-		return checkText(node, t, name)
+		f = checkText(node, t, name)
+	case t.Kind() == reflect.Struct:
+		return c.checkStruct(node, t, name, path)
+	case t.Kind() == reflect.Map:
+		return c.checkMap(node, t, name, path)
+	case t.Kind() == reflect.Slice, t.Kind() == reflect.Array:
+		return c.checkList(node, t, name, path)
+	case t.Kind() != reflect.Interface:
+		f = checkScalar(node, t, name)
 	}
-	switch t.Kind() {
-	case reflect.Struct:
-		return checkStruct(node, t, name)
-	case reflect.Map:
-		return checkMap(node, t, name)
-	case reflect.Slice, reflect.Array:
-		return checkList(node, t, name)
-	case reflect.Interface:
-		return nil
-	default:
-		return checkScalar(node, t, name)
+	if f != nil {
+		return c.fail(f, path, node)
 	}
+	return node
 }
 
 // wrong says what a node should have been.
@@ -86,28 +104,50 @@ func kindOf(node ast.Node) string {
 	}
 }
 
-func checkStruct(node ast.Node, t reflect.Type, name string) *fault {
-	mapping, ok := node.(ast.MapNode)
-	if !ok {
-		return wrong(node, name, "a mapping")
-	}
+func (c *checker) checkStruct(node ast.Node, t reflect.Type, name, path string) ast.Node {
 	fields := map[string]reflect.Type{}
 	collectFields(t, fields)
-	seen := map[string]bool{}
-	for it := mapping.MapRange(); it.Next(); {
-		key := keyText(it.Key())
+	return c.checkEntries(node, name, path, func(entry *ast.MappingValueNode) (ast.Node, *fault) {
+		key := keyText(entry.Key)
 		ft, known := fields[key]
 		if !known {
-			return unknownKey(it.Key(), name, fields)
+			return nil, unknownKey(entry.Key, name, fields)
 		}
-		if f := checkDuplicate(it.Key(), seen); f != nil {
-			return f
-		}
-		if f := check(it.Value(), ft, key); f != nil {
-			return f
-		}
+		return c.check(entry.Value, ft, key, path+Key(key)), nil
+	})
+}
+
+// checkEntries holds every entry of a mapping against judge, which gives its value or why the entry is left out.
+func (c *checker) checkEntries(node ast.Node, name, path string, judge func(*ast.MappingValueNode) (ast.Node, *fault)) ast.Node {
+	mapping, ok := node.(ast.MapNode)
+	if !ok {
+		return c.fail(wrong(node, name, "a mapping"), path, node)
 	}
-	return nil
+	var kept []*ast.MappingValueNode
+	seen := map[string]bool{}
+	for it := mapping.MapRange(); it.Next(); {
+		entry := it.KeyValue()
+		f := checkDuplicate(entry.Key, seen)
+		var value ast.Node
+		if f == nil {
+			value, f = judge(entry)
+		}
+		if f != nil {
+			f.path = path + Key(keyText(entry.Key))
+			c.faults = append(c.faults, *f)
+			continue
+		}
+		entry.Value = value
+		kept = append(kept, entry)
+	}
+	if whole, ok := node.(*ast.MappingNode); ok {
+		whole.Values = kept
+		return whole
+	}
+	if len(kept) == 0 {
+		return ast.Null(first(node))
+	}
+	return node
 }
 
 // collectFields lists a struct's keys as goccy/go-yaml names them: the tag's name, else the field's in lower case.
@@ -161,38 +201,29 @@ func checkDuplicate(key ast.MapKeyNode, seen map[string]bool) *fault {
 	return nil
 }
 
-func checkMap(node ast.Node, t reflect.Type, name string) *fault {
-	mapping, ok := node.(ast.MapNode)
-	if !ok {
-		return wrong(node, name, "a mapping")
-	}
-	seen := map[string]bool{}
-	for it := mapping.MapRange(); it.Next(); {
-		if _, scalar := it.Key().(ast.ScalarNode); !scalar {
-			return &fault{token: it.Key().GetToken(), message: "a key has to be a plain text", next: "write the key as a text"}
+func (c *checker) checkMap(node ast.Node, t reflect.Type, name, path string) ast.Node {
+	return c.checkEntries(node, name, path, func(entry *ast.MappingValueNode) (ast.Node, *fault) {
+		if _, scalar := entry.Key.(ast.ScalarNode); !scalar {
+			return nil, &fault{token: entry.Key.GetToken(), message: "a key has to be a plain text", next: "write the key as a text"}
 		}
-		if f := checkDuplicate(it.Key(), seen); f != nil {
-			return f
+		key := keyText(entry.Key)
+		before := len(c.faults)
+		if c.check(entry.Key, t.Key(), key, path+Key(key)); len(c.faults) > before {
+			last := c.faults[before]
+			c.faults = c.faults[:before]
+			return nil, &last
 		}
-		if f := check(it.Key(), t.Key(), keyText(it.Key())); f != nil {
-			return f
-		}
-		if f := check(it.Value(), t.Elem(), keyText(it.Key())); f != nil {
-			return f
-		}
-	}
-	return nil
+		return c.check(entry.Value, t.Elem(), key, path+Key(key)), nil
+	})
 }
 
-func checkList(node ast.Node, t reflect.Type, name string) *fault {
+func (c *checker) checkList(node ast.Node, t reflect.Type, name, path string) ast.Node {
 	list, ok := node.(*ast.SequenceNode)
 	if !ok {
-		return wrong(node, name, "a list")
+		return c.fail(wrong(node, name, "a list"), path, node)
 	}
 	for i, item := range list.Values {
-		if f := check(item, t.Elem(), fmt.Sprintf("%s[%d]", name, i)); f != nil {
-			return f
-		}
+		list.Values[i] = c.check(item, t.Elem(), fmt.Sprintf("%s[%d]", name, i), fmt.Sprintf("%s[%d]", path, i))
 	}
-	return nil
+	return list
 }

@@ -31,7 +31,7 @@ func parse(data []byte) (ast.Node, *fault) {
 	if f := screen(tokens); f != nil {
 		return nil, f
 	}
-	tree, err := parser.Parse(tokens, 0)
+	tree, err := parser.Parse(tokens, 0, parser.AllowDuplicateMapKey()) // checker finds those, all of them
 	if err != nil {
 		return nil, faultOf(err, nil)
 	}

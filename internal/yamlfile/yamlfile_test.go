@@ -2,6 +2,7 @@ package yamlfile
 
 import (
 	"errors"
+	"fmt"
 	"net/netip"
 	"strings"
 	"testing"
@@ -169,6 +170,59 @@ func TestDecodeRefuses(t *testing.T) {
 				t.Errorf("next %q, want it to hold %q", e.Next, tt.next)
 			}
 		})
+	}
+}
+
+// Every fault is told at once, and what is sound is there all the same.
+func TestDecodeTellsAll(t *testing.T) {
+	const text = `url: [a]
+listem: x
+lease: soon
+url: again
+state: {dri: a, max: 3}
+networks:
+  corp: {max: many, dir: c}
+  lab: nothing
+  ok: {dir: d}
+items:
+  - {dir: one}
+  - two
+  - {dir: three, dir: four, mox: 1}
+labels: {a: 0123, b: c}
+names: [x, [y], z]
+count: 7
+range: {only: one}
+custom: bad
+`
+	d, err := Parse("c.yaml", []byte(text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got document
+	var told []string
+	for _, f := range d.Decode(&got) {
+		told = append(told, fmt.Sprintf("%d:%d %s", f.Line, f.Column, f.Path))
+		if f.Message == "" || f.Next == "" {
+			t.Errorf("a fault without words: %+v", f)
+		}
+	}
+	want := []string{
+		"1:6 $.url", "2:1 $.listem", "3:8 $.lease", "4:1 $.url", "5:9 $.state.dri", "7:15 $.networks.corp.max", "8:8 $.networks.lab",
+		"12:5 $.items[1]", "13:18 $.items[2].dir", "13:29 $.items[2].mox", "14:13 $.labels.a", "15:12 $.names[1]", "17:8 $.range", "18:9 $.custom",
+	}
+	if diff := cmp.Diff(want, told); diff != "" {
+		t.Error(diff)
+	}
+	sound := document{
+		State: &state{Max: 3}, Networks: map[string]state{"corp": {Dir: "c"}, "lab": {}, "ok": {Dir: "d"}},
+		Items: []state{{Dir: "one"}, {}, {Dir: "three"}}, Labels: map[string]string{"a": "", "b": "c"}, Names: []string{"x", "", "z"}, Count: 7,
+	}
+	opts := cmp.Options{cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })}
+	if diff := cmp.Diff(sound, got, opts); diff != "" {
+		t.Error(diff)
+	}
+	if line, column := d.Place("$.items[2].dir"); line != 13 || column != 11 {
+		t.Errorf("places are lost: %d:%d", line, column)
 	}
 }
 
