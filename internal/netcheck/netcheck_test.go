@@ -303,7 +303,7 @@ func TestOptions(t *testing.T) {
 
 func TestPrintable(t *testing.T) {
 	for in, want := range map[string]string{
-		"plain": "plain", "a\nb": "a b", "\x1b[31m": " [31m", "ü": "ü", "‮x": " x",
+		"plain": "plain", "a\nb": "a b", "\x1b[31m": " [31m", "ü": "ü", "\u202ex": " x",
 		strings.Repeat("é", 150): strings.Repeat("é", 100) + "…",
 	} {
 		if got := printable(in); got != want {

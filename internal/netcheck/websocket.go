@@ -77,8 +77,7 @@ func pingRelay(ctx context.Context, transport http.RoundTripper, address string,
 	return best, err
 }
 
-// ping gives the fastest of some round trips. One may go unanswered: a relay that is writing something else at that moment
-// takes that for sign of life enough.
+// ping gives the fastest of some round trips. One may go unanswered.
 func ping(ctx context.Context, conn *websocket.Conn) (best time.Duration, err error) {
 	for range samples {
 		one, cancel := context.WithTimeout(ctx, pingTimeout)
