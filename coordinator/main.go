@@ -23,6 +23,7 @@ type cli struct {
 	Serve   serveCmd   `cmd:"" help:"Run a coordinator until SIGTERM or SIGINT; SIGHUP reads the configuration again."`
 	Check   checkCmd   `cmd:"" help:"Check a configuration file."`
 	Explain explainCmd `cmd:"" help:"Show how a configuration judges a job."`
+	Audit   auditCmd   `cmd:"" help:"Read and verify the audit log."`
 	Version versionCmd `cmd:"" help:"Print the version."`
 }
 
@@ -40,7 +41,7 @@ func (c *serveCmd) Run() error {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	defer stop()
-	s, err := server.New(server.Options{Config: cfg, Reload: server.DefaultReload, Logger: c.logger()})
+	s, err := server.New(server.Options{Config: cfg, Reload: server.DefaultReload, Logger: c.logger(), Stdout: os.Stdout})
 	if err != nil {
 		return err
 	}

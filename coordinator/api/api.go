@@ -29,6 +29,7 @@ type Sessions interface {
 	Reconcile(ctx context.Context, g session.Gateway, held []wire.Held) (over []string, err error)
 	Renewed(ctx context.Context, g session.Gateway, r wire.Renewed) error
 	Ended(ctx context.Context, g session.Gateway, e wire.End) error
+	Flows(ctx context.Context, g session.Gateway, f wire.Flows) error
 	Held(instance string) int
 }
 
@@ -38,6 +39,11 @@ type Presences interface {
 	PutPresence(ctx context.Context, p state.Presence, ttl time.Duration) error
 	DropPresence(ctx context.Context, instance string) error
 	Serve(instance string, handle func(ctx context.Context, msg []byte) []byte) (stop func(), err error)
+}
+
+// Keys is what the API needs of [state.Store] to tell when a gateway's key changes.
+type Keys interface {
+	GatewayKey(ctx context.Context, network, name string, key wire.Key) (before wire.Key, err error)
 }
 
 // Identities is what the API needs of [claims.Verifier]: the one for gateways' workload identities. Its issuers never
@@ -56,6 +62,8 @@ type Rules struct {
 type Options struct {
 	Sessions Sessions
 	Store    Presences
+	Keys     Keys    // nil: no gateway's key is remembered
+	Audit    Auditor // nil: nothing is recorded
 	Rules    Rules
 	STUN     []string // what clients and gateways are told, "host:port"; an empty host means the coordinator's own
 	Logger   *slog.Logger
@@ -80,6 +88,12 @@ type Options struct {
 func (o *Options) Validate() error {
 	if o.Sessions == nil || o.Store == nil || o.Rules.Config == nil || o.Rules.Identities == nil {
 		return errors.New("the API needs sessions, a store, a configuration and a verifier of identities")
+	}
+	if o.Keys == nil {
+		o.Keys = noKeys{}
+	}
+	if o.Audit == nil {
+		o.Audit = noAudit{}
 	}
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)

@@ -30,6 +30,7 @@ func (a *API) gateway(w http.ResponseWriter, r *http.Request) {
 	if err != nil {
 		a.log.Warn("gateway refused", "network", clip(printable(network), 64), "addr", middleware.GetClientIP(r.Context()),
 			"code", problem.CodeOf(err), "err", err)
+		a.opts.Audit.Refused(err, middleware.GetClientIPAddr(r.Context()))
 		a.fail(w, err)
 		return
 	}
@@ -162,6 +163,9 @@ func (s *stream) welcome(ctx context.Context, h wire.Hello) error {
 	if !ok || !enrolledIn(cfg, s.network, s.enrolment) { // reloaded since the upgrade
 		return unenrolled
 	}
+	if err := s.enrol(ctx, h); err != nil {
+		return err
+	}
 	body := wire.Welcome{
 		Version: wire.Version, Network: s.network, Addresses: network.Gateway(), Overlay: network.Overlay(),
 		STUN: s.api.stun(), End: over,
@@ -180,6 +184,7 @@ func (s *stream) welcome(ctx context.Context, h wire.Hello) error {
 
 // logEnd says why a stream is over. A gateway that said that it leaves, or that closed in good order, has not failed.
 func (s *stream) logEnd(err error) {
+	s.left(err)
 	s.mu.Lock()
 	leaving := s.presence.Leaving
 	s.mu.Unlock()

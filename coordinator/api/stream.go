@@ -42,6 +42,7 @@ var (
 	unenrolled = &closing{websocket.StatusPolicyViolation, "no longer enrolled", false}
 	tooSlow    = &closing{websocket.StatusTryAgainLater, "the gateway does not keep up", true}
 	silent     = &closing{websocket.StatusPolicyViolation, "no answer to pings", true}
+	unrecorded = &closing{websocket.StatusTryAgainLater, "flow records cannot be stored", false}
 	resync     = &closing{websocket.StatusServiceRestart, "say again what you hold", false}
 )
 
@@ -62,7 +63,9 @@ type stream struct {
 	log       *slog.Logger
 
 	// Set by open, before any goroutine starts; the presence is the keeper's after that, by way of mu.
-	who session.Gateway
+	who      session.Gateway
+	onRecord bool   // that it was let in
+	flows    uint64 // the last batch of flow records that is stored; the worker's
 
 	queue chan wire.Frame // to the writer
 	work  chan wire.Frame // to the worker
@@ -187,7 +190,7 @@ func (s *stream) readAll(ctx context.Context) error {
 		switch f.Type {
 		case wire.FrameAnswer:
 			s.settle(f.ID, f.Body)
-		case wire.FrameRenewed, wire.FrameEnd, wire.FrameCandidates, wire.FrameLeaving:
+		case wire.FrameRenewed, wire.FrameEnd, wire.FrameCandidates, wire.FrameLeaving, wire.FrameFlows:
 			select {
 			case s.work <- f:
 			case <-s.over:

@@ -17,6 +17,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net/netip"
 	"sync"
 	"time"
 
@@ -230,8 +231,8 @@ func (l *Log) takeLost() uint64 {
 	return n
 }
 
-// Tally counts requests that are refused before anybody has proven anything.
-func (l *Log) Tally() *Tally { return &l.tally }
+// Refused counts a request that was refused before its sender had proven anything: see [Tally].
+func (l *Log) Refused(err error, from netip.Addr) { l.tally.Add(err, from) }
 
 // PublicKey is the key by which this log's seals are verified.
 func (l *Log) PublicKey() ed25519.PublicKey { return l.keys[0] }

@@ -45,6 +45,8 @@ type Config struct {
 	TrustedProxies []netip.Prefix // whose X-Forwarded-For is believed
 	UDP            string         // UDP address for STUN
 	State          State
+	Audit          Audit
+	Private        Private
 	Issuers        []claims.Issuer // whose tokens may admit jobs
 	Networks       map[string]Network
 	STUN           []string // what clients are told to ask instead of this coordinator, "host:port"

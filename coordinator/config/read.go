@@ -30,6 +30,8 @@ type document struct {
 	TrustedProxies  []string              `yaml:"trusted_proxies"`
 	UDP             string                `yaml:"udp"`
 	State           State                 `yaml:"state"`
+	Audit           auditDoc              `yaml:"audit"`
+	Private         privateDoc            `yaml:"private"`
 	Issuers         []issuerDoc           `yaml:"issuers"`
 	Networks        map[string]networkDoc `yaml:"networks"`
 	STUN            []string              `yaml:"stun"`
@@ -86,6 +88,8 @@ func (r *reader) read(d *document) *Config {
 	c.TLS, c.Listen = r.listener(d)
 	c.UDP = r.address("$.udp", d.UDP, DefaultUDP)
 	c.State = r.state(d.State)
+	c.Audit = r.audit(d.Audit)
+	c.Private = r.private(d.Private, c.Listen)
 	c.Issuers = r.issuers(d.Issuers, d.InsecureHTTP)
 	c.Networks = r.networks(d.Networks, d.InsecureHTTP)
 	r.oneKeySet(c)

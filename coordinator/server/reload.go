@@ -67,6 +67,7 @@ func (s *Server) reloadLoop(ctx context.Context) {
 	for {
 		select {
 		case <-hangup:
+			s.reopenCopy()
 			s.watch.changed() // so that the next tick does not do it again
 			_ = s.Reload(ctx)
 		case <-tick.C:
@@ -116,6 +117,7 @@ func (s *Server) take(ctx context.Context, next *config.Config) error {
 			return err
 		}
 	}
+	s.recordPolicy(ctx, policyRecord(s.config, next))
 	s.config, s.jobs, s.identities = next, jobs, ids
 	s.api.SetRules(api.Rules{Config: next, Identities: asIdentities(ids)})
 	s.sessions.SetRules(ctx, session.Rules{Config: next, Verifier: jobs})
@@ -140,6 +142,7 @@ func needRestart(a, b *config.Config) []string {
 	}{
 		{"url", a.URL, b.URL}, {"listen", a.Listen, b.Listen}, {"udp", a.UDP, b.UDP}, {"tls", a.TLS, b.TLS},
 		{"trusted_proxies", a.TrustedProxies, b.TrustedProxies}, {"state", a.State, b.State},
+		{"audit", a.Audit, b.Audit}, {"private", a.Private, b.Private},
 	} {
 		if !reflect.DeepEqual(c.a, c.b) {
 			out = append(out, c.key)

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/culvertnet/culvert/coordinator/api"
+	"github.com/culvertnet/culvert/coordinator/audit"
 	"github.com/culvertnet/culvert/coordinator/config"
 	"github.com/culvertnet/culvert/coordinator/session"
 	"github.com/culvertnet/culvert/coordinator/state"
@@ -37,6 +38,7 @@ type Options struct {
 	Config *config.Config
 	Reload time.Duration // how often Config.File is looked at for changes; 0 never, [DefaultReload] is usual
 	Logger *slog.Logger
+	Stdout io.Writer   // where audit records go besides the log, unless the configuration says otherwise; nil: nowhere
 	API    api.Options // limits and timings; what the server itself provides is filled in
 }
 
@@ -59,7 +61,13 @@ type Server struct {
 	listener net.Listener
 	stun     *nat.Server
 	watch    *watcher
+	private  *private
 	fatal    chan error // buffered
+
+	audit        *audit.Log
+	auditStore   *state.Log
+	auditFile    *copyFile // nil where no file is written
+	auditMetrics *audit.Metrics
 
 	mu         sync.Mutex // guards what a reload replaces
 	config     *config.Config
@@ -78,7 +86,7 @@ func New(opts Options) (*Server, error) {
 	if opts.Logger == nil {
 		opts.Logger = slog.New(slog.DiscardHandler)
 	}
-	return &Server{opts: opts, log: opts.Logger, config: opts.Config, fatal: make(chan error, 1)}, nil
+	return &Server{opts: opts, log: opts.Logger, config: opts.Config, fatal: make(chan error, 1), auditMetrics: audit.NewMetrics()}, nil
 }
 
 // Start opens state and listeners and serves. After an error nothing is left open.
@@ -100,6 +108,12 @@ func (s *Server) Start(ctx context.Context) (err error) {
 		return err
 	}
 	if err := s.build(); err != nil {
+		return err
+	}
+	if err := s.recordStart(ctx); err != nil {
+		return err
+	}
+	if err := s.openPrivate(ctx); err != nil {
 		return err
 	}
 	s.wg.Go(func() { _ = s.jobs.Prefetch(run) })   // failures are logged there; the first token tries again
@@ -161,7 +175,10 @@ func (s *Server) openState(ctx context.Context) (err error) {
 		return problem.Wrap(err, problem.Failed, fmt.Sprintf("cannot open the state: %v", err),
 			"check that the folder is writable and that the disk has room")
 	}
-	return err
+	if err != nil {
+		return err
+	}
+	return s.openAudit(ctx)
 }
 
 func (s *Server) listen(ctx context.Context) (err error) {
@@ -179,13 +196,13 @@ func (s *Server) listen(ctx context.Context) (err error) {
 // build puts sessions, API and HTTP server together.
 func (s *Server) build() (err error) {
 	s.sessions, err = session.New(session.Options{
-		Store: s.store, Rules: session.Rules{Config: s.config, Verifier: s.jobs}, Logger: s.log,
+		Store: s.store, Rules: session.Rules{Config: s.config, Verifier: s.jobs}, Audit: s.audit, Logger: s.log,
 	})
 	if err != nil {
 		return err
 	}
 	o := s.opts.API
-	o.Sessions, o.Store, o.Logger = s.sessions, s.store, s.log
+	o.Sessions, o.Store, o.Keys, o.Audit, o.Logger = s.sessions, s.store, s.store, s.audit, s.log
 	o.Rules = api.Rules{Config: s.config, Identities: asIdentities(s.identities)}
 	o.TrustedProxies = s.config.TrustedProxies
 	o.STUN = []string{fmt.Sprintf(":%d", s.STUNAddr().(*net.UDPAddr).Port)}
@@ -241,6 +258,7 @@ func (s *Server) Close(ctx context.Context) error {
 	}
 	s.api.Close()
 	s.stop()
+	err = errors.Join(err, s.private.close())
 	s.wg.Wait()
 	return errors.Join(err, s.closeAll())
 }
@@ -251,6 +269,8 @@ func (s *Server) abandon() {
 	if s.listener != nil {
 		_ = s.listener.Close()
 	}
+	_ = s.private.close()
+	s.wg.Wait()
 	_ = s.closeAll()
 }
 
@@ -263,6 +283,9 @@ func (s *Server) closeAll() error {
 	}
 	if s.stun != nil {
 		add("STUN", s.stun)
+	}
+	if err := s.closeLog(); err != nil {
+		errs = append(errs, fmt.Errorf("close the audit log: %w", err))
 	}
 	if s.store != nil {
 		add("the state", s.store)

@@ -1,0 +1,106 @@
+package api
+
+import (
+	"context"
+	"encoding/hex"
+	"net/netip"
+
+	"github.com/coder/websocket"
+
+	"github.com/culvertnet/culvert/coordinator/audit"
+	"github.com/culvertnet/culvert/coordinator/config"
+	"github.com/culvertnet/culvert/internal/wire"
+)
+
+// Auditor is what the API needs of [audit.Log].
+type Auditor interface {
+	// Record stores a record before it returns, or fails with code unreachable.
+	Record(ctx context.Context, r audit.Record) error
+	// Note stores a record some time soon.
+	Note(r audit.Record)
+	// Refused counts a request that was refused before its sender had proven anything.
+	Refused(err error, from netip.Addr)
+}
+
+// noAudit stands where nothing is recorded.
+type noAudit struct{}
+
+// Record does nothing.
+func (noAudit) Record(context.Context, audit.Record) error { return nil }
+
+// Note does nothing.
+func (noAudit) Note(audit.Record) {}
+
+// Refused does nothing.
+func (noAudit) Refused(error, netip.Addr) {}
+
+// noKeys stands where no gateway's key is remembered.
+type noKeys struct{}
+
+// GatewayKey knows none.
+func (noKeys) GatewayKey(context.Context, string, string, wire.Key) (wire.Key, error) {
+	return wire.Key{}, nil
+}
+
+// proof says by what a gateway was let in: its workload identity, or the beginning of its secret's hash.
+func proof(e config.Enrolment) string {
+	if e.Issuer != "" {
+		return e.Issuer + " " + e.Subject
+	}
+	return "secret " + hex.EncodeToString(e.SecretSHA256[:4])
+}
+
+// record says which gateway a stream is.
+func (s *stream) record(e audit.Event) audit.Record {
+	r := audit.Record{Event: e, Entity: &audit.Entity{Name: s.who.Name, UID: s.who.Instance, Type: "gateway"}}
+	if addr, err := netip.ParseAddr(s.addr); err == nil {
+		r.From(addr)
+	}
+	u := &r.Unmapped
+	u.Network, u.Gateway, u.Instance, u.By = s.network, s.who.Name, s.who.Instance, proof(s.enrolment)
+	return r
+}
+
+// enrol puts on record that a gateway was let in, and that its key is another one than before, ahead of its welcome.
+func (s *stream) enrol(ctx context.Context, h wire.Hello) error {
+	away := &closing{websocket.StatusTryAgainLater, "the coordinator cannot reach its state", false}
+	before, err := s.api.opts.Keys.GatewayKey(ctx, s.network, h.Name, h.Key)
+	if err != nil {
+		s.log.Error("cannot look the gateway's key up", "err", err)
+		return away
+	}
+	if !before.IsZero() && before != h.Key {
+		r := s.record(audit.KeyChange)
+		r.Severity = audit.Medium
+		r.Entity.Type, r.Entity.UID = "gateway key", before.String()
+		r.EntityResult = &audit.Entity{Name: h.Name, UID: h.Key.String(), Type: "gateway key"}
+		r.Unmapped.Key = h.Key.String()
+		r.Succeeded()
+		if err := s.api.opts.Audit.Record(ctx, r); err != nil {
+			return away
+		}
+		s.log.Warn("gateway has another key than before", "before", before.String(), "now", h.Key.String())
+	}
+	r := s.record(audit.Enrolled)
+	r.Allowed(nil)
+	r.Unmapped.Key, r.Unmapped.Program = h.Key.String(), h.Program
+	if err := s.api.opts.Audit.Record(ctx, r); err != nil {
+		s.log.Error("gateway's enrolment is not on record", "err", err)
+		return away
+	}
+	s.onRecord = true
+	return nil
+}
+
+// left puts the end of an enrolled gateway's stream on record.
+func (s *stream) left(why error) {
+	if !s.onRecord {
+		return
+	}
+	r := s.record(audit.Unenrolled)
+	r.Succeeded()
+	if why != nil {
+		r.Detail = clip(printable(why.Error()), 200)
+	}
+	s.api.opts.Audit.Note(r)
+}
