@@ -71,7 +71,7 @@ fuzz:
 	@for pkg in $$($(GO) list ./...); do \
 		for name in $$($(GO) test -list '^Fuzz' $$pkg | grep '^Fuzz' || true); do \
 			echo "$$pkg $$name"; \
-			$(GO) test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) $$pkg || exit 1; \
+			$(GO) test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 5s $$pkg || exit 1; \
 		done; \
 	done
 
@@ -81,8 +81,22 @@ clean:
 # What the tests use of the distribution. Only root on Debian has it installed; elsewhere the tests name what they miss.
 tools-test:
 	@$(call want,curl gcc,curl gcc libc6-dev)
+	@$(call want,miniupnpd,miniupnpd-nftables)
+	@$(call want,dbus-daemon,dbus-daemon)
+	@$(unpack-resolved)
 tools-bench:
 	@$(call want,iperf3,iperf3)
+
+# systemd-resolved, which a test runs in namespaces of its own, is unpacked and not installed: its package takes over the
+# machine's resolv.conf.
+RESOLVED := bin/tools/resolved/lib/systemd/systemd-resolved
+export CULVERT_TEST_RESOLVED = $(if $(wildcard /lib/systemd/systemd-resolved),,$(CURDIR)/$(RESOLVED))
+unpack-resolved = if [ ! -e /lib/systemd/systemd-resolved ] && [ ! -e $(RESOLVED) ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "unpacking systemd-resolved"; mkdir -p bin/tools/resolved; \
+		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends libsystemd-shared && \
+			cd bin/tools && apt-get download -qq systemd-resolved && dpkg-deb -x systemd-resolved_*.deb resolved; } >/dev/null 2>&1 \
+			|| echo "could not unpack systemd-resolved"; \
+	fi
 
 # want PROGRAMS,PACKAGES installs the packages where one of the programs is missing and that is possible.
 want = missing=; for p in $(1); do command -v $$p >/dev/null || missing="$$missing $$p"; done; \

@@ -107,7 +107,7 @@ func (c *auditVerifyCmd) Run() error {
 		printReport(os.Stdout, report, keys, len(c.Key) > 0)
 	}
 	if err == nil && !report.OK() {
-		err = problem.New(problem.AuditBroken, fmt.Sprintf("the audit log is not what the coordinator wrote: %d findings", len(report.Findings)+report.More),
+		err = problem.New(problem.AuditBroken, fmt.Sprintf("the audit log is not what the coordinator wrote (findings: %d)", len(report.Findings)+report.More),
 			"compare it with an earlier export or with the log's copy, and find out who could write to the coordinator's state")
 	}
 	return err

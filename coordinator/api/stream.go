@@ -43,6 +43,7 @@ var (
 	tooSlow    = &closing{websocket.StatusTryAgainLater, "the gateway does not keep up", true}
 	silent     = &closing{websocket.StatusPolicyViolation, "no answer to pings", true}
 	unrecorded = &closing{websocket.StatusTryAgainLater, "flow records cannot be stored", false}
+	changed    = &closing{websocket.StatusServiceRestart, "the network's relays or STUN servers have changed", false}
 	resync     = &closing{websocket.StatusServiceRestart, "say again what you hold", false}
 )
 

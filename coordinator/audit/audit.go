@@ -13,6 +13,7 @@ package audit
 import (
 	"context"
 	"crypto/ed25519"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -78,6 +79,7 @@ func (o *Options) Validate() error {
 type Log struct {
 	opts  Options
 	keys  []ed25519.PublicKey // ours and the former ones
+	node  []byte              // its name as JSON
 	queue chan *entry
 	copy  *copier
 	tally Tally
@@ -128,6 +130,7 @@ func Open(ctx context.Context, opts Options) (*Log, error) {
 		return nil, err
 	}
 	l := &Log{opts: opts, queue: make(chan *entry, opts.Queue)}
+	l.node, _ = json.Marshal(opts.Node) // a string always encodes
 	l.keys = append(l.keys, opts.Key.Public().(ed25519.PublicKey))
 	l.keys = append(l.keys, opts.Former...)
 	l.life, l.end = context.WithCancel(context.WithoutCancel(ctx))

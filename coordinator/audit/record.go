@@ -136,9 +136,8 @@ type Unmapped struct {
 	By        string            `json:"by,omitempty"`     // whose word it is: client, gateway, coordinator
 	Change    *Change           `json:"change,omitempty"` // of the policy
 	Refusals  []Refusal         `json:"refusals,omitempty"`
-	Flows     []wire.FlowRecord `json:"flows,omitempty"` // as the gateway reported them
-	Batch     uint64            `json:"batch,omitempty"` // the gateway's number for these; with instance, it tells what came twice
-	Node      string            `json:"node,omitempty"`
+	Flows     []wire.FlowRecord `json:"flows,omitempty"`    // as the gateway reported them
+	Batch     uint64            `json:"batch,omitempty"`    // the gateway's number for these; with instance, it tells what came twice
 	Keep      string            `json:"keep,omitempty"`     // retention by age
 	MaxSize   int64             `json:"max_size,omitempty"` // retention by size, bytes
 	Instead   string            `json:"instead,omitempty"`  // SHA-256 of what stands in the log and is not ours

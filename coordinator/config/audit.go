@@ -50,15 +50,22 @@ func (c *Config) Socket() string {
 }
 
 type auditDoc struct {
-	Log        string   `yaml:"log"`
-	Keep       string   `yaml:"keep"`
-	MaxSize    string   `yaml:"max_size"`
-	Key        string   `yaml:"key"`
+	// Log is where every record goes once more, as a line of JSON: stdout (the default), off, or a file.
+	Log string `yaml:"log"`
+	// Keep is how long records are kept, such as 90d or 720h; default 90d.
+	Keep string `yaml:"keep"`
+	// MaxSize is how large the log may get before its oldest part goes, such as 10GiB, which is the default.
+	MaxSize string `yaml:"max_size"`
+	// Key is a PEM file with the Ed25519 key that signs the log; without it one lies in the state.
+	Key string `yaml:"key"`
+	// FormerKeys are public keys that signed before.
 	FormerKeys []string `yaml:"former_keys"`
 }
 
 type privateDoc struct {
-	Listen       string `yaml:"listen"`
+	// Listen is a TCP address for metrics and health, such as 127.0.0.1:9090; without it only the socket in state.dir is served.
+	Listen string `yaml:"listen"`
+	// SecretSHA256 is the SHA-256 of the bearer secret that opens profiles and audit log over TCP.
 	SecretSHA256 string `yaml:"secret_sha256"`
 }
 

@@ -11,6 +11,7 @@ import (
 	"github.com/culvertnet/culvert/internal/claims"
 	"github.com/culvertnet/culvert/internal/policy"
 	"github.com/culvertnet/culvert/internal/problem"
+	"github.com/culvertnet/culvert/internal/wire"
 	"github.com/culvertnet/culvert/internal/yamlfile"
 )
 
@@ -43,7 +44,11 @@ type Config struct {
 	Listen         string         // TCP address for HTTP
 	TLS            *TLS           // nil: plain HTTP
 	TrustedProxies []netip.Prefix // whose X-Forwarded-For is believed
-	UDP            string         // UDP address for STUN
+	UDP            string         // UDP address for STUN and the relay; "" where there is none
+	Probe          string         // UDP address of the second STUN port; "" where there is none
+	ProbeChosen    bool           // the file names it; else it is as good as none where it cannot be opened
+	Relay          Relay          // this node's own
+	Relays         []wire.Relay   // other relays
 	State          State
 	Audit          Audit
 	Private        Private
@@ -120,7 +125,7 @@ func (c *Config) GatewayIssuers() []claims.Issuer {
 // Load reads and checks a file and what it includes. Errors are *problem.Error with code bad-config: the first mistake, and
 // how many more there are.
 func Load(file string) (*Config, error) {
-	c, findings := Check(file)
+	c, findings := load(file)
 	return c, firstMistake(file, findings)
 }
 
@@ -132,17 +137,19 @@ func Parse(file string, data []byte) (*Config, error) {
 
 // Check is [Load] that tells everything that is wrong, and what is dangerous as well. The Config is nil where there is a
 // mistake.
-func Check(file string) (*Config, []policy.Finding) {
+func Check(file string) (*Config, []policy.Finding) { return load(file, (*reader).lint) }
+
+func load(file string, more ...func(*reader, *Config)) (*Config, []policy.Finding) {
 	data, err := readBounded(file)
 	if err != nil {
 		err = problem.Wrap(err, problem.BadConfig, fmt.Sprintf("cannot read %s: %v", file, cause(err)),
 			"give the path of a readable configuration file")
 		return nil, []policy.Finding{policy.FromProblem(file, err)}
 	}
-	return check(file, data)
+	return check(file, data, more...)
 }
 
-func check(file string, data []byte) (*Config, []policy.Finding) {
+func check(file string, data []byte, more ...func(*reader, *Config)) (*Config, []policy.Finding) {
 	parsed, err := yamlfile.Parse(file, data)
 	if err != nil {
 		return nil, []policy.Finding{policy.FromProblem(file, err)}
@@ -151,6 +158,9 @@ func check(file string, data []byte) (*Config, []policy.Finding) {
 	r := &reader{locators: []*policy.Locator{{File: file, Document: parsed}}, dir: filepath.Dir(file)}
 	r.locators[0].Decode(&d)
 	c := r.read(&d)
+	for _, f := range more {
+		f(r, c)
+	}
 	findings := r.findings()
 	if mistakes(findings) > 0 {
 		return nil, findings

@@ -7,6 +7,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -68,6 +69,12 @@ func (s *syncBuffer) String() string {
 
 func newRig(t testing.TB, opts Options) *rig {
 	t.Helper()
+	return newRigOf(t, opts, func(doc string) string { return doc })
+}
+
+// newRigOf starts with an edited configuration, and with more files beside it, given as name and content.
+func newRigOf(t testing.TB, opts Options, edit func(doc string) string, files ...string) *rig {
+	t.Helper()
 	r := &rig{t: t, issuer: claimstest.Start(t), kube: claimstest.Start(t), opts: opts, log: &syncBuffer{}}
 	sum := sha256.Sum256([]byte(enrolSecret))
 	r.file = filepath.Join(t.TempDir(), "culvert.yaml")
@@ -89,7 +96,14 @@ rules:
     allow: ["tcp 10.20.0.5:5432"]
     max_session: 2h
 `, publicURL, r.issuer.URL(), r.kube.URL(), hex.EncodeToString(sum[:]))
+	r.doc = edit(r.doc)
 	r.write(r.doc)
+	for i := 0; i < len(files); i += 2 {
+		file := filepath.Join(filepath.Dir(r.file), files[i])
+		if err := errors.Join(os.MkdirAll(filepath.Dir(file), 0o700), os.WriteFile(file, []byte(files[i+1]), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+	}
 	r.client = &http.Client{Transport: &http.Transport{}, Timeout: 30 * time.Second}
 	t.Cleanup(r.client.CloseIdleConnections)
 	r.start()

@@ -3,6 +3,7 @@ package server
 import (
 	"context"
 	"crypto/sha256"
+	"fmt"
 	"io"
 	"os"
 	"os/signal"
@@ -11,18 +12,24 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/culvertnet/culvert/coordinator/api"
 	"github.com/culvertnet/culvert/coordinator/config"
-	"github.com/culvertnet/culvert/coordinator/session"
 	"github.com/culvertnet/culvert/internal/claims"
 	"github.com/culvertnet/culvert/internal/problem"
 	"github.com/culvertnet/culvert/internal/yamlfile"
 )
 
-// watcher finds out whether a file's content changed. It polls, because what mounts files into containers swaps links
-// where notifications do not see it.
+// watcher finds out whether the content of the configuration changed, or of any file that it includes. It polls, because
+// what mounts files into containers swaps links where notifications do not see it.
 type watcher struct {
-	file  string
+	file     string
+	main     [sha256.Size]byte // of the configuration itself
+	includes []string          // of the configuration as main says
+	seen     map[string]version
+	sum      [sha256.Size]byte // of all files
+}
+
+// version is what is known of one file.
+type version struct {
 	mtime time.Time
 	size  int64
 	sum   [sha256.Size]byte
@@ -34,24 +41,53 @@ func newWatcher(file string) *watcher {
 	return w
 }
 
-// changed reports whether the content differs from when it was last asked. A file that is away has not changed.
+// changed reports whether the content differs from when it was last asked. A configuration that is away has not changed.
 func (w *watcher) changed() bool {
-	info, err := os.Stat(w.file)
-	if err != nil || (info.ModTime().Equal(w.mtime) && info.Size() == w.size && settled(info.ModTime())) {
-		return false
-	}
-	f, err := os.Open(w.file)
+	data, err := readBounded(w.file)
 	if err != nil {
 		return false
 	}
-	defer f.Close()
-	h := sha256.New()
-	if _, err := io.Copy(h, io.LimitReader(f, yamlfile.MaxSize+1)); err != nil {
-		return false
+	if sum := sha256.Sum256(data); sum != w.main {
+		w.main, w.includes = sum, config.Includes(w.file, data)
+	}
+	all := sha256.New()
+	all.Write(w.main[:])
+	seen := map[string]version{}
+	for _, file := range config.Expand(w.includes) {
+		v, err := versionOf(file, w.seen[file])
+		if err == nil {
+			seen[file] = v
+		}
+		fmt.Fprintf(all, "%q %v %x\n", file, err, v.sum)
 	}
 	before := w.sum
-	w.mtime, w.size, w.sum = info.ModTime(), info.Size(), [sha256.Size]byte(h.Sum(nil))
+	w.seen, w.sum = seen, [sha256.Size]byte(all.Sum(nil))
 	return w.sum != before
+}
+
+// versionOf looks at a file, and reads it unless it is surely as it was.
+func versionOf(file string, last version) (version, error) {
+	info, err := os.Stat(file)
+	if err != nil {
+		return version{}, err
+	}
+	if info.ModTime().Equal(last.mtime) && info.Size() == last.size && settled(info.ModTime()) {
+		return last, nil
+	}
+	data, err := readBounded(file)
+	if err != nil {
+		return version{}, err
+	}
+	return version{info.ModTime(), info.Size(), sha256.Sum256(data)}, nil
+}
+
+func readBounded(file string) ([]byte, error) {
+	f, err := os.Open(file)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return io.ReadAll(io.LimitReader(f, yamlfile.MaxSize+1))
 }
 
 // settled reports whether a file's time is old enough that a second write would have given it another one.
@@ -80,6 +116,25 @@ func (s *Server) reloadLoop(ctx context.Context) {
 	}
 }
 
+// expireLoop ends what sessions hold by a rule that expires, until ctx ends.
+func (s *Server) expireLoop(ctx context.Context) {
+	tick := time.NewTicker(DefaultReload)
+	defer tick.Stop()
+	for last := time.Now(); ; {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+		now := time.Now()
+		if at, ok := s.sessions.Rules().Config.Policy.NextExpiry(last); ok && !now.Before(at) {
+			s.log.Info("a rule has expired", "at", at)
+			s.sessions.Reevaluate(ctx)
+		}
+		last = now
+	}
+}
+
 // Reload reads the configuration file again and puts it into force. A broken one is refused and the old one stays. Where
 // the server listens and keeps its state is fixed until a restart.
 func (s *Server) Reload(ctx context.Context) error {
@@ -102,6 +157,7 @@ func (s *Server) take(ctx context.Context, next *config.Config) error {
 	if fixed := needRestart(s.config, next); len(fixed) > 0 {
 		s.log.Warn("some changes wait for a restart", "keys", fixed)
 		next.URL = s.config.URL // the audience of every token that is on its way
+		next.Relay = s.config.Relay
 	}
 	oldJobs, oldIdentities := s.jobs, s.identities
 	jobs, ids := oldJobs, oldIdentities
@@ -119,8 +175,8 @@ func (s *Server) take(ctx context.Context, next *config.Config) error {
 	}
 	s.recordPolicy(ctx, policyRecord(s.config, next))
 	s.config, s.jobs, s.identities = next, jobs, ids
-	s.api.SetRules(api.Rules{Config: next, Identities: asIdentities(ids)})
-	s.sessions.SetRules(ctx, session.Rules{Config: next, Verifier: jobs})
+	s.api.SetRules(s.apiRules())
+	s.sessions.SetRules(ctx, s.sessionRules())
 	retire(oldJobs, jobs)
 	retire(oldIdentities, ids)
 	return nil
@@ -140,7 +196,7 @@ func needRestart(a, b *config.Config) []string {
 		key  string
 		a, b any
 	}{
-		{"url", a.URL, b.URL}, {"listen", a.Listen, b.Listen}, {"udp", a.UDP, b.UDP}, {"tls", a.TLS, b.TLS},
+		{"url", a.URL, b.URL}, {"listen", a.Listen, b.Listen}, {"udp", a.UDP, b.UDP}, {"probe", a.Probe, b.Probe}, {"relay", a.Relay, b.Relay}, {"tls", a.TLS, b.TLS},
 		{"trusted_proxies", a.TrustedProxies, b.TrustedProxies}, {"state", a.State, b.State},
 		{"audit", a.Audit, b.Audit}, {"private", a.Private, b.Private},
 	} {

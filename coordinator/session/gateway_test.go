@@ -9,6 +9,7 @@ import (
 
 	"github.com/culvertnet/culvert/coordinator/state"
 	"github.com/culvertnet/culvert/internal/claims"
+	"github.com/culvertnet/culvert/internal/policy"
 	"github.com/culvertnet/culvert/internal/problem"
 	"github.com/culvertnet/culvert/internal/wire"
 )
@@ -258,6 +259,49 @@ func TestSetRules(t *testing.T) {
 				t.Errorf("lease %+v, %v, ends %v", l, err, got[wire.End](g, wire.FrameEnd))
 			}
 		})
+	}
+}
+
+// TestExpiredRule: no session outlasts the rule that it came in by, and one that a rule has since been bounded ends.
+func TestExpiredRule(t *testing.T) {
+	b := newBench(t, Options{})
+	g := b.gateway("a")
+	last := policy.NewDate(time.Now().Add(24 * time.Hour))
+	expiring := strings.Replace(rulesV1, "max_session: 2h", "max_session: 100h\n    expires: "+last.String(), 1)
+	b.m.SetRules(t.Context(), b.rules(expiring))
+	s := b.job().mustJoin()
+	if l, err := b.store.Lease(t.Context(), s.ID); err != nil || !l.Ends.Equal(last.End()) {
+		t.Errorf("the session may last until %s, its rule until %s, %v", l.Ends, last.End(), err)
+	}
+	if o := got[wire.Offer](g, wire.FrameOffer); len(o) != 1 || time.Duration(o[0].MaxSession) > 48*time.Hour {
+		t.Errorf("the gateway is offered %+v", o)
+	}
+	b.eventually("the mirror has it", func() bool { return b.m.Held(g.who.Instance) == 1 })
+	b.m.Reevaluate(t.Context())
+	if n := len(got[wire.End](g, wire.FrameEnd)); n != 0 {
+		t.Fatalf("%d sessions ended before their rule expired", n)
+	}
+	at := last.End()
+	b.now.Store(&at)
+	b.m.Reevaluate(t.Context())
+	if n := len(got[wire.End](g, wire.FrameEnd)); n != 1 {
+		t.Errorf("%d sessions ended when their rule expired, want 1", n)
+	}
+	_, err := b.job().join()
+	wantCode(t, err, problem.Denied)
+}
+
+// A new rule may match on claims that no rule asked for when the session began.
+func TestSetRulesKnowsCustomProperties(t *testing.T) {
+	b := newBench(t, Options{})
+	g := b.gateway("a")
+	gold := b.job("repo_property_tier", "gold").mustJoin()
+	b.job("repo_property_tier", "tin").mustJoin()
+	b.eventually("the mirror has both", func() bool { return b.m.Held(g.who.Instance) == 2 })
+	b.m.SetRules(t.Context(), b.rules(strings.Replace(rulesV1, "ref: refs", "repo_property_tier: gold, ref: refs", 1)))
+	ends := got[wire.End](g, wire.FrameEnd)
+	if len(ends) != 1 || ends[0].Session == gold.ID {
+		t.Errorf("ended %+v, want only the one that is not gold", ends)
 	}
 }
 

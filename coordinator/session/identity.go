@@ -1,6 +1,9 @@
 package session
 
 import (
+	"slices"
+	"strings"
+
 	"github.com/culvertnet/culvert/coordinator/config"
 	"github.com/culvertnet/culvert/internal/claims"
 )
@@ -26,7 +29,13 @@ func (r remembered) Get(name string) (string, bool) {
 	return v, ok
 }
 
-// remember keeps the documented claims and whatever else the rules in force match on.
+// customProperty begins the claims that an organisation defines for its repositories.
+const customProperty = "repo_property_"
+
+// maxProperties bounds how many of them a lease remembers, beyond those that the rules in force match on.
+const maxProperties = 16
+
+// remember keeps the documented claims, custom properties and whatever else the rules in force match on.
 func remember(c *claims.Claims, cfg *config.Config) map[string]string {
 	out := make(map[string]string, len(documented))
 	keep := func(name string) {
@@ -39,6 +48,13 @@ func remember(c *claims.Claims, cfg *config.Config) map[string]string {
 	}
 	for _, name := range cfg.Policy.Claims() {
 		keep(name)
+	}
+	properties := 0
+	for _, name := range slices.Sorted(slices.Values(c.Names())) {
+		if strings.HasPrefix(name, customProperty) && properties < maxProperties {
+			keep(name)
+			properties++
+		}
 	}
 	return out
 }

@@ -186,7 +186,7 @@ func (d *door) install(s *session, o wire.Offer) error {
 	if err != nil {
 		return err
 	}
-	s.ends = earlier(s.ends, s.admitted.Add(r.max))
+	s.ends = earlier(s.ends, r.end(s.admitted))
 	s.expires = earlier(s.admitted.Add(s.lease), s.ends)
 	s.policy, s.scope = r.policy, d.scope(s.offered, r.local)
 	if r.local != nil && s.scope.Empty() {
@@ -275,7 +275,7 @@ func (d *door) apply(s *session, c *claims.Claims) (ends time.Time, err error) {
 	if s.carrier != nil && !d.table.isGone(s) {
 		s.carrier.SetScope(s.scope)
 	}
-	return s.admitted.Add(r.max), nil
+	return r.end(s.admitted), nil
 }
 
 // rejudge applies a changed policy of the gateway's own to a session. s.mu is held. The error says that the session must end.

@@ -23,8 +23,9 @@ type verifier interface {
 type judge struct {
 	coordinator string // the gateway's own flag, never what the coordinator calls itself
 	network     string
-	issuers     []string            // owner ids are pinned for the first alone
+	issuers     []string
 	owners      map[string]struct{} // nil pins none
+	ownersOf    string              // the issuer whose owners they are
 	policy      atomic.Pointer[policy.Policy]
 	digest      [sha256.Size]byte // of the policy file that was read first
 	verifier    verifier
@@ -35,6 +36,7 @@ type judge struct {
 type ruling struct {
 	local  *policy.Grant // nil where the gateway has no policy of its own
 	max    time.Duration
+	until  time.Time      // when a rule of the gateway's own expires; zero: never
 	policy *policy.Policy // by which it was decided
 }
 
@@ -44,6 +46,7 @@ func newJudge(o *Options, v verifier) (j *judge, err error) {
 		j.issuers = append(j.issuers, i.URL)
 	}
 	if len(o.Owners) > 0 {
+		j.ownersOf, _ = policy.DefaultIssuer(j.issuers)
 		j.owners = map[string]struct{}{}
 		for _, id := range o.Owners {
 			j.owners[id] = struct{}{}
@@ -78,10 +81,18 @@ func (j *judge) verify(ctx context.Context, key wire.Key, token wire.Secret) (*c
 	return c, nil
 }
 
+// end is when a session has to be over that was admitted at a time.
+func (r *ruling) end(admitted time.Time) time.Time {
+	if at := admitted.Add(r.max); r.until.IsZero() || at.Before(r.until) {
+		return at
+	}
+	return r.until
+}
+
 // rule holds verified claims against the gateway's pins.
 func (j *judge) rule(c *claims.Claims) (ruling, error) {
 	if j.owners != nil {
-		if _, ok := j.owners[c.RepositoryOwnerID]; !ok || c.Issuer != j.issuers[0] {
+		if _, ok := j.owners[c.RepositoryOwnerID]; !ok || c.Issuer != j.ownersOf {
 			return ruling{}, problem.New(problem.GatewayRefused, "the gateway does not admit jobs of this repository's owner",
 				"if it should, add the owner's id to the gateway's --owner")
 		}
@@ -98,7 +109,7 @@ func (j *judge) rule(c *claims.Claims) (ruling, error) {
 	if err != nil {
 		return ruling{}, fmt.Errorf("compile the gateway's own grants: %w", err)
 	}
-	return ruling{local: local, max: min(d.MaxSession, j.maxSession), policy: p}, nil
+	return ruling{local: local, max: min(d.MaxSession, j.maxSession), until: d.Until, policy: p}, nil
 }
 
 func denied(d policy.Decision) error {

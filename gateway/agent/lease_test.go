@@ -205,3 +205,46 @@ func TestChangedPolicy(t *testing.T) {
 		})
 	}
 }
+
+// TestExpiredRule ends a session within seconds of the last day of the only rule that admits it. The test's clock begins
+// at midnight.
+func TestExpiredRule(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		rules := strings.Replace(ownRules, "max_session: 30m", "expires: "+time.Now().UTC().Format(time.DateOnly), 1)
+		if rules == ownRules {
+			t.Fatal("the rules do not expire")
+		}
+		file := t.TempDir() + "/policy.yaml"
+		if err := os.WriteFile(file, []byte(rules), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(24*time.Hour - 5*time.Minute)
+		r := newRig(t, rules)
+		s := r.mustAdmit(r.fresh())
+		if s.ends.After(time.Now().Add(5 * time.Minute)) {
+			t.Errorf("the session may last until %s, beyond its rule", s.ends)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			r.door.watchPolicy(ctx, file)
+		}()
+		time.Sleep(5*time.Minute - time.Second)
+		synctest.Wait()
+		if _, live := r.door.table.get(s.id); !live {
+			t.Error("over before its rule is")
+		}
+		time.Sleep(5 * time.Second)
+		synctest.Wait()
+		if _, live := r.door.table.get(s.id); live {
+			t.Error("outlives its rule")
+		}
+		if _, err := r.door.admit(t.Context(), r.fresh()); problem.CodeOf(err) != problem.GatewayRefused {
+			t.Errorf("admitted under an expired rule: %v", err)
+		}
+		cancel()
+		<-done
+		r.door.table.close("test")
+	})
+}

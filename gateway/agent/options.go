@@ -15,6 +15,8 @@ import (
 
 	"github.com/culvertnet/culvert/gateway/forward"
 	"github.com/culvertnet/culvert/internal/claims"
+	"github.com/culvertnet/culvert/internal/egress"
+	"github.com/culvertnet/culvert/internal/policy"
 	"github.com/culvertnet/culvert/internal/problem"
 )
 
@@ -24,8 +26,8 @@ type Options struct {
 	Coordinator string
 	// Network is the network that this gateway serves.
 	Network string
-	// Owners are the numeric repository_owner_id values whose jobs may be admitted. They pin tokens of the first issuer
-	// alone, because ids of different issuers collide.
+	// Owners are the numeric repository_owner_id values whose jobs may be admitted. They pin tokens of one issuer alone,
+	// because ids of different issuers collide: see [policy.DefaultIssuer].
 	Owners []string
 	// PolicyFile is the gateway's own policy: what is granted is its intersection with the coordinator's. It is read
 	// again when it changes. One of Owners and PolicyFile is required; with both, both must agree.
@@ -38,6 +40,9 @@ type Options struct {
 	Listen string
 	// PublicAddress is where the operator forwards a public address and port to the tunnel's, if anywhere.
 	PublicAddress netip.AddrPort
+	// PortMapping asks the router on the default route to forward the tunnel's port, unless PublicAddress says that somebody
+	// has seen to that.
+	PortMapping bool
 	// StateDir keeps the WireGuard key over restarts. Without it the key lives in memory.
 	StateDir string
 	// Issuers whose tokens jobs may bring; default GitHub's.
@@ -52,7 +57,7 @@ type Options struct {
 	Program string
 	Limits  Limits
 	Logger  *slog.Logger
-	// HTTPClient reaches the coordinator and the issuers; default: one for each, with proxies from the environment.
+	// HTTPClient reaches the coordinator, the issuers and relays; default: one that goes through the environment's proxies.
 	HTTPClient *http.Client
 }
 
@@ -143,6 +148,14 @@ func (o *Options) checkPins() error {
 			"the gateway is not told whose jobs it may admit, and it does not leave that to the coordinator",
 			"pin your organisation with --owner ID (gh api orgs/NAME --jq .id), or give rules of its own with --policy FILE")
 	}
+	issuers := make([]string, len(o.Issuers))
+	for i := range o.Issuers {
+		issuers[i] = o.Issuers[i].URL
+	}
+	if _, ok := policy.DefaultIssuer(issuers); !ok && len(o.Owners) > 0 {
+		return problem.New(problem.BadConfig, "--owner does not say whose owner it means: there are several issuers, and none is github.com's",
+			"give rules that name their issuer with --policy FILE instead")
+	}
 	for _, id := range o.Owners {
 		if n, err := strconv.ParseUint(id, 10, 64); err != nil || n == 0 || strconv.FormatUint(n, 10) != id {
 			return problem.New(problem.BadConfig, fmt.Sprintf("the owner %q is no numeric id, and names get recycled", id),
@@ -199,13 +212,10 @@ func loopbackHost(host string) bool {
 	return host == "localhost" || (err == nil && addr.IsLoopback())
 }
 
-// streamClient is what dials the coordinator. It has no timeout of its own: it would end the stream too.
-func (o *Options) streamClient() *http.Client {
+// client is what reaches the coordinator, the issuers and relays. It has no timeout of its own, which would end streams too.
+func (o *Options) client() *http.Client {
 	if o.HTTPClient != nil {
 		return o.HTTPClient
 	}
-	t := http.DefaultTransport.(*http.Transport).Clone()
-	t.Proxy = http.ProxyFromEnvironment
-	t.DisableKeepAlives = true // each connection becomes a stream
-	return &http.Client{Transport: t}
+	return &http.Client{Transport: egress.New(http.DefaultTransport.(*http.Transport))}
 }

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/culvertnet/culvert/internal/claims"
 	"github.com/culvertnet/culvert/internal/problem"
 	"github.com/culvertnet/culvert/internal/wire"
 )
@@ -33,7 +34,7 @@ func TestOptionsDefaults(t *testing.T) {
 		t.Fatal(err)
 	}
 	if o.Coordinator != coordinatorURL || o.Listen != ":51820" || o.Name == "" || len(o.Issuers) != 1 ||
-		o.streamClient() == nil || o.Limits.Sessions != 20000 {
+		o.client() == nil || o.Limits.Sessions != 20000 {
 		t.Errorf("defaults: %+v", o)
 	}
 	if o.stunFallback() != "culvert.example.com" {
@@ -46,8 +47,11 @@ func TestOptionsRefused(t *testing.T) {
 		change func(*Options)
 		says   string
 	}{
-		"no pins":                {func(o *Options) { o.Owners = nil }, "not told whose jobs"},
-		"negative limit":         {func(o *Options) { o.Limits.Sessions = -1 }, "negative"},
+		"no pins":        {func(o *Options) { o.Owners = nil }, "not told whose jobs"},
+		"negative limit": {func(o *Options) { o.Limits.Sessions = -1 }, "negative"},
+		"owner of no issuer": {func(o *Options) {
+			o.Issuers = []claims.Issuer{{URL: "https://a.example"}, {URL: "https://b.example"}}
+		}, "whose owner it means"},
 		"owner by name":          {func(o *Options) { o.Owners = []string{"acme"} }, "no numeric id"},
 		"owner zero":             {func(o *Options) { o.Owners = []string{"0"} }, "no numeric id"},
 		"owner with a sign":      {func(o *Options) { o.Owners = []string{"+1"} }, "no numeric id"},

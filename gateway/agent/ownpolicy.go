@@ -31,11 +31,17 @@ func (d *door) watchPolicy(ctx context.Context, file string) {
 	tick := time.NewTicker(policyEvery)
 	defer tick.Stop()
 	last := d.judge.digest
+	expiry := nextExpiry(d.judge.policy.Load())
 	for {
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
 			return
+		}
+		if !expiry.IsZero() && !time.Now().Before(expiry) {
+			d.log.Info("a rule has expired", "file", file)
+			d.rejudgeAll()
+			expiry = nextExpiry(d.judge.policy.Load())
 		}
 		p, digest, err := readPolicy(file, d.judge.issuers, last)
 		if digest == last {
@@ -49,7 +55,14 @@ func (d *door) watchPolicy(ctx context.Context, file string) {
 			continue
 		}
 		d.judge.policy.Store(p)
+		expiry = nextExpiry(p)
 		d.log.Info("policy file taken up", "file", file)
 		d.rejudgeAll()
 	}
+}
+
+// nextExpiry is when the next of a policy's rules expires; the zero time where none does.
+func nextExpiry(p *policy.Policy) time.Time {
+	at, _ := p.NextExpiry(time.Now())
+	return at
 }

@@ -51,6 +51,10 @@ var rules = []rule{
 		why: "the coordinator never holds a tunnel key and never sees a packet in the clear",
 	},
 	{
+		from: []string{"client/...", "coordinator/..."}, never: []string{"internal/portmap"},
+		why: "only a gateway asks its router for a port: a job has no router of its own, and a coordinator stands in the open",
+	},
+	{
 		from: []string{"internal/wire", "internal/problem"}, only: []string{"std"},
 		why: "everything stands on these two, and a second program in another place has to be able to build on them alone",
 	},
@@ -67,6 +71,10 @@ var rules = []rule{
 		why: "an issuer that signs whatever it is asked to has no place in a program",
 	},
 	{
+		from: []string{"..."}, except: append([]string{"internal/egress/egresstest"}, assemblies...), never: []string{"internal/egress/egresstest"},
+		why: "a proxy that leads wherever it is asked to has no place in a program",
+	},
+	{
 		from: []string{"coordinator/audit"}, never: []string{"coordinator/session", "coordinator/api", "coordinator/server"},
 		why: "whoever decides writes records; the log knows nothing of how decisions come about",
 	},
@@ -77,6 +85,14 @@ var rules = []rule{
 	{
 		from: []string{"internal/claims"}, never: []string{"internal/policy", "internal/tunnel"},
 		why: "verifying a token and judging its claims are two things that are trusted separately",
+	},
+	{
+		from: []string{"gateway/names"}, never: []string{"internal/tunnel", "internal/netstack", "internal/claims", "gateway/forward"},
+		why: "what parses DNS from jobs and from the private network holds no packets, no keys and no tokens",
+	},
+	{
+		from: []string{"..."}, except: append([]string{"gateway/names/namestest"}, assemblies...), never: []string{"gateway/names/namestest"},
+		why: "a DNS server that says whatever it is told has no place in a program",
 	},
 	{
 		from: []string{"internal/relay", "internal/udpconn"}, never: []string{"internal/tunnel", "internal/netstack", "internal/claims", "internal/policy"},
@@ -282,11 +298,13 @@ func TestViolationsAreFound(t *testing.T) {
 		{"client/agent", "coordinator/state", "client/agent → coordinator/state: the client runs"},
 		{"client/agent", "internal/policy", "client/agent → internal/policy: the client never judges"},
 		{"internal/tunnel", "internal/claims", "client/agent → internal/tunnel → internal/claims: the client never judges"},
+		{"client/agent", "internal/portmap", "client/agent → internal/portmap: only a gateway"},
 		{"internal/wire", "internal/problem", "internal/wire → internal/problem: everything stands"},
 		{"internal/problem", "example.com/x", "internal/problem → example.com/x: everything stands"},
 		{"internal/policy", "gateway/agent", "internal/policy → gateway/agent: imports point down"},
 		{"gateway/agent", "internal/e2e", "gateway/agent → internal/e2e: what puts programs"},
 		{"gateway/agent", "internal/claims/claimstest", "gateway/agent → internal/claims/claimstest: an issuer"},
+		{"gateway/agent", "internal/egress/egresstest", "gateway/agent → internal/egress/egresstest: a proxy"},
 		{"coordinator/audit", "coordinator/session", "coordinator/audit → coordinator/session: whoever decides"},
 		{"internal/policy", "net/http", "internal/policy → net/http: policy is pure"},
 		{"internal/claims", "internal/policy", "internal/claims → internal/policy: verifying"},

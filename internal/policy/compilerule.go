@@ -18,9 +18,10 @@ func (c *compiler) rule(in *Rule, index int) *rule {
 	checkMaxSession(c, in, path)
 	c.checkAccept(in, path)
 	r := &rule{name: in.Name, network: in.Network, maxSession: in.MaxSession, expires: in.Expires.End(), source: c.source, index: index}
+	who := len(c.faults)
 	groups := c.groupsOf(in, path)
 	own := c.compileMatch(in.Match, path+".match")
-	if len(c.faults) == before {
+	if len(c.faults) == who {
 		r.ways = c.ways(in, own, groups, path)
 	}
 	c.addLines(r, in, path)
