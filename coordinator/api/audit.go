@@ -56,8 +56,11 @@ func (s *stream) record(e audit.Event) audit.Record {
 	if addr, err := netip.ParseAddr(s.addr); err == nil {
 		r.From(addr)
 	}
+	s.mu.Lock()
+	by := proof(s.enrolled.Enrolment)
+	s.mu.Unlock()
 	u := &r.Unmapped
-	u.Network, u.Gateway, u.Instance, u.By = s.network, s.who.Name, s.who.Instance, proof(s.enrolment)
+	u.Network, u.Gateway, u.Instance, u.By = s.network, s.who.Name, s.who.Instance, by
 	return r
 }
 
