@@ -43,11 +43,6 @@ type Presences interface {
 	Serve(instance string, handle func(ctx context.Context, msg []byte) []byte) (stop func(), err error)
 }
 
-// Keys is what the API needs of [state.Store] to tell when a gateway's key changes.
-type Keys interface {
-	GatewayKey(ctx context.Context, network, name string, key wire.Key) (before wire.Key, err error)
-}
-
 // Identities is what the API needs of [claims.Verifier]: the one for gateways' workload identities. Its issuers never
 // admit jobs.
 type Identities interface {
@@ -71,7 +66,6 @@ func (r *Rules) tellTheSame(other *Rules) bool {
 type Options struct {
 	Sessions Sessions
 	Store    Presences
-	Keys     Keys    // nil: no gateway's key is remembered
 	Audit    Auditor // nil: nothing is recorded
 	Rules    Rules
 	Logger   *slog.Logger
@@ -101,9 +95,6 @@ type Options struct {
 func (o *Options) Validate() error {
 	if o.Sessions == nil || o.Store == nil || o.Rules.Config == nil || o.Rules.Identities == nil {
 		return errors.New("the API needs sessions, a store, a configuration and a verifier of identities")
-	}
-	if o.Keys == nil {
-		o.Keys = noKeys{}
 	}
 	if o.Audit == nil {
 		o.Audit = noAudit{}

@@ -34,14 +34,6 @@ func (noAudit) Note(audit.Record) {}
 // Refused does nothing.
 func (noAudit) Refused(error, netip.Addr) {}
 
-// noKeys stands where no gateway's key is remembered.
-type noKeys struct{}
-
-// GatewayKey knows none.
-func (noKeys) GatewayKey(context.Context, string, string, wire.Key) (wire.Key, error) {
-	return wire.Key{}, nil
-}
-
 // proof says by what a gateway was let in: its workload identity, or the beginning of its secret's hash.
 func proof(e config.Enrolment) string {
 	if e.Issuer != "" {
@@ -64,35 +56,31 @@ func (s *stream) record(e audit.Event) audit.Record {
 	return r
 }
 
-// enrol puts on record that a gateway was let in, and that its key is another one than before, ahead of its welcome.
+// enrol puts on record that a gateway was let in, ahead of its welcome.
 func (s *stream) enrol(ctx context.Context, h wire.Hello) error {
-	away := &closing{websocket.StatusTryAgainLater, "the coordinator cannot reach its state", false}
-	before, err := s.api.opts.Keys.GatewayKey(ctx, s.network, h.Name, h.Key)
-	if err != nil {
-		s.log.Error("cannot look the gateway's key up", "err", err)
-		return away
-	}
-	if !before.IsZero() && before != h.Key {
-		r := s.record(audit.KeyChange)
-		r.Severity = audit.Medium
-		r.Entity.Type, r.Entity.UID = "gateway key", before.String()
-		r.EntityResult = &audit.Entity{Name: h.Name, UID: h.Key.String(), Type: "gateway key"}
-		r.Unmapped.Key = h.Key.String()
-		r.Succeeded()
-		if err := s.api.opts.Audit.Record(ctx, r); err != nil {
-			return away
-		}
-		s.log.Warn("gateway has another key than before", "before", before.String(), "now", h.Key.String())
-	}
 	r := s.record(audit.Enrolled)
 	r.Allowed(nil)
 	r.Unmapped.Key, r.Unmapped.Program = h.Key.String(), h.Program
 	if err := s.api.opts.Audit.Record(ctx, r); err != nil {
 		s.log.Error("gateway's enrolment is not on record", "err", err)
-		return away
+		return &closing{websocket.StatusTryAgainLater, "the coordinator cannot reach its state", false}
 	}
 	s.onRecord = true
 	return nil
+}
+
+// recordKeyChange puts on record that a gateway of this name had another key when it was last here.
+func (s *stream) recordKeyChange(ctx context.Context, before wire.Key) {
+	now := s.presence.Key.String()
+	r := s.record(audit.KeyChange)
+	r.Severity = audit.Medium
+	r.Entity = &audit.Entity{Name: s.who.Name, UID: before.String(), Type: "gateway key"}
+	r.EntityResult = &audit.Entity{Name: s.who.Name, UID: now, Type: "gateway key"}
+	r.Unmapped.Key = now
+	r.Succeeded()
+	if err := s.api.opts.Audit.Record(ctx, r); err != nil {
+		s.api.opts.Audit.Note(r)
+	}
 }
 
 // left puts the end of an enrolled gateway's stream on record.

@@ -193,6 +193,7 @@ func (s *stream) compareKey(ctx context.Context) {
 	case err != nil:
 		s.log.Warn("the gateway's key cannot be compared with its last one", "err", err)
 	case !before.IsZero() && before != s.presence.Key:
+		s.recordKeyChange(ctx, before)
 		s.log.Warn("the gateway's key has changed", "addr", s.addr, "was", before.String(), "key", s.presence.Key.String())
 	}
 }

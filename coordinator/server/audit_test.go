@@ -189,7 +189,7 @@ func TestGatewayKeyChange(t *testing.T) {
 	h := hello("east")
 	h.Key, h.Instance = wire.Key{7}, strings.Repeat("n", 20)
 	r.gateway(func(o *apitest.Options) { o.Hello = h })
-	if d := r.records(audit.KeyChange); len(d) != 1 || d[0].Entity.UID != hello("east").Key.String() || d[0].EntityResult.UID != h.Key.String() || d[0].Unmapped.Gateway != "east" {
+	if d := r.recorded(audit.KeyChange, 1); d[0].Entity.UID != hello("east").Key.String() || d[0].EntityResult.UID != h.Key.String() || d[0].Unmapped.Gateway != "east" {
 		t.Errorf("%+v", d)
 	}
 }
