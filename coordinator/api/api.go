@@ -30,6 +30,7 @@ type Sessions interface {
 	Reconcile(ctx context.Context, g session.Gateway, held []wire.Held) (over []string, err error)
 	Renewed(ctx context.Context, g session.Gateway, r wire.Renewed) error
 	Ended(ctx context.Context, g session.Gateway, e wire.End) error
+	Flows(ctx context.Context, g session.Gateway, f wire.Flows) error
 	Held(instance string) int
 }
 
@@ -65,6 +66,7 @@ func (r *Rules) tellTheSame(other *Rules) bool {
 type Options struct {
 	Sessions Sessions
 	Store    Presences
+	Audit    Auditor // nil: nothing is recorded
 	Rules    Rules
 	Logger   *slog.Logger
 	// TicketKey is the public key of relay tickets as relay.yaml takes it.
@@ -94,6 +96,9 @@ type Options struct {
 func (o *Options) Validate() error {
 	if o.Sessions == nil || o.Store == nil || o.Rules.Config == nil || o.Rules.Identities == nil {
 		return errors.New("the API needs sessions, a store, a configuration and a verifier of identities")
+	}
+	if o.Audit == nil {
+		o.Audit = noAudit{}
 	}
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)

@@ -38,7 +38,7 @@ func twoNodes(t *testing.T, opts Options) (a, b *rig) {
 	t.Helper()
 	url := natsServer(t)
 	a = newRigOf(t, opts, func(doc string) string {
-		return strings.Replace(doc, "state: {dir: state}", "state: {nats: ['"+url+"']}", 1)
+		return strings.Replace(doc, "state: {dir: state}", "audit: {max_size: 64MiB}\nstate: {nats: ['"+url+"']}", 1)
 	})
 	twin := *a
 	b = &twin

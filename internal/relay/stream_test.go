@@ -6,6 +6,7 @@ import (
 	"errors"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -16,7 +17,13 @@ import (
 	"github.com/culvertnet/culvert/internal/nat"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	if os.Getenv(childVar) != "" {
+		child()
+		return
+	}
+	goleak.VerifyTestMain(m)
+}
 
 // echo is a server that greets like a relay and sends every message back.
 func echo(t *testing.T, start func(http.Handler) *httptest.Server) *httptest.Server {
