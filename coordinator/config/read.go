@@ -44,6 +44,10 @@ type document struct {
 	Relays []relayDoc `yaml:"relays"`
 	// State is where leases live.
 	State State `yaml:"state" jsonschema:"required"`
+	// Audit says how long the audit log is kept and where it goes besides.
+	Audit auditDoc `yaml:"audit"`
+	// Private is the listener for operators: metrics, health, profiles and the audit log.
+	Private privateDoc `yaml:"private"`
 	// Issuers whose tokens may admit jobs; default GitHub's public one.
 	Issuers []issuerDoc `yaml:"issuers"`
 	// Networks that jobs get into, by name.
@@ -121,6 +125,8 @@ func (r *reader) read(d *document) *Config {
 	c.Relay = r.relay(d.Relay)
 	c.Relays = r.relays(d.Relays, d.InsecureHTTP)
 	c.State = r.state(d.State)
+	c.Audit = r.audit(d.Audit)
+	c.Private = r.private(d.Private, c.Listen)
 	c.Issuers = r.issuers(d.Issuers, d.InsecureHTTP)
 	c.Networks = r.networks(d.Networks, d.InsecureHTTP)
 	r.oneKeySet(c)
