@@ -38,6 +38,7 @@ type Presences interface {
 	Ready(ctx context.Context) error
 	PutPresence(ctx context.Context, p state.Presence, ttl time.Duration) error
 	DropPresence(ctx context.Context, instance string) error
+	RememberGateway(ctx context.Context, network, name string, key wire.Key) (before wire.Key, err error)
 	Serve(instance string, handle func(ctx context.Context, msg []byte) []byte) (stop func(), err error)
 }
 
@@ -84,6 +85,7 @@ type Options struct {
 	PingEvery     time.Duration // and as long to answer it; default 10 s
 	PresenceEvery time.Duration // how often a gateway is said to be live; default 5 s
 	PresenceTTL   time.Duration // and how long that holds; default 15 s
+	ExpiryLeeway  time.Duration // for a gateway to prove again who it is after its identity token has expired; default 60 s
 	Queue         int           // frames that may wait for a slow gateway before its stream is dropped; default 256
 }
 
@@ -106,6 +108,7 @@ func (o *Options) Validate() error {
 	orElse(&o.PingEvery, 10*time.Second)
 	orElse(&o.PresenceEvery, 5*time.Second)
 	orElse(&o.PresenceTTL, 15*time.Second)
+	orElse(&o.ExpiryLeeway, time.Minute)
 	orElse(&o.Queue, 256)
 	return nil
 }
@@ -203,7 +206,7 @@ func (a *API) SetRules(rules Rules) {
 	defer a.mu.Unlock()
 	for s := range a.all {
 		switch {
-		case !enrolledIn(rules.Config, s.network, s.enrolment):
+		case !s.enrolledIn(rules.Config):
 			s.end(unenrolled)
 		case !rules.tellTheSame(before):
 			s.end(changed)

@@ -160,7 +160,7 @@ func (s *stream) welcome(ctx context.Context, h wire.Hello) error {
 	rules := s.api.rules.Load()
 	cfg := rules.Config
 	network, ok := cfg.Networks[s.network]
-	if !ok || !enrolledIn(cfg, s.network, s.enrolment) { // reloaded since the upgrade
+	if !ok || !s.enrolledIn(cfg) { // reloaded since the upgrade
 		return unenrolled
 	}
 	body := wire.Welcome{
@@ -175,8 +175,22 @@ func (s *stream) welcome(ctx context.Context, h wire.Hello) error {
 		return fmt.Errorf("send the welcome: %w", err)
 	}
 	s.load.Store(int64(len(h.Sessions) - len(over)))
+	s.compareKey(ctx)
 	s.log.Info("gateway connected", "addr", s.addr, "program", h.Program, "sessions", len(h.Sessions), "over", len(over))
 	return nil
+}
+
+// compareKey says loudly when a gateway has another WireGuard key than when it was last here. It is no reason to refuse it:
+// one that keeps no state has a new key with every start. But runners that pin the old one will not talk to it, and a key that
+// changes though the gateway keeps its state may be somebody else's.
+func (s *stream) compareKey(ctx context.Context) {
+	before, err := s.api.opts.Store.RememberGateway(ctx, s.network, s.who.Name, s.presence.Key)
+	switch {
+	case err != nil:
+		s.log.Warn("the gateway's key cannot be compared with its last one", "err", err)
+	case !before.IsZero() && before != s.presence.Key:
+		s.log.Warn("the gateway's key has changed", "addr", s.addr, "was", before.String(), "key", s.presence.Key.String())
+	}
 }
 
 // logEnd says why a stream is over. A gateway that said that it leaves, or that closed in good order, has not failed.

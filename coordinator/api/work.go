@@ -6,6 +6,7 @@ import (
 	"errors"
 	"time"
 
+	"github.com/culvertnet/culvert/coordinator/config"
 	"github.com/culvertnet/culvert/coordinator/session"
 	"github.com/culvertnet/culvert/internal/problem"
 	"github.com/culvertnet/culvert/internal/wire"
@@ -53,6 +54,12 @@ func (s *stream) workOne(ctx context.Context, f wire.Frame) error {
 			return err
 		}
 		s.moved(t)
+	case wire.FrameCredential:
+		var c wire.Credential
+		if err := parse(f, &c); err != nil {
+			return err
+		}
+		return s.prove(ctx, c)
 	case wire.FrameLeaving:
 		s.mu.Lock()
 		s.presence.Leaving = true
@@ -61,6 +68,36 @@ func (s *stream) workOne(ctx context.Context, f wire.Frame) error {
 		s.changed()
 	}
 	return nil
+}
+
+// prove takes a gateway's fresh credential. One that is refused changes nothing: the last one holds until it runs out.
+func (s *stream) prove(ctx context.Context, c wire.Credential) error {
+	if !s.proofs.Allow() {
+		return problem.New(problem.RateLimited, "the gateway proves too often who it is", "send a credential when its file has changed")
+	}
+	e, err := s.api.enrolledBy(ctx, s.network, c.Authorization.Reveal())
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	s.enrolled = e
+	s.mu.Unlock()
+	s.log.Debug("gateway has proven again who it is", "expires", e.expires)
+	return nil
+}
+
+// enrolledIn reports whether a configuration still knows the enrolment.
+func (s *stream) enrolledIn(c *config.Config) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return enrolledIn(c, s.network, s.enrolled.Enrolment)
+}
+
+// runOut reports whether the credential has expired, and the time to send another one is over.
+func (s *stream) runOut(now time.Time) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return !s.enrolled.expires.IsZero() && now.After(s.enrolled.expires.Add(s.api.opts.ExpiryLeeway))
 }
 
 func parse(f wire.Frame, v any) error {
@@ -105,6 +142,9 @@ func (s *stream) keep(ctx context.Context) error {
 		case <-s.kick:
 			s.announce(ctx)
 		case <-presences.C:
+			if s.runOut(time.Now()) {
+				return expired
+			}
 			s.load.Store(int64(s.api.opts.Sessions.Held(s.who.Instance)))
 			s.announce(ctx)
 		case <-pings.C:

@@ -164,6 +164,9 @@ func (s *Server) open(ctx context.Context) (err error) {
 // their order, and a bind comes before the frames that follow it.
 func (s *Server) openPorts(ctx context.Context) error {
 	addr := s.opts.UDP
+	if err := s.alone(ctx); err != nil {
+		return err
+	}
 	for range s.opts.Sockets {
 		c, err := udpconn.Listen(ctx, udpconn.Options{Addr: addr, ReusePort: s.opts.Sockets > 1, Buffer: s.opts.Buffer})
 		if err != nil {
@@ -178,6 +181,16 @@ func (s *Server) openPorts(ctx context.Context) error {
 			"next", fmt.Sprintf("set the sysctls net.core.rmem_max and net.core.wmem_max to %d", s.opts.Buffer))
 	}
 	return nil
+}
+
+// alone fails where another process has the port: sockets that share it would let us in beside it, and half of the packets
+// would go there.
+func (s *Server) alone(ctx context.Context) error {
+	c, err := udpconn.Listen(ctx, udpconn.Options{Addr: s.opts.UDP})
+	if err != nil {
+		return err
+	}
+	return c.Close()
 }
 
 // addrFor is where the next socket of the group is bound: what the first one got.

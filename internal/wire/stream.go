@@ -27,6 +27,7 @@ const (
 	FrameRenewed    FrameType = "renewed"    // gateway → coordinator: [Renewed]
 	FrameRenew      FrameType = "renew"      // coordinator → gateway: [Renewed], a token that came to the coordinator; answered with [Answer]
 	FrameEnd        FrameType = "end"        // either way: [End]
+	FrameCredential FrameType = "credential" // gateway → coordinator: [Credential], before the one that the stream was opened with runs out
 	FrameLeaving    FrameType = "leaving"    // gateway → coordinator: no new sessions, please
 )
 
@@ -104,6 +105,12 @@ type Renewed struct {
 	Session string `json:"session"`
 	Token   Secret `json:"token"`
 	Lease   *Lease `json:"lease,omitempty"` // what the gateway gave, in its own word
+}
+
+// Credential proves anew who a gateway is: the Authorization header's value, as when the stream was opened. A gateway sends it
+// when its file has changed, because workload identity tokens rotate and a stream lasts no longer than its credential.
+type Credential struct {
+	Authorization Secret `json:"authorization"`
 }
 
 // End says that a session is over.
