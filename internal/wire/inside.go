@@ -28,6 +28,7 @@ type InsideSession struct {
 	Gateway   string         `json:"gateway"`
 	Addresses []netip.Addr   `json:"addresses"`
 	Routes    []netip.Prefix `json:"routes"`
+	Names     *Names         `json:"names,omitempty"`
 	Grants    []Grant        `json:"grants"`
 	Expires   time.Time      `json:"expires"`
 	Ends      time.Time      `json:"ends"`
