@@ -50,6 +50,7 @@ type Gateway struct {
 	table    *table
 	plane    *plane
 	gather   *gatherer
+	relays   *relays
 	mapper   *portmap.Manager // nil where no router is asked
 	stream   *stream
 	out      *outbox
@@ -136,11 +137,13 @@ func (g *Gateway) build() (err error) {
 		return err
 	}
 	g.out.flows = g.traces
-	g.plane, err = newPlane(key, port, o, g.traces.Add)
+	g.plane, err = newPlane(key, port, o, g.client, g.traces.Add)
 	if err != nil {
 		return err
 	}
-	g.gather = newGatherer(g.plane.tunnel.Port(), o, g.log)
+	g.gather, g.relays = newGatherer(g.plane.tunnel.Port(), o, g.log), newRelays(o, g.log)
+	g.gather.relays, g.relays.lookup = g.relays, g.gather.lookup
+	g.relays.set, g.relays.status = g.plane.tunnel.SetRelays, g.plane.tunnel.Relays
 	g.gather.reflexive, g.gather.refresh, g.gather.changed = g.plane.tunnel.Reflexive, own.refresh, g.out.setCandidates
 	if g.mapper, err = g.newMapper(); err != nil {
 		return err
@@ -149,7 +152,7 @@ func (g *Gateway) build() (err error) {
 	g.door = &door{
 		name: o.Name, key: g.key, judge: j, table: g.table, plane: g.plane, own: own, log: g.log,
 		places: make(chan struct{}, o.Limits.Offers), rate: rate.NewLimiter(rate.Limit(o.Limits.OfferRate), 4*o.Limits.OfferRate),
-		candidates: g.gather.current, renewed: g.out.renew, metrics: g.metrics,
+		candidates: g.gather.current, grants: g.relays.grants, renewed: g.out.renew, metrics: g.metrics,
 	}
 	g.plane.handler = g.door.insideHandler()
 	g.stream = &stream{
@@ -219,8 +222,9 @@ func (g *Gateway) release() error {
 
 // hello is the gateway's whole state.
 func (g *Gateway) hello() wire.Hello {
+	candidates, mapping := g.gather.current()
 	return wire.Hello{
-		Version: wire.Version, Instance: g.instance, Name: g.opts.Name, Key: g.key, Candidates: g.gather.current(),
+		Version: wire.Version, Instance: g.instance, Name: g.opts.Name, Key: g.key, Candidates: candidates, Mapping: mapping,
 		Sessions: g.table.held(), Program: g.opts.Program + " " + runtime.GOOS + "/" + runtime.GOARCH,
 	}
 }
@@ -249,6 +253,7 @@ func (g *Gateway) welcome(w wire.Welcome) error {
 	} else if err := g.plane.setNetwork(addrs, ranges); err != nil {
 		return problem.Wrap(err, problem.Failed, "the overlay addresses cannot be set", "look at the gateway's log for the cause")
 	}
+	g.relays.list(w.Relays)
 	g.gather.setServers(w.STUN)
 	g.out.setCandidates(g.gather.current())
 	return nil
