@@ -80,15 +80,16 @@ type Options struct {
 	MaxAddresses   int            // addresses remembered for that; default 65536
 	MaxJoins       int            // joins in progress at once; default 2048
 
-	BodyTimeout   time.Duration // for a request's body to arrive; default 10 s
-	JoinTimeout   time.Duration // for a join in all; default 20 s
-	HelloTimeout  time.Duration // for a gateway to introduce itself; default 10 s
-	AnswerTimeout time.Duration // for a gateway to answer an offer or a renewal; default 5 s
-	PingEvery     time.Duration // and as long to answer it; default 10 s
-	PresenceEvery time.Duration // how often a gateway is said to be live; default 5 s
-	PresenceTTL   time.Duration // and how long that holds; default 15 s
-	ExpiryLeeway  time.Duration // for a gateway to prove again who it is after its identity token has expired; default 60 s
-	Queue         int           // frames that may wait for a slow gateway before its stream is dropped; default 256
+	BodyTimeout   time.Duration    // for a request's body to arrive; default 10 s
+	JoinTimeout   time.Duration    // for a join in all; default 20 s
+	HelloTimeout  time.Duration    // for a gateway to introduce itself; default 10 s
+	AnswerTimeout time.Duration    // for a gateway to answer an offer or a renewal; default 5 s
+	PingEvery     time.Duration    // and as long to answer it; default 10 s
+	PresenceEvery time.Duration    // how often a gateway is said to be live; default 5 s
+	PresenceTTL   time.Duration    // and how long that holds; default 15 s
+	ExpiryLeeway  time.Duration    // for a gateway to prove again who it is after its identity token has expired; default 60 s
+	Now           func() time.Time // for a credential's expiry; default time.Now
+	Queue         int              // frames that may wait for a slow gateway before its stream is dropped; default 256
 }
 
 // Validate fills defaults and reports what is missing.
@@ -114,6 +115,9 @@ func (o *Options) Validate() error {
 	orElse(&o.PresenceEvery, 5*time.Second)
 	orElse(&o.PresenceTTL, 15*time.Second)
 	orElse(&o.ExpiryLeeway, time.Minute)
+	if o.Now == nil {
+		o.Now = time.Now
+	}
 	orElse(&o.Queue, 256)
 	return nil
 }

@@ -166,7 +166,7 @@ func (s *stream) keep(ctx context.Context) error {
 		case <-s.kick:
 			s.announce(ctx)
 		case <-presences.C:
-			if s.runOut(time.Now()) {
+			if s.runOut(s.api.opts.Now()) {
 				return expired
 			}
 			s.load.Store(int64(s.api.opts.Sessions.Held(s.who.Instance)))

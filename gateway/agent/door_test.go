@@ -21,6 +21,7 @@ import (
 	"github.com/culvertnet/culvert/internal/claims/claimstest"
 	"github.com/culvertnet/culvert/internal/policy"
 	"github.com/culvertnet/culvert/internal/problem"
+	"github.com/culvertnet/culvert/internal/tunnel"
 	"github.com/culvertnet/culvert/internal/wire"
 )
 
@@ -101,7 +102,8 @@ func newRig(t testing.TB, rules string, owners ...string) *rig {
 		name: "gw", key: newKey(t), judge: j, plane: r.plane, own: own, metrics: m,
 		log:    slog.New(slog.NewJSONHandler(&lockedWriter{w: r.log}, nil)),
 		places: make(chan struct{}, opts.Limits.Offers), rate: rate.NewLimiter(rate.Inf, 1),
-		candidates: func() []wire.Candidate { return nil },
+		candidates: func() ([]wire.Candidate, wire.Mapping) { return nil, wire.MappingHard },
+		grants:     func(context.Context, []wire.RelayGrant, time.Time) []tunnel.Grant { return nil },
 		renewed:    func(w wire.Renewed) { r.renewed = append(r.renewed, w) },
 	}
 	r.door.table = newTable(opts.Limits.Sessions, m.count, func(s *session, reason string) {
@@ -190,7 +192,7 @@ type fakePlane struct {
 
 func (p *fakePlane) addresses() []netip.Addr { return gatewayAddrs }
 
-func (p *fakePlane) open(id string, key wire.Key, addrs []netip.Addr, c []wire.Candidate, scope *policy.Scope) (carrier, error) {
+func (p *fakePlane) open(id string, key wire.Key, addrs []netip.Addr, r reach, scope *policy.Scope) (carrier, error) {
 	if p.before != nil {
 		p.before(id)
 	}
@@ -199,7 +201,7 @@ func (p *fakePlane) open(id string, key wire.Key, addrs []netip.Addr, c []wire.C
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	f := &fakeCarrier{key: key, addrs: addrs, candidates: slices.Clone(c), scope: scope}
+	f := &fakeCarrier{key: key, addrs: addrs, candidates: slices.Clone(r.candidates), scope: scope}
 	p.carriers[id] = f
 	return f, nil
 }

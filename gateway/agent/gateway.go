@@ -48,6 +48,7 @@ type Gateway struct {
 	table    *table
 	plane    *plane
 	gather   *gatherer
+	relays   *relays
 	mapper   *portmap.Manager // nil where no router is asked
 	stream   *stream
 	out      *outbox
@@ -127,11 +128,13 @@ func (g *Gateway) build() (err error) {
 	if err != nil {
 		return err
 	}
-	g.plane, err = newPlane(key, port, o.Limits, g.log)
+	g.plane, err = newPlane(key, port, o, g.client)
 	if err != nil {
 		return err
 	}
-	g.gather = newGatherer(g.plane.tunnel.Port(), o, g.log)
+	g.gather, g.relays = newGatherer(g.plane.tunnel.Port(), o, g.log), newRelays(o, g.log)
+	g.gather.relays, g.relays.lookup = g.relays, g.gather.lookup
+	g.relays.set, g.relays.status = g.plane.tunnel.SetRelays, g.plane.tunnel.Relays
 	g.gather.reflexive, g.gather.refresh, g.gather.changed = g.plane.tunnel.Reflexive, own.refresh, g.out.setCandidates
 	if g.mapper, err = g.newMapper(); err != nil {
 		return err
@@ -140,7 +143,7 @@ func (g *Gateway) build() (err error) {
 	g.door = &door{
 		name: o.Name, key: g.key, judge: j, table: g.table, plane: g.plane, own: own, log: g.log,
 		places: make(chan struct{}, o.Limits.Offers), rate: rate.NewLimiter(rate.Limit(o.Limits.OfferRate), 4*o.Limits.OfferRate),
-		candidates: g.gather.current, renewed: g.out.renew, metrics: g.metrics,
+		candidates: g.gather.current, grants: g.relays.grants, renewed: g.out.renew, metrics: g.metrics,
 	}
 	g.plane.handler, g.plane.known = g.door.insideHandler(), func(a netip.Addr) bool { _, ok := g.table.from(a); return ok }
 	g.stream = &stream{
@@ -192,8 +195,9 @@ func (g *Gateway) release() error {
 
 // hello is the gateway's whole state.
 func (g *Gateway) hello() wire.Hello {
+	candidates, mapping := g.gather.current()
 	return wire.Hello{
-		Version: wire.Version, Instance: g.instance, Name: g.opts.Name, Key: g.key, Candidates: g.gather.current(),
+		Version: wire.Version, Instance: g.instance, Name: g.opts.Name, Key: g.key, Candidates: candidates, Mapping: mapping,
 		Sessions: g.table.held(), Program: g.opts.Program + " " + runtime.GOOS + "/" + runtime.GOARCH,
 	}
 }
@@ -218,6 +222,7 @@ func (g *Gateway) welcome(w wire.Welcome) error {
 	} else if err := g.plane.setAddresses(addrs); err != nil {
 		return problem.Wrap(err, problem.Failed, "the overlay addresses cannot be set", "look at the gateway's log for the cause")
 	}
+	g.relays.list(w.Relays)
 	g.gather.setServers(w.STUN)
 	g.out.setCandidates(g.gather.current())
 	return nil

@@ -41,12 +41,13 @@ type plane struct {
 const resetGrace = 20 * time.Millisecond
 
 // newPlane opens the UDP socket. Nothing is admitted before the overlay addresses are set.
-func newPlane(key wire.PrivateKey, port uint16, limits Limits, log *slog.Logger) (*plane, error) {
+func newPlane(key wire.PrivateKey, port uint16, o *Options, client *http.Client) (*plane, error) {
+	limits, log := o.Limits, o.Logger
 	device, err := netstack.New(netstack.Options{Forward: true, Logger: log})
 	if err != nil {
 		return nil, fmt.Errorf("make the network stack: %w", err)
 	}
-	t, err := tunnel.New(tunnel.Options{Key: key, TUN: device, Port: port, Logger: log})
+	t, err := tunnel.New(tunnel.Options{Key: key, TUN: device, Port: port, Logger: log, Relays: relaying(o, client)})
 	if err != nil {
 		return nil, errors.Join(problem.Wrap(err, problem.Failed, fmt.Sprintf("the tunnel cannot listen on UDP port %d: %v", port, err),
 			"free the port, or give another with --listen"), device.Close())
@@ -98,7 +99,7 @@ func (p *plane) stopServing() error {
 }
 
 // open gives a session its place. The forwarder knows it before its first packet can arrive.
-func (p *plane) open(id string, key wire.Key, addrs []netip.Addr, c []wire.Candidate, scope *policy.Scope) (carrier, error) {
+func (p *plane) open(id string, key wire.Key, addrs []netip.Addr, r reach, scope *policy.Scope) (carrier, error) {
 	p.mu.Lock()
 	fwd := p.fwd
 	p.mu.Unlock()
@@ -109,7 +110,9 @@ func (p *plane) open(id string, key wire.Key, addrs []netip.Addr, c []wire.Candi
 	if err != nil {
 		return nil, fmt.Errorf("add the session to the forwarder: %w", err)
 	}
-	peer, err := p.tunnel.AddPeer(tunnel.PeerOptions{Key: key, Session: id, AllowedIPs: hostPrefixes(addrs), Candidates: c})
+	peer, err := p.tunnel.AddPeer(tunnel.PeerOptions{
+		Key: key, Session: id, AllowedIPs: hostPrefixes(addrs), Candidates: r.candidates, Relays: r.relays,
+	})
 	if err != nil {
 		fwd.Remove(flows)
 		return nil, fmt.Errorf("add the peer: %w", err)
