@@ -24,6 +24,7 @@ type cli struct {
 	Check   checkCmd   `cmd:"" help:"Check a configuration file: every error and warning, with line, column and what to do."`
 	Explain explainCmd `cmd:"" help:"Show how a configuration judges a job."`
 	Audit   auditCmd   `cmd:"" help:"Read and verify the audit log."`
+	Suggest suggestCmd `cmd:"" help:"Write the smallest allow list that covers what jobs did."`
 	Policy  policyCmd  `cmd:"" help:"Hold the rules against cases."`
 	Schema  schemaCmd  `cmd:"" help:"Print the JSON Schema of a file, for editors."`
 	Version versionCmd `cmd:"" help:"Print the version."`
