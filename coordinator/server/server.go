@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/culvertnet/culvert/coordinator/api"
+	"github.com/culvertnet/culvert/coordinator/audit"
 	"github.com/culvertnet/culvert/coordinator/certs"
 	"github.com/culvertnet/culvert/coordinator/config"
 	"github.com/culvertnet/culvert/coordinator/session"
@@ -42,6 +43,7 @@ type Options struct {
 	Config *config.Config
 	Reload time.Duration // how often Config.File is looked at for changes; 0 never, [DefaultReload] is usual
 	Logger *slog.Logger
+	Stdout io.Writer   // where audit records go besides the log, unless the configuration says otherwise; nil: nowhere
 	API    api.Options // limits and timings; what the server itself provides is filled in
 }
 
@@ -67,7 +69,13 @@ type Server struct {
 	probe    *nat.Server        // the second port; nil without one
 	tickets  ed25519.PrivateKey // signs relay tickets
 	watch    *watcher
+	private  *private
 	fatal    chan error // buffered
+
+	audit        *audit.Log
+	auditStore   *state.Log
+	auditFile    *copyFile // nil where no file is written
+	auditMetrics *audit.Metrics
 
 	mu         sync.Mutex // guards what a reload replaces
 	config     *config.Config
@@ -86,7 +94,7 @@ func New(opts Options) (*Server, error) {
 	if opts.Logger == nil {
 		opts.Logger = slog.New(slog.DiscardHandler)
 	}
-	return &Server{opts: opts, log: opts.Logger, config: opts.Config, fatal: make(chan error, 1)}, nil
+	return &Server{opts: opts, log: opts.Logger, config: opts.Config, fatal: make(chan error, 1), auditMetrics: audit.NewMetrics()}, nil
 }
 
 // Start opens state and listeners and serves. After an error nothing is left open.
@@ -110,9 +118,16 @@ func (s *Server) Start(ctx context.Context) (err error) {
 	if err := s.build(); err != nil {
 		return err
 	}
+	if err := s.recordStart(ctx); err != nil {
+		return err
+	}
+	if err := s.openPrivate(ctx); err != nil {
+		return err
+	}
 	s.wg.Go(func() { _ = s.jobs.Prefetch(run) })   // failures are logged there; the first token tries again
 	s.wg.Go(func() { s.sessions.Reevaluate(run) }) // the rules may have changed while we were away
 	s.wg.Go(func() { s.expireLoop(run) })
+	s.wg.Go(func() { s.sessions.Expire(run) })
 	s.wg.Go(s.serve)
 	if s.opts.Reload > 0 && s.config.File != "" {
 		s.watch = newWatcher(s.config.File)
@@ -173,8 +188,10 @@ func (s *Server) openState(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	s.tickets, err = s.store.TicketKey(ctx)
-	return err
+	if s.tickets, err = s.store.TicketKey(ctx); err != nil {
+		return err
+	}
+	return s.openAudit(ctx)
 }
 
 func (s *Server) listen(ctx context.Context) (err error) {
@@ -201,12 +218,12 @@ func (s *Server) apiRules() api.Rules {
 
 // build puts sessions, API and HTTP server together.
 func (s *Server) build() (err error) {
-	s.sessions, err = session.New(session.Options{Store: s.store, Rules: s.sessionRules(), TicketKey: s.tickets, Logger: s.log})
+	s.sessions, err = session.New(session.Options{Store: s.store, Rules: s.sessionRules(), TicketKey: s.tickets, Audit: s.audit, Logger: s.log})
 	if err != nil {
 		return err
 	}
 	o := s.opts.API
-	o.Sessions, o.Store, o.Logger = s.sessions, s.store, s.log
+	o.Sessions, o.Store, o.Audit, o.Logger = s.sessions, s.store, s.audit, s.log
 	o.Rules, o.TicketKey = s.apiRules(), base64.RawURLEncoding.EncodeToString(s.tickets.Public().(ed25519.PublicKey))
 	if s.relay != nil {
 		o.Relay = s.relay
@@ -261,6 +278,7 @@ func (s *Server) Close(ctx context.Context) error {
 	}
 	s.api.Close()
 	s.stop()
+	err = errors.Join(err, s.private.close())
 	s.wg.Wait()
 	return errors.Join(err, s.closeAll())
 }
@@ -271,6 +289,8 @@ func (s *Server) abandon() {
 	if s.listener != nil {
 		_ = s.listener.Close()
 	}
+	_ = s.private.close()
+	s.wg.Wait()
 	_ = s.closeAll()
 }
 
@@ -289,6 +309,9 @@ func (s *Server) closeAll() error {
 	}
 	if s.probe != nil {
 		add("the second STUN port", s.probe)
+	}
+	if err := s.closeLog(); err != nil {
+		errs = append(errs, fmt.Errorf("close the audit log: %w", err))
 	}
 	if s.store != nil {
 		add("the state", s.store)
