@@ -3,6 +3,7 @@ package main
 import (
 	"os"
 	"testing"
+	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
 )
@@ -15,7 +16,17 @@ func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{Dir: "testdata", Setup: func(e *testscript.Env) error {
 		e.Setenv("GOCOVERDIR", os.Getenv("GOCOVERDIR"))
 		return nil
-	}, Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){"exits": exits}})
+	}, Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){"exits": exits, "await": await}})
+}
+
+// await waits until a file is there: await FILE
+func await(ts *testscript.TestScript, _ bool, args []string) {
+	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+		if _, err := os.Stat(ts.MkAbs(args[0])); err == nil {
+			return
+		}
+	}
+	ts.Fatalf("%s never came", args[0])
 }
 
 // exits runs the program and wants an exit code: exits CODE ARG…

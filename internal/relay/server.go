@@ -164,6 +164,9 @@ func (s *Server) open(ctx context.Context) (err error) {
 // their order, and a bind comes before the frames that follow it.
 func (s *Server) openPorts(ctx context.Context) error {
 	addr := s.opts.UDP
+	if err := s.alone(ctx); err != nil {
+		return err
+	}
 	for range s.opts.Sockets {
 		c, err := udpconn.Listen(ctx, udpconn.Options{Addr: addr, ReusePort: s.opts.Sockets > 1, Buffer: s.opts.Buffer})
 		if err != nil {
@@ -178,6 +181,16 @@ func (s *Server) openPorts(ctx context.Context) error {
 			"next", fmt.Sprintf("set the sysctls net.core.rmem_max and net.core.wmem_max to %d", s.opts.Buffer))
 	}
 	return nil
+}
+
+// alone fails where another process has the port: sockets that share it would let us in beside it, and half of the packets
+// would go there.
+func (s *Server) alone(ctx context.Context) error {
+	c, err := udpconn.Listen(ctx, udpconn.Options{Addr: s.opts.UDP})
+	if err != nil {
+		return err
+	}
+	return c.Close()
 }
 
 // addrFor is where the next socket of the group is bound: what the first one got.
@@ -222,7 +235,8 @@ func (s *Server) ProbeAddr() netip.AddrPort {
 	return a
 }
 
-// ServeHTTP takes WebSockets on [wire.PathRelay]. It returns when the WebSocket ends, at the latest with Close.
+// ServeHTTP takes WebSockets on [wire.PathRelay]. It returns once one is open, which then lives on until it ends, at the
+// latest with Close: so nothing of the request is kept as long as that.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	l := s.newLink(s.opts.Remote(r))
 	if l == nil {
@@ -230,14 +244,21 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "this relay takes no more connections", http.StatusServiceUnavailable)
 		return
 	}
-	defer s.running.Done()
-	defer s.drop(l)
-	if err := l.serve(w, r); err != nil {
-		s.log.Debug("relay websocket ended", "remote", r.RemoteAddr, "err", err)
+	socket, err := acceptSocket(w, r)
+	if err != nil {
+		s.log.Debug("relay websocket refused", "remote", r.RemoteAddr, "err", err)
+		s.drop(l)
+		return
 	}
+	go func() {
+		defer s.drop(l)
+		if err := l.serve(socket); err != nil {
+			s.log.Debug("relay websocket ended", "source", l.source, "err", err)
+		}
+	}()
 }
 
-// newLink makes room for a WebSocket, nil where there is none. The caller ends what is counted as running.
+// newLink makes room for a WebSocket, nil where there is none. It counts as running until drop.
 func (s *Server) newLink(remote netip.Addr) *link {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -264,7 +285,10 @@ func (s *Server) countUnbound(source netip.Addr, n int) {
 	}
 }
 
+// drop takes a WebSocket that has ended out of the count.
 func (s *Server) drop(l *link) {
+	defer s.running.Done()
+	l.leave()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.links, l)
