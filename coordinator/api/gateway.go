@@ -169,7 +169,8 @@ func (s *stream) welcome(ctx context.Context, h wire.Hello) error {
 	}
 	body := wire.Welcome{
 		Version: wire.Version, Network: s.network, Addresses: network.Gateway(), Overlay: network.Overlay(),
-		STUN: rules.STUN, Relays: rules.Relays, End: over,
+		Services: network.Services,
+		STUN:     rules.STUN, Relays: rules.Relays, End: over,
 	}
 	raw, err := json.Marshal(body)
 	if err != nil {

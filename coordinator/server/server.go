@@ -17,6 +17,7 @@ import (
 
 	"github.com/culvertnet/culvert/coordinator/api"
 	"github.com/culvertnet/culvert/coordinator/audit"
+	"github.com/culvertnet/culvert/coordinator/certs"
 	"github.com/culvertnet/culvert/coordinator/config"
 	"github.com/culvertnet/culvert/coordinator/session"
 	"github.com/culvertnet/culvert/coordinator/state"
@@ -126,6 +127,7 @@ func (s *Server) Start(ctx context.Context) (err error) {
 	s.wg.Go(func() { _ = s.jobs.Prefetch(run) })   // failures are logged there; the first token tries again
 	s.wg.Go(func() { s.sessions.Reevaluate(run) }) // the rules may have changed while we were away
 	s.wg.Go(func() { s.expireLoop(run) })
+	s.wg.Go(func() { s.sessions.Expire(run) })
 	s.wg.Go(s.serve)
 	if s.opts.Reload > 0 && s.config.File != "" {
 		s.watch = newWatcher(s.config.File)
@@ -238,12 +240,12 @@ func (s *Server) build() (err error) {
 	if s.config.TLS == nil {
 		return nil
 	}
-	certs, err := loadCertificates(s.config.TLS.Cert, s.config.TLS.Key, s.log)
+	files, err := certs.Load(s.config.TLS.Cert, s.config.TLS.Key, s.log)
 	if err != nil {
 		return err
 	}
 	s.http.TLSConfig = &tls.Config{
-		MinVersion: tls.VersionTLS12, GetCertificate: certs.get, NextProtos: []string{"h2", "http/1.1"},
+		MinVersion: tls.VersionTLS12, GetCertificate: files.Get, NextProtos: []string{"h2", "http/1.1"},
 	}
 	return nil
 }

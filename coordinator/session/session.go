@@ -23,6 +23,8 @@ type Store interface {
 	Lease(ctx context.Context, session string) (state.Lease, error)
 	UpdateLease(ctx context.Context, l state.Lease) (state.Lease, error)
 	EndLease(ctx context.Context, session string) error
+	Expired() <-chan state.Lease
+	ClaimEnd(ctx context.Context, session string) (bool, error)
 	Leases(yield func(state.Lease) bool)
 	Gateways(network string) []state.Presence
 	Ask(ctx context.Context, instance string, msg []byte) ([]byte, error)
