@@ -138,10 +138,13 @@ func (s *session) useRelays(grants []wire.RelayGrant) {
 	}
 	peer := s.peer
 	for _, g := range sound {
-		if s.granted[g.Name] {
+		s.mu.Lock()
+		known := s.granted[g.Name]
+		s.granted[g.Name] = true
+		s.mu.Unlock()
+		if known {
 			continue
 		}
-		s.granted[g.Name] = true
 		s.start(func(ctx context.Context) error {
 			ctx, cancel := context.WithTimeout(ctx, stunLimit)
 			defer cancel()
@@ -153,26 +156,49 @@ func (s *session) useRelays(grants []wire.RelayGrant) {
 	}
 }
 
-// relaysAnswer reports whether any relay of the session's is alive: where one is, what has gone is the gateway.
-func (s *session) relaysAnswer(ctx context.Context) bool {
+// hasRelays reports whether the session has tickets for any.
+func (s *session) hasRelays() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.granted) > 0
+}
+
+// knownRelays remembers the relays' keys while there is a path.
+func (s *session) knownRelays() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, r := range s.agent.tunnel.Relays() {
+		if !r.Key.IsZero() {
+			s.relayKeys[r.Name] = r.Key
+		}
+	}
+}
+
+// relaysStand reports whether a relay of the session's is there and is the one that it was: then what has gone is the gateway. A
+// relay that has been started anew has to be bound to by both sides first.
+func (s *session) relaysStand(ctx context.Context) bool {
 	ctx, cancel := context.WithTimeout(ctx, livenessLimit)
 	defer cancel()
 	var wait sync.WaitGroup
 	alive := make(chan struct{}, 2*wire.MaxRelays)
 	for _, r := range s.agent.tunnel.Relays() {
-		if !s.granted[r.Name] {
-			continue
-		}
-		if r.Stream {
+		s.mu.Lock()
+		key, known := s.relayKeys[r.Name]
+		ours := s.granted[r.Name] && (!known || key == r.Key)
+		s.mu.Unlock()
+		switch {
+		case !ours:
+		case r.Stream:
 			return true
-		}
-		for _, addr := range r.UDP[:min(len(r.UDP), 2)] {
-			wait.Go(func() {
-				if _, err := s.agent.tunnel.Reflexive(ctx, addr); err == nil {
-					alive <- struct{}{}
-					cancel()
-				}
-			})
+		case r.Reachable:
+			for _, addr := range r.UDP[:min(len(r.UDP), 2)] {
+				wait.Go(func() {
+					if _, err := s.agent.tunnel.Reflexive(ctx, addr); err == nil {
+						alive <- struct{}{}
+						cancel()
+					}
+				})
+			}
 		}
 	}
 	wait.Wait()

@@ -29,7 +29,10 @@ type session struct {
 	gateway      wire.Gateway // the one in use
 	peer         *tunnel.Peer // nil until admitted
 	keeper       *keeper
-	granted      map[string]bool // names of relays that the session has tickets for
+
+	mu        sync.Mutex          // guards what follows
+	granted   map[string]bool     // names of relays that the session has tickets for
+	relayKeys map[string]wire.Key // of relays, while there was a path
 
 	mtu    int           // as last told; 0 before that
 	pathUp chan struct{} // closed when the first path is there
@@ -37,7 +40,7 @@ type session struct {
 }
 
 func newSession(a *Agent, key wire.PrivateKey) *session {
-	s := &session{agent: a, key: key, pathUp: make(chan struct{}), keeper: newKeeper(), granted: map[string]bool{}}
+	s := &session{agent: a, key: key, pathUp: make(chan struct{}), keeper: newKeeper(), granted: map[string]bool{}, relayKeys: map[string]wire.Key{}}
 	s.ctx, s.cancel = context.WithCancelCause(context.Background())
 	s.gather = newGatherer(a, newNames(s.ctx, &s.wait, a))
 	return s
@@ -182,7 +185,10 @@ func (s *session) meet(gw wire.Gateway, final bool) error {
 	a := s.agent
 	if s.peer != nil && s.gateway.Key != gw.Key {
 		a.tunnel.RemovePeer(s.peer) // the first one would not have us
-		s.peer, s.granted = nil, map[string]bool{}
+		s.peer = nil
+		s.mu.Lock()
+		clear(s.granted)
+		s.mu.Unlock()
 	}
 	known := s.peer != nil
 	s.gateway = gw
@@ -235,6 +241,7 @@ func (s *session) addPeer(gw wire.Gateway) error {
 func (s *session) onPath(p tunnel.Path) {
 	up := p != (tunnel.Path{})
 	if up {
+		s.knownRelays()
 		s.agent.marks.set(&s.agent.marks.path)
 		s.once.Do(func() { close(s.pathUp) })
 	}

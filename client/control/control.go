@@ -71,9 +71,11 @@ type Status struct {
 
 // Path is the way that packets take to the gateway.
 type Path struct {
-	Kind   string  `json:"kind"`
-	Remote string  `json:"remote"`
-	RTT    float64 `json:"rtt_ms"` // smoothed, in milliseconds
+	Kind      string  `json:"kind"`             // host, reflexive, public, mapped, observed: direct; or relay
+	Remote    string  `json:"remote,omitempty"` // the gateway's address, or the relay's; none over a WebSocket
+	Relay     string  `json:"relay,omitempty"`  // the relay's name
+	Transport string  `json:"transport"`        // udp or websocket
+	RTT       float64 `json:"rtt_ms"`           // smoothed, in milliseconds
 }
 
 // Event is one thing that happened to a tunnel.
