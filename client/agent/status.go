@@ -149,7 +149,7 @@ func (s *session) describe(st *control.Status) {
 	for _, c := range now.History {
 		what := "no path: " + c.Why
 		if c.Path != (tunnel.Path{}) {
-			what = "path " + string(c.Path.Kind) + " " + c.Path.Remote.String() + ": " + c.Why
+			what = "path " + describe(c.Path).Words() + ": " + c.Why
 		}
 		st.History = append(st.History, control.Event{At: c.At, What: what})
 	}
