@@ -19,6 +19,7 @@ import (
 
 	"github.com/culvertnet/culvert/coordinator/api"
 	"github.com/culvertnet/culvert/coordinator/audit"
+	"github.com/culvertnet/culvert/coordinator/certs"
 	"github.com/culvertnet/culvert/coordinator/config"
 	"github.com/culvertnet/culvert/coordinator/session"
 	"github.com/culvertnet/culvert/coordinator/state"
@@ -255,12 +256,12 @@ func (s *Server) build() (err error) {
 	if s.config.TLS == nil {
 		return nil
 	}
-	certs, err := loadCertificates(s.config.TLS.Cert, s.config.TLS.Key, s.log)
+	files, err := certs.Load(s.config.TLS.Cert, s.config.TLS.Key, s.log)
 	if err != nil {
 		return err
 	}
 	s.http.TLSConfig = &tls.Config{
-		MinVersion: tls.VersionTLS12, GetCertificate: certs.get, NextProtos: []string{"h2", "http/1.1"},
+		MinVersion: tls.VersionTLS12, GetCertificate: files.Get, NextProtos: []string{"h2", "http/1.1"},
 	}
 	return nil
 }
