@@ -23,7 +23,7 @@ type Limits struct {
 	AddressConnections int `yaml:"address_connections"`
 }
 
-func (r *reader) limits(l Limits) Limits {
+func (r *reader) requestLimits(l Limits) Limits {
 	v := reflect.ValueOf(l)
 	for i := range v.NumField() {
 		f := v.Type().Field(i)

@@ -129,7 +129,7 @@ func (r *reader) read(d *document) *Config {
 	c.State = r.state(d.State)
 	c.Audit = r.audit(d.Audit)
 	c.Private = r.private(d.Private, c.Listen)
-	c.Limits = r.limits(d.Limits)
+	c.Limits = r.requestLimits(d.Limits)
 	c.Issuers = r.issuers(d.Issuers, d.InsecureHTTP)
 	c.Networks = r.networks(d.Networks, d.InsecureHTTP)
 	r.oneKeySet(c)
