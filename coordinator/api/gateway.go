@@ -31,6 +31,7 @@ func (a *API) gateway(w http.ResponseWriter, r *http.Request) {
 		a.log.Warn("gateway refused", "network", clip(printable(network), 64), "addr", middleware.GetClientIP(r.Context()),
 			"code", problem.CodeOf(err), "err", err)
 		a.opts.Audit.Refused(err, middleware.GetClientIPAddr(r.Context()))
+		a.disbelieved(err, middleware.GetClientIPAddr(r.Context()))
 		a.fail(w, err)
 		return
 	}
@@ -169,7 +170,8 @@ func (s *stream) welcome(ctx context.Context, h wire.Hello) error {
 	}
 	body := wire.Welcome{
 		Version: wire.Version, Network: s.network, Addresses: network.Gateway(), Overlay: network.Overlay(),
-		STUN: rules.STUN, Relays: rules.Relays, End: over,
+		Services: network.Services,
+		STUN:     rules.STUN, Relays: rules.Relays, End: over,
 	}
 	raw, err := json.Marshal(body)
 	if err != nil {

@@ -200,6 +200,19 @@ func EndOf(export io.Reader) (Anchor, string, error) {
 	return Anchor{l.end.Last, l.end.Head}, l.end.Key, nil
 }
 
+// Select calls f for the records of an export, or of a log's copy, that q chooses. Nothing is verified.
+func Select(r io.Reader, q url.Values, f func(line []byte)) error {
+	filter, err := ParseFilter(q, time.Now())
+	if err != nil {
+		return err
+	}
+	return eachLine(r, func(text []byte) {
+		if filter.matches(text) {
+			f(text)
+		}
+	})
+}
+
 // Line is a record on one line for people.
 func Line(text []byte) string {
 	var r struct {

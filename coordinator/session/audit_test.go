@@ -6,8 +6,10 @@ import (
 	"net/netip"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/culvertnet/culvert/coordinator/audit"
+	"github.com/culvertnet/culvert/coordinator/state"
 	"github.com/culvertnet/culvert/internal/problem"
 	"github.com/culvertnet/culvert/internal/wire"
 )
@@ -156,5 +158,30 @@ func TestEndedIsBounded(t *testing.T) {
 	b.m.remember(l)
 	if len(b.m.ended) != 0 && len(b.m.ended) != 1 {
 		t.Errorf("%d are remembered after their time", len(b.m.ended))
+	}
+}
+
+// TestLeaseRunsOut: a session that nobody renewed is on record as ended, with whose job it was.
+func TestLeaseRunsOut(t *testing.T) {
+	log := &auditor{}
+	b := newBench(t, Options{Audit: log})
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	done := make(chan struct{})
+	go func() { b.m.Expire(ctx); close(done) }()
+	_, err := b.store.CreateLease(t.Context(), state.Lease{Session: "s1", Network: "corp", Key: wire.Key{1}, Gateway: "east-1", GatewayName: "east",
+		Claims: map[string]string{"repository": "acme/shop"}, Expires: time.Now().Add(time.Second)}, state.Pool{V4: netip.MustParsePrefix("198.18.0.0/24")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.eventually("its end is on record", func() bool {
+		log.mu.Lock()
+		defer log.mu.Unlock()
+		return len(log.stored) > 0
+	})
+	cancel()
+	<-done
+	if r := log.stored[0]; r.Event != audit.End || r.Session.Reason != endedByLease || r.Unmapped.Job.Repository != "acme/shop" || r.Unmapped.Gateway != "east" {
+		t.Errorf("%+v", r)
 	}
 }

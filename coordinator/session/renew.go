@@ -20,6 +20,7 @@ const (
 	endedByClient  = "ended by the client"
 	endedByPolicy  = "policy no longer gives what the session holds"
 	endedByRestart = "its gateway was restarted"
+	endedByLease   = "its lease ran out"
 	endedByTime    = "the longest time that a session may last is over"
 )
 

@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/time/rate"
 
+	"github.com/culvertnet/culvert/gateway/names"
 	"github.com/culvertnet/culvert/internal/claims"
 	"github.com/culvertnet/culvert/internal/policy"
 	"github.com/culvertnet/culvert/internal/problem"
@@ -29,6 +30,7 @@ const (
 type opener interface {
 	open(id string, key wire.Key, addrs []netip.Addr, r reach, scope *policy.Scope) (carrier, error)
 	addresses() []netip.Addr // the gateway's own in the overlay
+	services() names.Ranges  // where granted names have their addresses
 }
 
 // reach is how a session's client may be reached.
@@ -73,8 +75,9 @@ func (d *door) admit(ctx context.Context, o wire.Offer) (wire.Answer, error) {
 	candidates, mapping := d.candidates()
 	d.log.Info("session admitted", "session", s.id, "repository", s.repo, "run_id", s.who.run, "addr", s.addrs[0],
 		"rule", s.rules, "expires", lease.Expires, "ends", lease.Ends)
+	routes, named := d.reach(s)
 	return wire.Answer{Lease: &lease, Gateway: &wire.Gateway{
-		Name: d.name, Key: d.key, Addresses: d.plane.addresses(), Candidates: candidates, Mapping: mapping, Routes: s.routes(),
+		Name: d.name, Key: d.key, Addresses: d.plane.addresses(), Candidates: candidates, Mapping: mapping, Routes: routes, Names: named,
 	}}, nil
 }
 
@@ -311,13 +314,6 @@ func (d *door) rejudgeAll() {
 			d.table.end(s, "the gateway's policy no longer admits it")
 		}
 	}
-}
-
-// routes are what the session may reach at this moment.
-func (s *session) routes() []netip.Prefix {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.scope.Routes()
 }
 
 // refusal encodes an error for an [wire.Answer].

@@ -17,6 +17,8 @@ import (
 
 	"golang.org/x/time/rate"
 
+	"github.com/culvertnet/culvert/gateway/forward"
+	"github.com/culvertnet/culvert/gateway/names"
 	"github.com/culvertnet/culvert/internal/claims"
 	"github.com/culvertnet/culvert/internal/claims/claimstest"
 	"github.com/culvertnet/culvert/internal/policy"
@@ -192,6 +194,14 @@ type fakePlane struct {
 
 func (p *fakePlane) addresses() []netip.Addr { return gatewayAddrs }
 
+func (p *fakePlane) services() names.Ranges {
+	r, err := serviceRanges(gatewayAddrs, netip.Prefix{})
+	if err != nil {
+		panic(err)
+	}
+	return r
+}
+
 func (p *fakePlane) open(id string, key wire.Key, addrs []netip.Addr, r reach, scope *policy.Scope) (carrier, error) {
 	if p.before != nil {
 		p.before(id)
@@ -240,12 +250,15 @@ func (c *fakeCarrier) Counts() wire.FlowCounts {
 	return c.counts
 }
 
-func (c *fakeCarrier) Reach(target netip.AddrPort) wire.ReachResult {
-	v := c.current().Decide(policy.Flow{Proto: policy.TCP, Dst: target})
-	if !v.Allowed {
-		return wire.ReachResult{Target: target.String(), Verdict: wire.FlowDenied, Reason: v.Reason}
+func (c *fakeCarrier) Reach(target forward.Target) wire.ReachResult {
+	v := c.current().OffersName(target.Name, policy.TCP, target.Port)
+	if target.Name == "" {
+		v = c.current().Decide(policy.Flow{Proto: policy.TCP, Dst: netip.AddrPortFrom(target.Addr, target.Port)})
 	}
-	return wire.ReachResult{Target: target.String(), Verdict: wire.Reachable, Rule: v.Rule}
+	if !v.Allowed {
+		return wire.ReachResult{Verdict: wire.FlowDenied, Reason: v.Reason}
+	}
+	return wire.ReachResult{Verdict: wire.Reachable, Rule: v.Rule}
 }
 
 func (c *fakeCarrier) Close() {

@@ -21,10 +21,12 @@ import (
 	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/time/rate"
 
+	"github.com/culvertnet/culvert/gateway/trace"
 	"github.com/culvertnet/culvert/internal/claims"
 	"github.com/culvertnet/culvert/internal/portmap"
 	"github.com/culvertnet/culvert/internal/problem"
@@ -53,6 +55,7 @@ type Gateway struct {
 	stream   *stream
 	out      *outbox
 	metrics  *metrics
+	traces   *trace.Log
 
 	stopAll  context.CancelFunc
 	wg       sync.WaitGroup
@@ -60,6 +63,7 @@ type Gateway struct {
 	offers   sync.WaitGroup
 	closing  sync.Once
 	closeErr error
+	acked    atomic.Bool // the coordinator acknowledges what it records of flows
 }
 
 // Run runs a gateway until ctx ends, then closes it.
@@ -128,7 +132,12 @@ func (g *Gateway) build() (err error) {
 	if err != nil {
 		return err
 	}
-	g.plane, err = newPlane(key, port, o, g.client)
+	g.traces, err = trace.New(trace.Options{Wake: g.out.poke})
+	if err != nil {
+		return err
+	}
+	g.out.flows = g.traces
+	g.plane, err = newPlane(key, port, o, g.client, g.traces.Add)
 	if err != nil {
 		return err
 	}
@@ -145,7 +154,7 @@ func (g *Gateway) build() (err error) {
 		places: make(chan struct{}, o.Limits.Offers), rate: rate.NewLimiter(rate.Limit(o.Limits.OfferRate), 4*o.Limits.OfferRate),
 		candidates: g.gather.current, grants: g.relays.grants, renewed: g.out.renew, metrics: g.metrics,
 	}
-	g.plane.handler, g.plane.known = g.door.insideHandler(), func(a netip.Addr) bool { _, ok := g.table.from(a); return ok }
+	g.plane.handler = g.door.insideHandler()
 	g.stream = &stream{
 		url: o.Coordinator + wire.PathGateway, network: o.Network, client: g.client, credential: o.credential,
 		hello: g.hello, welcome: g.welcome, handle: g.handle, join: g.offers.Wait, out: g.out, log: g.log,
@@ -170,7 +179,9 @@ func (g *Gateway) Close() error {
 		g.table.close("gateway stops")
 		ctx, cancel := context.WithTimeout(context.Background(), flushTimeout)
 		defer cancel()
+		g.traces.Flush()
 		g.out.flush(ctx)
+		g.awaitTraces(ctx)
 		g.stopAll()
 		g.wg.Wait()
 		g.closeErr = g.release()
@@ -178,11 +189,27 @@ func (g *Gateway) Close() error {
 	return g.closeErr
 }
 
+// awaitTraces waits until the coordinator has recorded what became of the last flows, if it is one that says so.
+func (g *Gateway) awaitTraces(ctx context.Context) {
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for g.acked.Load() && g.stream.up() && g.traces.Stats().Unproven > 0 {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
 // release closes what build made.
 func (g *Gateway) release() error {
 	err := g.metrics.close()
 	if g.plane != nil {
 		err = errors.Join(err, g.plane.close())
+	}
+	if g.traces != nil {
+		g.traces.Close()
 	}
 	if g.verifier != nil {
 		err = errors.Join(err, g.verifier.Close())
@@ -216,10 +243,14 @@ func (g *Gateway) welcome(w wire.Welcome) error {
 	for _, id := range w.End {
 		g.table.cancel(id, "the coordinator says it is over")
 	}
-	if held := g.table.size(); held > 0 && !slices.Equal(addrs, g.plane.addresses()) {
-		g.log.Error("the coordinator moves the gateway's overlay addresses while sessions are held; the old ones stay",
+	ranges, err := serviceRanges(addrs, w.Services)
+	if err != nil {
+		return err
+	}
+	if held := g.table.size(); held > 0 && !g.plane.keeps(addrs, ranges) {
+		g.log.Error("the coordinator moves the gateway's overlay or service addresses while sessions are held; the old ones stay",
 			"network", g.opts.Network, "addr", addrs[0], "sessions", held, "next", "restart the gateway once its sessions are over")
-	} else if err := g.plane.setAddresses(addrs); err != nil {
+	} else if err := g.plane.setNetwork(addrs, ranges); err != nil {
 		return problem.Wrap(err, problem.Failed, "the overlay addresses cannot be set", "look at the gateway's log for the cause")
 	}
 	g.relays.list(w.Relays)
@@ -241,6 +272,12 @@ func (g *Gateway) handle(ctx context.Context, f wire.Frame) {
 		var t wire.Trickle
 		if g.parse(f, &t) && len(t.Candidates) <= wire.MaxCandidates {
 			g.trickle(t)
+		}
+	case wire.FrameFlowsAck:
+		var a wire.FlowsAck
+		if g.parse(f, &a) {
+			g.acked.Store(true)
+			g.traces.Acked(a.Seq)
 		}
 	case wire.FrameEnd:
 		var e wire.End

@@ -27,6 +27,13 @@ type outbox struct {
 	leaving bool
 	idle    chan struct{} // closed once all is written; nil when nobody waits
 	writing bool
+	flows   flowSource // what became of flows; nil for none
+}
+
+// flowSource gives batches of flow records.
+type flowSource interface {
+	Next() (wire.Flows, bool) // the next batch that is due
+	Again()                   // what is not acknowledged is due once more
 }
 
 func newOutbox() *outbox {
@@ -39,6 +46,17 @@ func (o *outbox) open() {
 	defer o.mu.Unlock()
 	o.up = true
 	o.clear()
+	if o.flows != nil {
+		o.flows.Again()
+	}
+}
+
+// poke says that there may be something to write. It takes no lock.
+func (o *outbox) poke() {
+	select {
+	case o.wake <- struct{}{}:
+	default:
+	}
 }
 
 // shut ends a stream.
@@ -155,6 +173,11 @@ func (o *outbox) take() (wire.Frame, bool) {
 	for id, r := range o.renewed {
 		delete(o.renewed, id)
 		return frame(wire.FrameRenewed, 0, r), true
+	}
+	if o.flows != nil {
+		if b, ok := o.flows.Next(); ok {
+			return frame(wire.FrameFlows, 0, b), true
+		}
 	}
 	o.writing = false
 	o.settle()

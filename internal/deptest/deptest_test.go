@@ -95,6 +95,10 @@ var rules = []rule{
 		why: "verifying a token and judging its claims are two things that are trusted separately",
 	},
 	{
+		from: []string{"gateway/trace"}, only: []string{"std", "internal/wire"},
+		why: "what is told of flows is counted and kept, never judged",
+	},
+	{
 		from: []string{"gateway/names"}, never: []string{"internal/tunnel", "internal/netstack", "internal/claims", "gateway/forward"},
 		why: "what parses DNS from jobs and from the private network holds no packets, no keys and no tokens",
 	},
