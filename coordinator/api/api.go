@@ -16,6 +16,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"github.com/culvertnet/culvert/coordinator/config"
+	"github.com/culvertnet/culvert/coordinator/limit"
 	"github.com/culvertnet/culvert/coordinator/session"
 	"github.com/culvertnet/culvert/coordinator/state"
 	"github.com/culvertnet/culvert/internal/claims"
@@ -30,6 +31,7 @@ type Sessions interface {
 	Reconcile(ctx context.Context, g session.Gateway, held []wire.Held) (over []string, err error)
 	Renewed(ctx context.Context, g session.Gateway, r wire.Renewed) error
 	Ended(ctx context.Context, g session.Gateway, e wire.End) error
+	Flows(ctx context.Context, g session.Gateway, f wire.Flows) error
 	Held(instance string) int
 }
 
@@ -65,6 +67,7 @@ func (r *Rules) tellTheSame(other *Rules) bool {
 type Options struct {
 	Sessions Sessions
 	Store    Presences
+	Audit    Auditor // nil: nothing is recorded
 	Rules    Rules
 	Logger   *slog.Logger
 	// TicketKey is the public key of relay tickets as relay.yaml takes it.
@@ -75,18 +78,21 @@ type Options struct {
 	TrustedProxies []netip.Prefix // whose X-Forwarded-For is believed
 	Rate           rate.Limit     // requests a second from one address (IPv6: one /64); default 100, because runners share NATs
 	Burst          int            // and how many at once; default 1000
+	FailureRate    rate.Limit     // credentials from one address that are not believed, a second; default 5
+	FailureBurst   int            // and how many at once; default 500, which is two matrices of jobs with the same mistake
 	MaxAddresses   int            // addresses remembered for that; default 65536
 	MaxJoins       int            // joins in progress at once; default 2048
 
-	BodyTimeout   time.Duration // for a request's body to arrive; default 10 s
-	JoinTimeout   time.Duration // for a join in all; default 20 s
-	HelloTimeout  time.Duration // for a gateway to introduce itself; default 10 s
-	AnswerTimeout time.Duration // for a gateway to answer an offer or a renewal; default 5 s
-	PingEvery     time.Duration // and as long to answer it; default 10 s
-	PresenceEvery time.Duration // how often a gateway is said to be live; default 5 s
-	PresenceTTL   time.Duration // and how long that holds; default 15 s
-	ExpiryLeeway  time.Duration // for a gateway to prove again who it is after its identity token has expired; default 60 s
-	Queue         int           // frames that may wait for a slow gateway before its stream is dropped; default 256
+	BodyTimeout   time.Duration    // for a request's body to arrive; default 10 s
+	JoinTimeout   time.Duration    // for a join in all; default 20 s
+	HelloTimeout  time.Duration    // for a gateway to introduce itself; default 10 s
+	AnswerTimeout time.Duration    // for a gateway to answer an offer or a renewal; default 5 s
+	PingEvery     time.Duration    // and as long to answer it; default 10 s
+	PresenceEvery time.Duration    // how often a gateway is said to be live; default 5 s
+	PresenceTTL   time.Duration    // and how long that holds; default 15 s
+	ExpiryLeeway  time.Duration    // for a gateway to prove again who it is after its identity token has expired; default 60 s
+	Now           func() time.Time // for a credential's expiry; default time.Now
+	Queue         int              // frames that may wait for a slow gateway before its stream is dropped; default 256
 }
 
 // Validate fills defaults and reports what is missing.
@@ -94,11 +100,16 @@ func (o *Options) Validate() error {
 	if o.Sessions == nil || o.Store == nil || o.Rules.Config == nil || o.Rules.Identities == nil {
 		return errors.New("the API needs sessions, a store, a configuration and a verifier of identities")
 	}
+	if o.Audit == nil {
+		o.Audit = noAudit{}
+	}
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
 	orElse(&o.Rate, 100)
 	orElse(&o.Burst, 1000)
+	orElse(&o.FailureRate, 5)
+	orElse(&o.FailureBurst, 500)
 	orElse(&o.MaxAddresses, 1<<16)
 	orElse(&o.MaxJoins, 2048)
 	orElse(&o.BodyTimeout, 10*time.Second)
@@ -109,6 +120,9 @@ func (o *Options) Validate() error {
 	orElse(&o.PresenceEvery, 5*time.Second)
 	orElse(&o.PresenceTTL, 15*time.Second)
 	orElse(&o.ExpiryLeeway, time.Minute)
+	if o.Now == nil {
+		o.Now = time.Now
+	}
 	orElse(&o.Queue, 256)
 	return nil
 }
@@ -125,9 +139,11 @@ type API struct {
 	log      *slog.Logger
 	rules    atomic.Pointer[Rules]
 	router   http.Handler
-	limits   *limiter
-	joins    chan struct{} // one token for each join in progress
+	limits   *limit.Table[netip.Prefix]
+	failures *limit.Table[netip.Prefix] // of credentials that were not believed
+	joins    chan struct{}              // one token for each join in progress
 	draining atomic.Bool
+	ready    readiness
 	warned   rate.Sometimes // of requests over the rate, or whoever sends them would write the log at will
 
 	mu      sync.Mutex
@@ -143,13 +159,14 @@ func New(opts Options) (*API, error) {
 		return nil, err
 	}
 	a := &API{
-		opts:    opts,
-		log:     opts.Logger,
-		limits:  newLimiter(opts.Rate, opts.Burst, opts.MaxAddresses),
-		joins:   make(chan struct{}, opts.MaxJoins),
-		warned:  rate.Sometimes{First: 1, Interval: time.Second},
-		all:     map[*stream]struct{}{},
-		streams: map[string]*stream{},
+		opts:     opts,
+		log:      opts.Logger,
+		limits:   limit.New[netip.Prefix](opts.Rate, opts.Burst, opts.MaxAddresses),
+		failures: limit.New[netip.Prefix](opts.FailureRate, opts.FailureBurst, opts.MaxAddresses),
+		joins:    make(chan struct{}, opts.MaxJoins),
+		warned:   rate.Sometimes{First: 1, Interval: time.Second},
+		all:      map[*stream]struct{}{},
+		streams:  map[string]*stream{},
 	}
 	a.rules.Store(&opts.Rules)
 	a.router = a.routes()

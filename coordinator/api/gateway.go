@@ -30,6 +30,8 @@ func (a *API) gateway(w http.ResponseWriter, r *http.Request) {
 	if err != nil {
 		a.log.Warn("gateway refused", "network", clip(printable(network), 64), "addr", middleware.GetClientIP(r.Context()),
 			"code", problem.CodeOf(err), "err", err)
+		a.opts.Audit.Refused(err, middleware.GetClientIPAddr(r.Context()))
+		a.disbelieved(err, middleware.GetClientIPAddr(r.Context()))
 		a.fail(w, err)
 		return
 	}
@@ -163,9 +165,13 @@ func (s *stream) welcome(ctx context.Context, h wire.Hello) error {
 	if !ok || !s.enrolledIn(cfg) { // reloaded since the upgrade
 		return unenrolled
 	}
+	if err := s.enrol(ctx, h); err != nil {
+		return err
+	}
 	body := wire.Welcome{
 		Version: wire.Version, Network: s.network, Addresses: network.Gateway(), Overlay: network.Overlay(),
-		STUN: rules.STUN, Relays: rules.Relays, End: over,
+		Services: network.Services,
+		STUN:     rules.STUN, Relays: rules.Relays, End: over,
 	}
 	raw, err := json.Marshal(body)
 	if err != nil {
@@ -189,12 +195,14 @@ func (s *stream) compareKey(ctx context.Context) {
 	case err != nil:
 		s.log.Warn("the gateway's key cannot be compared with its last one", "err", err)
 	case !before.IsZero() && before != s.presence.Key:
+		s.recordKeyChange(ctx, before)
 		s.log.Warn("the gateway's key has changed", "addr", s.addr, "was", before.String(), "key", s.presence.Key.String())
 	}
 }
 
 // logEnd says why a stream is over. A gateway that said that it leaves, or that closed in good order, has not failed.
 func (s *stream) logEnd(err error) {
+	s.left(err)
 	s.mu.Lock()
 	leaving := s.presence.Leaving
 	s.mu.Unlock()

@@ -43,6 +43,7 @@ var (
 	tooSlow    = &closing{websocket.StatusTryAgainLater, "the gateway does not keep up", true}
 	expired    = &closing{websocket.StatusServiceRestart, "the credential has run out; prove again who you are", false}
 	silent     = &closing{websocket.StatusPolicyViolation, "no answer to pings", true}
+	unrecorded = &closing{websocket.StatusTryAgainLater, "flow records cannot be stored", false}
 	changed    = &closing{websocket.StatusServiceRestart, "the network's relays or STUN servers have changed", false}
 	resync     = &closing{websocket.StatusServiceRestart, "say again what you hold", false}
 )
@@ -63,7 +64,9 @@ type stream struct {
 	log     *slog.Logger
 
 	// Set by open, before any goroutine starts; the presence is the keeper's after that, by way of mu.
-	who session.Gateway
+	who      session.Gateway
+	onRecord bool   // that it was let in
+	flows    uint64 // the last batch of flow records that is stored; the worker's
 
 	queue  chan wire.Frame // to the writer
 	work   chan wire.Frame // to the worker
@@ -191,7 +194,7 @@ func (s *stream) readAll(ctx context.Context) error {
 		switch f.Type {
 		case wire.FrameAnswer:
 			s.settle(f.ID, f.Body)
-		case wire.FrameRenewed, wire.FrameEnd, wire.FrameCandidates, wire.FrameCredential, wire.FrameLeaving:
+		case wire.FrameRenewed, wire.FrameEnd, wire.FrameCandidates, wire.FrameCredential, wire.FrameLeaving, wire.FrameFlows:
 			select {
 			case s.work <- f:
 			case <-s.over:

@@ -22,6 +22,8 @@ func (s *stream) workAll(ctx context.Context) {
 		case f := <-s.work:
 			if err := s.workOne(ctx, f); errors.Is(err, session.ErrResync) {
 				s.end(resync)
+			} else if f.Type == wire.FrameFlows && problem.Temporary(err) {
+				s.end(unrecorded) // it sends them again on its next stream
 			} else if err != nil {
 				s.log.Warn("gateway's message refused", "type", f.Type, "code", problem.CodeOf(err), "err", err)
 			}
@@ -54,6 +56,12 @@ func (s *stream) workOne(ctx context.Context, f wire.Frame) error {
 			return err
 		}
 		s.moved(t)
+	case wire.FrameFlows:
+		var batch wire.Flows
+		if err := parse(f, &batch); err != nil {
+			return err
+		}
+		return s.recordFlows(ctx, batch)
 	case wire.FrameCredential:
 		var c wire.Credential
 		if err := parse(f, &c); err != nil {
@@ -107,6 +115,22 @@ func parse(f wire.Frame, v any) error {
 	return nil
 }
 
+// recordFlows stores a batch of flow records and lets the gateway forget it. What came already on this stream is only
+// acknowledged.
+func (s *stream) recordFlows(ctx context.Context, f wire.Flows) error {
+	if f.Seq > s.flows {
+		if err := s.api.opts.Sessions.Flows(ctx, s.who, f); err != nil {
+			return err
+		}
+		s.flows = f.Seq
+	}
+	raw, err := json.Marshal(wire.FlowsAck{Seq: s.flows})
+	if err != nil {
+		return err
+	}
+	return s.enqueue(wire.Frame{Type: wire.FrameFlowsAck, Body: raw})
+}
+
 // moved takes the gateway's new candidates and mapping; joins from now on are told these.
 func (s *stream) moved(t wire.Trickle) {
 	s.mu.Lock()
@@ -142,7 +166,7 @@ func (s *stream) keep(ctx context.Context) error {
 		case <-s.kick:
 			s.announce(ctx)
 		case <-presences.C:
-			if s.runOut(time.Now()) {
+			if s.runOut(s.api.opts.Now()) {
 				return expired
 			}
 			s.load.Store(int64(s.api.opts.Sessions.Held(s.who.Instance)))

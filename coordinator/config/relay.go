@@ -91,21 +91,28 @@ func nextPort(addr string) string {
 }
 
 func (r *reader) relay(d yamlfile.OrOff[Relay]) Relay {
-	own := d.Value
+	own := r.limits("$.relay", "$.relay", d.Value, DefaultRelay)
 	own.Off = d.Off
-	own.Name = cmp.Or(own.Name, DefaultRelay)
-	if !networkName.MatchString(own.Name) {
-		r.fail("$.relay.name", strconv.Quote(own.Name)+" is no name for a relay", "use up to 63 lower-case letters, digits and inner hyphens")
-	}
-	bounds := func(key string, value, least, most int) {
-		if value != 0 && (value < least || value > most) {
-			r.fail("$.relay."+key, fmt.Sprintf("%d is not between %d and %d", value, least, most), "choose another number, or leave it out")
-		}
-	}
-	bounds("rate_mbit", own.Rate, 1, maxRelayRate)
-	bounds("queue_kib", own.Queue, minRelayQueue, maxRelayQueue)
-	bounds("sessions", own.Sessions, 1, maxRelaySessions)
 	return own
+}
+
+// limits checks a relay's name, which stands below one place of the file, and its limits, which stand below another.
+func (r *reader) limits(name, limits string, own Relay, otherwise string) Relay {
+	own.Name = cmp.Or(own.Name, otherwise)
+	if !networkName.MatchString(own.Name) {
+		r.fail(name+".name", strconv.Quote(own.Name)+" is no name for a relay", "use up to 63 lower-case letters, digits and inner hyphens")
+	}
+	r.bounds(limits+".rate_mbit", own.Rate, 1, maxRelayRate)
+	r.bounds(limits+".queue_kib", own.Queue, minRelayQueue, maxRelayQueue)
+	r.bounds(limits+".sessions", own.Sessions, 1, maxRelaySessions)
+	return own
+}
+
+// bounds checks a number that may be left out.
+func (r *reader) bounds(path string, value, least, most int) {
+	if value != 0 && (value < least || value > most) {
+		r.fail(path, fmt.Sprintf("%d is not between %d and %d", value, least, most), "choose another number, or leave it out")
+	}
 }
 
 func (r *reader) relays(docs []relayDoc, insecure bool) []wire.Relay {

@@ -15,7 +15,11 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/time/rate"
+
 	"github.com/culvertnet/culvert/coordinator/api"
+	"github.com/culvertnet/culvert/coordinator/audit"
+	"github.com/culvertnet/culvert/coordinator/certs"
 	"github.com/culvertnet/culvert/coordinator/config"
 	"github.com/culvertnet/culvert/coordinator/session"
 	"github.com/culvertnet/culvert/coordinator/state"
@@ -33,15 +37,18 @@ const (
 	readTimeout   = 30 * time.Second
 	writeTimeout  = 45 * time.Second
 	idleTimeout   = 2 * time.Minute
+	maxStreams    = 100      // of one HTTP/2 connection
 	maxHeader     = 32 << 10 // an identity token of 16 KiB travels in a header
 )
 
 // Options configure a [Server].
 type Options struct {
-	Config *config.Config
-	Reload time.Duration // how often Config.File is looked at for changes; 0 never, [DefaultReload] is usual
-	Logger *slog.Logger
-	API    api.Options // limits and timings; what the server itself provides is filled in
+	Config        *config.Config
+	Reload        time.Duration // how often Config.File is looked at for changes; 0 never, [DefaultReload] is usual
+	Logger        *slog.Logger
+	HeaderTimeout time.Duration // for a request's header to arrive; default 10 s
+	Stdout        io.Writer     // where audit records go besides the log, unless the configuration says otherwise; nil: nowhere
+	API           api.Options   // limits and timings; what the server itself provides is filled in
 }
 
 // DefaultReload is how often a running coordinator looks whether its configuration file changed.
@@ -61,12 +68,19 @@ type Server struct {
 	api      *api.API
 	http     *http.Server
 	listener net.Listener
+	conns    *bounded           // listener, within bounds
 	relay    *relay.Server      // this node's own; nil where it has none
 	stun     *nat.Server        // on the UDP port where the relay is not; nil without UDP
 	probe    *nat.Server        // the second port; nil without one
 	tickets  ed25519.PrivateKey // signs relay tickets
 	watch    *watcher
+	private  *private
 	fatal    chan error // buffered
+
+	audit        *audit.Log
+	auditStore   *state.Log
+	auditFile    *copyFile // nil where no file is written
+	auditMetrics *audit.Metrics
 
 	mu         sync.Mutex // guards what a reload replaces
 	config     *config.Config
@@ -85,7 +99,10 @@ func New(opts Options) (*Server, error) {
 	if opts.Logger == nil {
 		opts.Logger = slog.New(slog.DiscardHandler)
 	}
-	return &Server{opts: opts, log: opts.Logger, config: opts.Config, fatal: make(chan error, 1)}, nil
+	if opts.HeaderTimeout <= 0 {
+		opts.HeaderTimeout = headerTimeout
+	}
+	return &Server{opts: opts, log: opts.Logger, config: opts.Config, fatal: make(chan error, 1), auditMetrics: audit.NewMetrics()}, nil
 }
 
 // Start opens state and listeners and serves. After an error nothing is left open.
@@ -109,9 +126,16 @@ func (s *Server) Start(ctx context.Context) (err error) {
 	if err := s.build(); err != nil {
 		return err
 	}
+	if err := s.recordStart(ctx); err != nil {
+		return err
+	}
+	if err := s.openPrivate(ctx); err != nil {
+		return err
+	}
 	s.wg.Go(func() { _ = s.jobs.Prefetch(run) })   // failures are logged there; the first token tries again
 	s.wg.Go(func() { s.sessions.Reevaluate(run) }) // the rules may have changed while we were away
 	s.wg.Go(func() { s.expireLoop(run) })
+	s.wg.Go(func() { s.sessions.Expire(run) })
 	s.wg.Go(s.serve)
 	if s.opts.Reload > 0 && s.config.File != "" {
 		s.watch = newWatcher(s.config.File)
@@ -172,8 +196,10 @@ func (s *Server) openState(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	s.tickets, err = s.store.TicketKey(ctx)
-	return err
+	if s.tickets, err = s.store.TicketKey(ctx); err != nil {
+		return err
+	}
+	return s.openAudit(ctx)
 }
 
 func (s *Server) listen(ctx context.Context) (err error) {
@@ -198,36 +224,44 @@ func (s *Server) apiRules() api.Rules {
 	}
 }
 
+func sessionLimits(l config.Limits) session.Limits {
+	return session.Limits{Owner: l.Owner, Repository: l.Repository, Total: l.Total}
+}
+
 // build puts sessions, API and HTTP server together.
 func (s *Server) build() (err error) {
-	s.sessions, err = session.New(session.Options{Store: s.store, Rules: s.sessionRules(), TicketKey: s.tickets, Logger: s.log})
+	s.sessions, err = session.New(session.Options{Store: s.store, Rules: s.sessionRules(), TicketKey: s.tickets, Audit: s.audit, Limits: sessionLimits(s.config.Limits), Logger: s.log})
 	if err != nil {
 		return err
 	}
 	o := s.opts.API
-	o.Sessions, o.Store, o.Logger = s.sessions, s.store, s.log
+	o.Sessions, o.Store, o.Audit, o.Logger = s.sessions, s.store, s.audit, s.log
 	o.Rules, o.TicketKey = s.apiRules(), base64.RawURLEncoding.EncodeToString(s.tickets.Public().(ed25519.PublicKey))
 	if s.relay != nil {
 		o.Relay = s.relay
 	}
 	o.TrustedProxies = s.config.TrustedProxies
+	if l := s.config.Limits.Address; l > 0 {
+		o.Rate, o.Burst = rate.Limit(l), max(int(l*10), 1)
+	}
 	if s.api, err = api.New(o); err != nil {
 		return err
 	}
+	s.conns = boundedListener(s.listener, s.config.Limits.Connections, s.config.Limits.AddressConnections, s.config.TrustedProxies)
 	s.http = &http.Server{
-		Handler: s.api, ReadHeaderTimeout: headerTimeout, ReadTimeout: readTimeout, WriteTimeout: writeTimeout,
-		IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeader,
+		Handler: s.api, ReadHeaderTimeout: s.opts.HeaderTimeout, ReadTimeout: readTimeout, WriteTimeout: writeTimeout,
+		IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeader, HTTP2: &http.HTTP2Config{MaxConcurrentStreams: maxStreams},
 		ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug), // strangers' broken handshakes
 	}
 	if s.config.TLS == nil {
 		return nil
 	}
-	certs, err := loadCertificates(s.config.TLS.Cert, s.config.TLS.Key, s.log)
+	files, err := certs.Load(s.config.TLS.Cert, s.config.TLS.Key, s.log)
 	if err != nil {
 		return err
 	}
 	s.http.TLSConfig = &tls.Config{
-		MinVersion: tls.VersionTLS12, GetCertificate: certs.get, NextProtos: []string{"h2", "http/1.1"},
+		MinVersion: tls.VersionTLS12, GetCertificate: files.Get, NextProtos: []string{"h2", "http/1.1"},
 	}
 	return nil
 }
@@ -235,9 +269,9 @@ func (s *Server) build() (err error) {
 func (s *Server) serve() {
 	var err error
 	if s.http.TLSConfig != nil {
-		err = s.http.ServeTLS(s.listener, "", "")
+		err = s.http.ServeTLS(s.conns, "", "")
 	} else {
-		err = s.http.Serve(s.listener)
+		err = s.http.Serve(s.conns)
 	}
 	if !errors.Is(err, http.ErrServerClosed) {
 		s.fatal <- fmt.Errorf("serve HTTP: %w", err)
@@ -260,6 +294,7 @@ func (s *Server) Close(ctx context.Context) error {
 	}
 	s.api.Close()
 	s.stop()
+	err = errors.Join(err, s.private.close())
 	s.wg.Wait()
 	return errors.Join(err, s.closeAll())
 }
@@ -270,6 +305,8 @@ func (s *Server) abandon() {
 	if s.listener != nil {
 		_ = s.listener.Close()
 	}
+	_ = s.private.close()
+	s.wg.Wait()
 	_ = s.closeAll()
 }
 
@@ -288,6 +325,9 @@ func (s *Server) closeAll() error {
 	}
 	if s.probe != nil {
 		add("the second STUN port", s.probe)
+	}
+	if err := s.closeLog(); err != nil {
+		errs = append(errs, fmt.Errorf("close the audit log: %w", err))
 	}
 	if s.store != nil {
 		add("the state", s.store)

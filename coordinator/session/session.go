@@ -23,6 +23,8 @@ type Store interface {
 	Lease(ctx context.Context, session string) (state.Lease, error)
 	UpdateLease(ctx context.Context, l state.Lease) (state.Lease, error)
 	EndLease(ctx context.Context, session string) error
+	Expired() <-chan state.Lease
+	ClaimEnd(ctx context.Context, session string) (bool, error)
 	Leases(yield func(state.Lease) bool)
 	Gateways(network string) []state.Presence
 	Ask(ctx context.Context, instance string, msg []byte) ([]byte, error)
@@ -31,6 +33,7 @@ type Store interface {
 // Verifier is what sessions need of [claims.Verifier]: the one whose issuers may admit jobs.
 type Verifier interface {
 	Verify(ctx context.Context, token, audience string) (*claims.Claims, error)
+	VerifyIf(ctx context.Context, token, audience string, look func(unverified *claims.Claims) error) (*claims.Claims, error)
 }
 
 // Rules are what decides about sessions; a reload replaces them as a whole.
@@ -44,6 +47,8 @@ type Rules struct {
 type Options struct {
 	Store  Store
 	Rules  Rules
+	Audit  Auditor // nil: nothing is recorded
+	Limits Limits
 	Logger *slog.Logger
 	// TicketKey signs relay tickets. Without one no session is given a relay.
 	TicketKey ed25519.PrivateKey
@@ -59,9 +64,13 @@ func (o *Options) Validate() error {
 	if o.Store == nil || o.Rules.Config == nil || o.Rules.Verifier == nil {
 		return errors.New("a session manager needs a store, a configuration and a verifier")
 	}
+	if o.Audit == nil {
+		o.Audit = noAudit{}
+	}
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
+	o.Limits.defaults()
 	if o.OfferTimeout <= 0 {
 		o.OfferTimeout = 5 * time.Second
 	}
@@ -100,9 +109,12 @@ type Manager struct {
 	opts  Options
 	log   *slog.Logger
 	rules atomic.Pointer[Rules]
+	joins joins
 
-	mu      sync.Mutex
-	offered map[string]*offered // sessions of this node's joins that no gateway has answered for yet
+	mu         sync.Mutex
+	offered    map[string]*offered // sessions of this node's joins that no gateway has answered for yet
+	ended      map[string]ended    // sessions that ended lately; see remember
+	endedOrder []string            // the oldest first
 }
 
 // offered collects what comes in for a session while it is offered.
@@ -124,7 +136,7 @@ func New(opts Options) (*Manager, error) {
 	if err := opts.Validate(); err != nil {
 		return nil, err
 	}
-	m := &Manager{opts: opts, log: opts.Logger, offered: map[string]*offered{}}
+	m := &Manager{opts: opts, log: opts.Logger, offered: map[string]*offered{}, ended: map[string]ended{}, joins: opts.Limits.tables()}
 	m.rules.Store(&opts.Rules)
 	return m, nil
 }

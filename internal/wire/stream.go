@@ -64,8 +64,9 @@ type Held struct {
 type Welcome struct {
 	Version   int            `json:"version"`
 	Network   string         `json:"network"`
-	Addresses []netip.Addr   `json:"addresses"` // the gateway's overlay addresses
-	Overlay   []netip.Prefix `json:"overlay"`   // ranges of sessions and services, to which no flow leaves the tunnel
+	Addresses []netip.Addr   `json:"addresses"`         // the gateway's overlay addresses
+	Overlay   []netip.Prefix `json:"overlay"`           // ranges of sessions and services, to which no flow leaves the tunnel
+	Services  netip.Prefix   `json:"services,omitzero"` // IPv4 range of service addresses; the IPv6 overlay mirrors it
 	STUN      []string       `json:"stun"`
 	Relays    []Relay        `json:"relays,omitempty"` // to be kept ready: an offer may name any of them
 	End       []string       `json:"end"`              // sessions of Hello that are over

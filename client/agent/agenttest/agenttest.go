@@ -68,8 +68,7 @@ func New(t *testing.T, scripts ...func(*World)) *World {
 	mux.HandleFunc("PATCH "+wire.PathSessions+"/{id}", w.update)
 	mux.HandleFunc("DELETE "+wire.PathSessions+"/{id}", w.end)
 	w.HTTP = httptest.NewUnstartedServer(mux)
-	// Before it starts: the port may have been another world's, whose clients still ask.
-	w.URL = cmp.Or(w.URL, "http://"+w.HTTP.Listener.Addr().String())
+	w.URL = cmp.Or(w.URL, "http://"+w.HTTP.Listener.Addr().String()) // before anything can ask
 	w.HTTP.Start()
 	t.Cleanup(w.HTTP.Close)
 	return w
