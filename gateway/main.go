@@ -37,6 +37,7 @@ type runCmd struct {
 	EnrolTokenFile    string            `placeholder:"FILE" help:"Enrolment secret for the coordinator."`
 	Listen            string            `default:":51820" help:"UDP port of the tunnel."`
 	PublicAddress     netip.AddrPort    `placeholder:"IP:PORT" help:"Public address that is forwarded to the tunnel's port."`
+	PortMapping       string            `enum:"auto,off" default:"auto" help:"Ask the router to forward the tunnel's port by PCP, NAT-PMP or UPnP, where there is no public address: auto or off."`
 	StateDir          string            `placeholder:"DIR" help:"Keep the WireGuard key here, for runners that pin it; otherwise it lives in memory."`
 	Metrics           string            `placeholder:"ADDR" help:"Serve /healthz, /readyz and /metrics here, for example 127.0.0.1:9091."`
 	Name              string            `help:"Name in logs and answers; default the host's."`
@@ -52,7 +53,7 @@ func (c *runCmd) Run() error {
 	opts := agent.Options{
 		Coordinator: c.Coordinator, Network: c.Network, Owners: c.Owner, PolicyFile: c.Policy,
 		IdentityTokenFile: c.IdentityTokenFile, EnrolTokenFile: c.EnrolTokenFile, Listen: c.Listen,
-		PublicAddress: c.PublicAddress, StateDir: c.StateDir, Metrics: c.Metrics, Name: c.Name,
+		PublicAddress: c.PublicAddress, PortMapping: c.PortMapping == "auto", StateDir: c.StateDir, Metrics: c.Metrics, Name: c.Name,
 		InsecureHTTP: c.InsecureHTTP, Program: "culvert-gateway/" + version,
 		Limits: agent.Limits{Sessions: c.MaxSessions}, Logger: c.logger(),
 	}

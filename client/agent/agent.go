@@ -59,7 +59,8 @@ type Options struct {
 	// OnReady is called once, when the tunnel is usable.
 	OnReady func(Ready)
 
-	openLink func(Mode, *slog.Logger) (link, error) // a test's own link; default is the real one
+	openLink func(Mode, *slog.Logger) (link, error)                       // a test's own link; default is the real one
+	lookup   func(ctx context.Context, host string) ([]netip.Addr, error) // a test's own names; default is the system's
 	url      *url.URL
 }
 
@@ -105,6 +106,11 @@ func (o *Options) Validate() error {
 	}
 	if o.openLink == nil {
 		o.openLink = openLink
+	}
+	if o.lookup == nil {
+		o.lookup = func(ctx context.Context, host string) ([]netip.Addr, error) {
+			return net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+		}
 	}
 	if o.Tokens == nil {
 		return errors.New("an agent needs a source of tokens")

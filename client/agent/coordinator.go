@@ -16,6 +16,7 @@ import (
 	"net/url"
 	"sync"
 
+	"github.com/culvertnet/culvert/internal/egress"
 	"github.com/culvertnet/culvert/internal/problem"
 	"github.com/culvertnet/culvert/internal/wire"
 )
@@ -184,8 +185,15 @@ func (c *coordinator) away(ctx context.Context, err error) error {
 	if cause, ok := errors.AsType[*problem.Error](context.Cause(ctx)); ok {
 		return cause
 	}
+	if p, ok := errors.AsType[*problem.Error](err); ok {
+		return p // a proxy's word
+	}
 	if inner := (*url.Error)(nil); errors.As(err, &inner) {
 		err = inner.Err // the outer one repeats method and URL
+	}
+	if proxy := c.proxy(); proxy != nil && !untrusted(err) {
+		return problem.Wrap(err, problem.Unreachable, fmt.Sprintf("the coordinator %s does not answer through the proxy %s: %v", c.base, proxy.Host, err),
+			"check HTTPS_PROXY, and that the proxy may reach the coordinator")
 	}
 	if dns := (*net.DNSError)(nil); errors.As(err, &dns) && dns.IsNotFound {
 		return problem.Wrap(err, problem.Failed, fmt.Sprintf("the name of the coordinator %s does not exist", c.base),
@@ -197,6 +205,16 @@ func (c *coordinator) away(ctx context.Context, err error) error {
 	}
 	return problem.Wrap(err, problem.Unreachable, fmt.Sprintf("the coordinator %s does not answer: %v", c.base, err),
 		"check the URL, and that this runner may reach it (HTTPS_PROXY is honoured)")
+}
+
+// proxy is what stands between us and the coordinator, nil for nothing.
+func (c *coordinator) proxy() *url.URL {
+	t, ok := c.http.Transport.(*egress.Transport)
+	u, err := url.Parse(c.base)
+	if !ok || err != nil {
+		return nil
+	}
+	return t.ProxyFor(u)
 }
 
 func untrusted(err error) bool {

@@ -100,7 +100,7 @@ func TestCoordinatorsThatCannotBeTalkedTo(t *testing.T) {
 }
 
 func TestUnknownNamesAreNotTriedAgain(t *testing.T) {
-	c := &coordinator{base: "https://culvert.example.com"}
+	c := client(t, "https://culvert.example.com")
 	err := c.away(t.Context(), &net.DNSError{Err: "no such host", Name: "culvert.example.com", IsNotFound: true})
 	if problem.Temporary(err) || problem.CodeOf(err) != problem.Failed {
 		t.Errorf("error = %v", err)

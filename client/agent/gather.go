@@ -88,7 +88,7 @@ func (g *gatherer) ask(ctx context.Context, t *tunnel.Tunnel, server string) {
 	if err != nil {
 		return
 	}
-	addrs, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+	addrs, err := g.agent.opts.lookup(ctx, host)
 	if err != nil {
 		g.agent.log.Debug("a STUN server's name does not resolve", "addr", server, "err", err)
 		return

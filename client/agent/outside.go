@@ -9,6 +9,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"github.com/culvertnet/culvert/internal/egress"
 )
 
 // outside remembers every address that the agent itself has talked to without the tunnel: coordinator, issuer, STUN,
@@ -48,8 +50,8 @@ func (o *outside) list() []netip.Addr {
 	return list
 }
 
-// client makes the HTTP client for everything outside. It goes through HTTPS_PROXY where that is set, and follows no
-// redirect: requests carry tokens.
+// client makes the HTTP client for everything outside. It goes through the environment's proxies, and follows no redirect:
+// requests carry tokens.
 func (o *outside) client() *http.Client {
 	dialer := &net.Dialer{
 		Timeout: 10 * time.Second,
@@ -60,8 +62,7 @@ func (o *outside) client() *http.Client {
 			return nil
 		},
 	}
-	transport := &http.Transport{
-		Proxy:                 http.ProxyFromEnvironment,
+	transport := egress.New(&http.Transport{
 		DialContext:           dialer.DialContext,
 		ForceAttemptHTTP2:     true,
 		TLSClientConfig:       &tls.Config{MinVersion: tls.VersionTLS12, ClientSessionCache: tls.NewLRUClientSessionCache(8)},
@@ -69,7 +70,7 @@ func (o *outside) client() *http.Client {
 		ResponseHeaderTimeout: 30 * time.Second,
 		IdleConnTimeout:       90 * time.Second,
 		MaxIdleConnsPerHost:   4,
-	}
+	})
 	return &http.Client{
 		Transport:     transport,
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },

@@ -20,7 +20,7 @@ import (
 func options(t *testing.T, w *agenttest.World) Options {
 	t.Helper()
 	return Options{
-		Coordinator: w.HTTP.URL,
+		Coordinator: w.URL,
 		Timeout:     20 * time.Second,
 		Logger:      slog.New(slog.NewTextHandler(testWriter{t}, &slog.HandlerOptions{Level: slog.LevelDebug})),
 		Tokens:      func(*http.Client) (TokenSource, error) { return tokenFunc(goodToken), nil },

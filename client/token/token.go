@@ -180,6 +180,9 @@ func parse(data []byte) (wire.Secret, error) {
 
 // unanswered classes a failure of the connection. The URL is left out: it names the runner's internal job.
 func unanswered(err error) error {
+	if p, ok := errors.AsType[*problem.Error](err); ok && !p.Code.Temporary() {
+		return p // a proxy's word
+	}
 	if wrapped, ok := errors.AsType[*url.Error](err); ok {
 		err = wrapped.Err
 	}

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -46,10 +47,17 @@ type Identities interface {
 	Verify(ctx context.Context, token, audience string) (*claims.Claims, error)
 }
 
-// Rules are what decides about gateways; a reload replaces them as a whole.
+// Rules are what decides about gateways, and what they and clients are told; a reload replaces them as a whole.
 type Rules struct {
 	Config     *config.Config
 	Identities Identities
+	STUN       []string     // "host:port"; an empty host means the coordinator's own
+	Relays     []wire.Relay // this node's own first
+}
+
+// tellTheSame reports whether gateways need not be told anew.
+func (r *Rules) tellTheSame(other *Rules) bool {
+	return slices.Equal(r.STUN, other.STUN) && slices.Equal(r.Relays, other.Relays)
 }
 
 // Options configure an [API].
@@ -57,8 +65,11 @@ type Options struct {
 	Sessions Sessions
 	Store    Presences
 	Rules    Rules
-	STUN     []string // what clients and gateways are told, "host:port"; an empty host means the coordinator's own
 	Logger   *slog.Logger
+	// TicketKey is the public key of relay tickets as relay.yaml takes it.
+	TicketKey string
+	// Relay serves this node's own relay over WebSocket; nil where it has none.
+	Relay http.Handler
 
 	TrustedProxies []netip.Prefix // whose X-Forwarded-For is believed
 	Rate           rate.Limit     // requests a second from one address (IPv6: one /64); default 100, because runners share NATs
@@ -159,6 +170,9 @@ func (a *API) routes() http.Handler {
 		r.Patch(wire.PathSessions+"/{id}", a.update)
 		r.Delete(wire.PathSessions+"/{id}", a.end)
 		r.Get(wire.PathGateway, a.gateway)
+		if a.opts.Relay != nil {
+			r.Get(wire.PathRelay, a.relay)
+		}
 	})
 	return r
 }
@@ -181,14 +195,18 @@ func (a *API) Close() {
 	a.running.Wait()
 }
 
-// SetRules puts a changed configuration into force and drops the gateways whose enrolment is gone.
+// SetRules puts a changed configuration into force and drops the gateways whose enrolment is gone. Where STUN servers or
+// relays have changed, all come back to be told.
 func (a *API) SetRules(rules Rules) {
-	a.rules.Store(&rules)
+	before := a.rules.Swap(&rules)
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	for s := range a.all {
-		if !enrolledIn(rules.Config, s.network, s.enrolment) {
+		switch {
+		case !enrolledIn(rules.Config, s.network, s.enrolment):
 			s.end(unenrolled)
+		case !rules.tellTheSame(before):
+			s.end(changed)
 		}
 	}
 }

@@ -157,14 +157,15 @@ func (s *stream) welcome(ctx context.Context, h wire.Hello) error {
 		s.log.Error("cannot reconcile with the gateway", "err", err)
 		return &closing{websocket.StatusTryAgainLater, "the coordinator cannot reach its state", false}
 	}
-	cfg := s.api.rules.Load().Config
+	rules := s.api.rules.Load()
+	cfg := rules.Config
 	network, ok := cfg.Networks[s.network]
 	if !ok || !enrolledIn(cfg, s.network, s.enrolment) { // reloaded since the upgrade
 		return unenrolled
 	}
 	body := wire.Welcome{
 		Version: wire.Version, Network: s.network, Addresses: network.Gateway(), Overlay: network.Overlay(),
-		STUN: s.api.stun(), End: over,
+		STUN: rules.STUN, Relays: rules.Relays, End: over,
 	}
 	raw, err := json.Marshal(body)
 	if err != nil {

@@ -41,15 +41,17 @@ func shuttingDown() error {
 }
 
 func (a *API) info(w http.ResponseWriter, r *http.Request) {
-	answer(w, wire.Info{Version: wire.Version, STUN: a.stun()})
+	rules := a.rules.Load()
+	answer(w, wire.Info{Version: wire.Version, STUN: rules.STUN, Relays: rules.Relays, TicketKey: a.opts.TicketKey})
 }
 
-// stun is what clients and gateways are told to ask.
-func (a *API) stun() []string {
-	if override := a.rules.Load().Config.STUN; len(override) > 0 {
-		return override
+// relay is GET /v1/relay: this node's own relay takes over the connection.
+func (a *API) relay(w http.ResponseWriter, r *http.Request) {
+	if a.draining.Load() {
+		a.fail(w, shuttingDown())
+		return
 	}
-	return a.opts.STUN
+	a.opts.Relay.ServeHTTP(w, r)
 }
 
 // join is POST /v1/sessions.

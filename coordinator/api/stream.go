@@ -42,6 +42,7 @@ var (
 	unenrolled = &closing{websocket.StatusPolicyViolation, "no longer enrolled", false}
 	tooSlow    = &closing{websocket.StatusTryAgainLater, "the gateway does not keep up", true}
 	silent     = &closing{websocket.StatusPolicyViolation, "no answer to pings", true}
+	changed    = &closing{websocket.StatusServiceRestart, "the network's relays or STUN servers have changed", false}
 	resync     = &closing{websocket.StatusServiceRestart, "say again what you hold", false}
 )
 

@@ -11,6 +11,7 @@ import (
 	"github.com/culvertnet/culvert/internal/claims"
 	"github.com/culvertnet/culvert/internal/policy"
 	"github.com/culvertnet/culvert/internal/problem"
+	"github.com/culvertnet/culvert/internal/wire"
 	"github.com/culvertnet/culvert/internal/yamlfile"
 )
 
@@ -43,7 +44,11 @@ type Config struct {
 	Listen         string         // TCP address for HTTP
 	TLS            *TLS           // nil: plain HTTP
 	TrustedProxies []netip.Prefix // whose X-Forwarded-For is believed
-	UDP            string         // UDP address for STUN
+	UDP            string         // UDP address for STUN and the relay; "" where there is none
+	Probe          string         // UDP address of the second STUN port; "" where there is none
+	ProbeChosen    bool           // the file names it; else it is as good as none where it cannot be opened
+	Relay          Relay          // this node's own
+	Relays         []wire.Relay   // other relays
 	State          State
 	Issuers        []claims.Issuer // whose tokens may admit jobs
 	Networks       map[string]Network

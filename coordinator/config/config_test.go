@@ -44,6 +44,11 @@ rules:
     match: {repository_owner_id: 9919, ref: ["refs/heads/main", "refs/tags/v*"]}
     allow: ["tcp 10.20.0.5:5432"]
     max_session: 2h
+probe: ":4000"
+relay: {name: one}
+relays:
+  - {name: two, udp: "relay.example.com:3478", url: "https://relay.example.com"}
+  - {name: three, url: "https://three.example.com/culvert/relay"}
 `
 
 // minimal is the shortest useful file.
@@ -61,7 +66,7 @@ func TestParseWhole(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if c.URL != "https://culvert.example.com" || c.Listen != ":8443" || c.UDP != ":3479" || c.Lease != 5*time.Minute {
+	if c.URL != "https://culvert.example.com" || c.Listen != ":8443" || c.UDP != ":3479" || c.Probe != ":4000" || c.Lease != 5*time.Minute {
 		t.Errorf("got %q %q %q %s", c.URL, c.Listen, c.UDP, c.Lease)
 	}
 	if want := (TLS{"/etc/culvert/tls/cert.pem", "/etc/key.pem"}); *c.TLS != want {
@@ -117,7 +122,7 @@ func TestDefaults(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if c.Listen != DefaultListen || c.UDP != DefaultUDP || c.Lease != DefaultLease {
+	if c.Listen != DefaultListen || c.UDP != DefaultUDP || c.Probe != ":3479" || c.Lease != DefaultLease {
 		t.Errorf("got %q %q %s", c.Listen, c.UDP, c.Lease)
 	}
 	if len(c.Issuers) != 1 || c.Issuers[0].URL != claims.GitHub {

@@ -19,6 +19,7 @@ import (
 
 	"github.com/culvertnet/culvert/internal/claims"
 	"github.com/culvertnet/culvert/internal/policy"
+	"github.com/culvertnet/culvert/internal/yamlfile"
 )
 
 // document is culvert.yaml as it is written.
@@ -28,7 +29,10 @@ type document struct {
 	TLS             *TLS                  `yaml:"tls"`
 	ACME            map[string]any        `yaml:"acme"`
 	TrustedProxies  []string              `yaml:"trusted_proxies"`
-	UDP             string                `yaml:"udp"`
+	UDP             string                `yaml:"udp"`   // or off
+	Probe           string                `yaml:"probe"` // or off
+	Relay           yamlfile.OrOff[Relay] `yaml:"relay"`
+	Relays          []relayDoc            `yaml:"relays"`
 	State           State                 `yaml:"state"`
 	Issuers         []issuerDoc           `yaml:"issuers"`
 	Networks        map[string]networkDoc `yaml:"networks"`
@@ -84,7 +88,10 @@ func (r *reader) read(d *document) *Config {
 	c.URL = r.publicURL(d.URL, d.InsecureHTTP)
 	c.TrustedProxies = r.proxies(d.TrustedProxies)
 	c.TLS, c.Listen = r.listener(d)
-	c.UDP = r.address("$.udp", d.UDP, DefaultUDP)
+	c.UDP, c.Probe = r.ports(d)
+	c.ProbeChosen = d.Probe != ""
+	c.Relay = r.relay(d.Relay)
+	c.Relays = r.relays(d.Relays, d.InsecureHTTP)
 	c.State = r.state(d.State)
 	c.Issuers = r.issuers(d.Issuers, d.InsecureHTTP)
 	c.Networks = r.networks(d.Networks, d.InsecureHTTP)

@@ -294,7 +294,7 @@ func TestReconnect(t *testing.T) {
 	if want := []string{ends.ID, unknown.Session}; !slices.Equal(again.Welcome.End, want) {
 		t.Errorf("over: %v, want %v", again.Welcome.End, want)
 	}
-	if w := again.Welcome; w.Network != "corp" || len(w.Addresses) != 2 || len(w.STUN) != 1 {
+	if w := again.Welcome; w.Network != "corp" || len(w.Addresses) != 2 || len(w.STUN) != 2 || len(w.Relays) != 1 {
 		t.Errorf("welcome %+v", w)
 	}
 	r.eventually("it serves", func() bool {

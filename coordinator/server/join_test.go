@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -294,7 +295,8 @@ func TestInfoAndHealth(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, port, _ := net.SplitHostPort(r.server.STUNAddr().String())
-	if info.Version != wire.Version || len(info.STUN) != 1 || info.STUN[0] != ":"+port {
+	own := wire.Relay{Name: "coordinator", UDP: ":" + port, URL: publicURL + wire.PathRelay}
+	if info.Version != wire.Version || len(info.STUN) != 2 || info.STUN[0] != ":"+port || !slices.Equal(info.Relays, []wire.Relay{own}) {
 		t.Errorf("info %+v, STUN is at %s", info, r.server.STUNAddr())
 	}
 	for _, path := range []string{"/healthz", "/readyz"} {

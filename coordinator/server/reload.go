@@ -12,9 +12,7 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/culvertnet/culvert/coordinator/api"
 	"github.com/culvertnet/culvert/coordinator/config"
-	"github.com/culvertnet/culvert/coordinator/session"
 	"github.com/culvertnet/culvert/internal/claims"
 	"github.com/culvertnet/culvert/internal/problem"
 	"github.com/culvertnet/culvert/internal/yamlfile"
@@ -158,6 +156,7 @@ func (s *Server) take(ctx context.Context, next *config.Config) error {
 	if fixed := needRestart(s.config, next); len(fixed) > 0 {
 		s.log.Warn("some changes wait for a restart", "keys", fixed)
 		next.URL = s.config.URL // the audience of every token that is on its way
+		next.Relay = s.config.Relay
 	}
 	oldJobs, oldIdentities := s.jobs, s.identities
 	jobs, ids := oldJobs, oldIdentities
@@ -174,8 +173,8 @@ func (s *Server) take(ctx context.Context, next *config.Config) error {
 		}
 	}
 	s.config, s.jobs, s.identities = next, jobs, ids
-	s.api.SetRules(api.Rules{Config: next, Identities: asIdentities(ids)})
-	s.sessions.SetRules(ctx, session.Rules{Config: next, Verifier: jobs})
+	s.api.SetRules(s.apiRules())
+	s.sessions.SetRules(ctx, s.sessionRules())
 	retire(oldJobs, jobs)
 	retire(oldIdentities, ids)
 	return nil
@@ -195,7 +194,7 @@ func needRestart(a, b *config.Config) []string {
 		key  string
 		a, b any
 	}{
-		{"url", a.URL, b.URL}, {"listen", a.Listen, b.Listen}, {"udp", a.UDP, b.UDP}, {"tls", a.TLS, b.TLS},
+		{"url", a.URL, b.URL}, {"listen", a.Listen, b.Listen}, {"udp", a.UDP, b.UDP}, {"probe", a.Probe, b.Probe}, {"relay", a.Relay, b.Relay}, {"tls", a.TLS, b.TLS},
 		{"trusted_proxies", a.TrustedProxies, b.TrustedProxies}, {"state", a.State, b.State},
 	} {
 		if !reflect.DeepEqual(c.a, c.b) {

@@ -3,7 +3,9 @@ package server
 
 import (
 	"context"
+	"crypto/ed25519"
 	"crypto/tls"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"io"
@@ -20,6 +22,7 @@ import (
 	"github.com/culvertnet/culvert/internal/claims"
 	"github.com/culvertnet/culvert/internal/nat"
 	"github.com/culvertnet/culvert/internal/problem"
+	"github.com/culvertnet/culvert/internal/wire"
 )
 
 // Limits on a connection. Reading a body and a join have tighter ones of their own in package api; a hijacked WebSocket
@@ -57,7 +60,8 @@ type Server struct {
 	api      *api.API
 	http     *http.Server
 	listener net.Listener
-	stun     *nat.Server
+	stun     *nat.Server // nil without UDP
+	probe    *nat.Server // the second port; nil without one
 	watch    *watcher
 	fatal    chan error // buffered
 
@@ -99,7 +103,7 @@ func (s *Server) Start(ctx context.Context) (err error) {
 	if err := s.listen(ctx); err != nil {
 		return err
 	}
-	if err := s.build(); err != nil {
+	if err := s.build(ctx); err != nil {
 		return err
 	}
 	s.wg.Go(func() { _ = s.jobs.Prefetch(run) })   // failures are logged there; the first token tries again
@@ -110,8 +114,8 @@ func (s *Server) Start(ctx context.Context) (err error) {
 		s.watch = newWatcher(s.config.File)
 		s.wg.Go(func() { s.reloadLoop(run) })
 	}
-	s.log.Info("coordinator serves", "url", s.config.URL, "addr", s.Addr().String(), "udp", s.STUNAddr().String(),
-		"networks", s.config.NetworkNames(), "rules", len(s.config.Rules))
+	s.log.Info("coordinator serves", "url", s.config.URL, "addr", s.Addr().String(), "stun", s.config.ListedSTUN(s.ports()...),
+		"relays", len(s.relays()), "networks", s.config.NetworkNames(), "rules", len(s.config.Rules))
 	return nil
 }
 
@@ -171,25 +175,70 @@ func (s *Server) listen(ctx context.Context) (err error) {
 	if s.listener, err = lc.Listen(ctx, "tcp", s.config.Listen); err != nil {
 		return problem.Wrap(err, problem.Failed, fmt.Sprintf("cannot listen on TCP %s: %v", s.config.Listen, err), next)
 	}
+	if s.config.UDP == "" {
+		return nil
+	}
 	if s.stun, err = nat.Listen(ctx, nat.ServerOptions{Addr: s.config.UDP, Logger: s.log}); err != nil {
 		return problem.Wrap(err, problem.Failed, fmt.Sprintf("cannot listen on UDP %s: %v", s.config.UDP, err), next)
+	}
+	return s.listenProbe(ctx)
+}
+
+// listenProbe opens the second STUN port. Unless it was asked for, the coordinator does without.
+func (s *Server) listenProbe(ctx context.Context) (err error) {
+	if s.config.Probe == "" {
+		return nil
+	}
+	s.probe, err = nat.Listen(ctx, nat.ServerOptions{Addr: s.config.Probe, Logger: s.log})
+	switch {
+	case err == nil:
+	case s.config.ProbeChosen:
+		return problem.Wrap(err, problem.Failed, fmt.Sprintf("cannot listen on UDP %s: %v", s.config.Probe, err),
+			"give probe another address, or set probe: off")
+	default:
+		s.log.Warn("no second STUN port, so jobs learn less about their NAT", "addr", s.config.Probe, "err", err)
 	}
 	return nil
 }
 
+// ports are the UDP ports that answer STUN.
+func (s *Server) ports() []net.Addr {
+	var out []net.Addr
+	for _, server := range []*nat.Server{s.stun, s.probe} {
+		if server != nil {
+			out = append(out, server.Addr())
+		}
+	}
+	return out
+}
+
+// relays are those that clients and gateways are told of.
+func (s *Server) relays() []wire.Relay { return s.config.ListedRelays(s.STUNAddr()) }
+
+func (s *Server) sessionRules() session.Rules {
+	return session.Rules{Config: s.config, Verifier: s.jobs, Relays: s.relays()}
+}
+
+func (s *Server) apiRules() api.Rules {
+	return api.Rules{
+		Config: s.config, Identities: asIdentities(s.identities), STUN: s.config.ListedSTUN(s.ports()...), Relays: s.relays(),
+	}
+}
+
 // build puts sessions, API and HTTP server together.
-func (s *Server) build() (err error) {
-	s.sessions, err = session.New(session.Options{
-		Store: s.store, Rules: session.Rules{Config: s.config, Verifier: s.jobs}, Logger: s.log,
-	})
+func (s *Server) build(ctx context.Context) (err error) {
+	key, err := s.store.TicketKey(ctx)
+	if err != nil {
+		return err
+	}
+	s.sessions, err = session.New(session.Options{Store: s.store, Rules: s.sessionRules(), TicketKey: key, Logger: s.log})
 	if err != nil {
 		return err
 	}
 	o := s.opts.API
 	o.Sessions, o.Store, o.Logger = s.sessions, s.store, s.log
-	o.Rules = api.Rules{Config: s.config, Identities: asIdentities(s.identities)}
+	o.Rules, o.TicketKey = s.apiRules(), base64.RawURLEncoding.EncodeToString(key.Public().(ed25519.PublicKey))
 	o.TrustedProxies = s.config.TrustedProxies
-	o.STUN = []string{fmt.Sprintf(":%d", s.STUNAddr().(*net.UDPAddr).Port)}
 	if s.api, err = api.New(o); err != nil {
 		return err
 	}
@@ -226,8 +275,13 @@ func (s *Server) serve() {
 // Addr is the HTTP listener's address.
 func (s *Server) Addr() net.Addr { return s.listener.Addr() }
 
-// STUNAddr is the UDP address on which STUN is answered.
-func (s *Server) STUNAddr() net.Addr { return s.stun.Addr() }
+// STUNAddr is the UDP address on which STUN is answered; nil without UDP.
+func (s *Server) STUNAddr() net.Addr {
+	if s.stun == nil {
+		return nil
+	}
+	return s.stun.Addr()
+}
 
 // Failed tells of the first thing that broke for good.
 func (s *Server) Failed() <-chan error { return s.fatal }
@@ -264,6 +318,9 @@ func (s *Server) closeAll() error {
 	}
 	if s.stun != nil {
 		add("STUN", s.stun)
+	}
+	if s.probe != nil {
+		add("the second STUN port", s.probe)
 	}
 	if s.store != nil {
 		add("the state", s.store)

@@ -34,6 +34,13 @@ rules:
     max_session: 2h
 `
 
+// testRelays are listed by every bench's coordinator.
+var testRelays = []wire.Relay{
+	{Name: "coordinator", UDP: ":3478", URL: "https://culvert.test/v1/relay"},
+	{Name: "far", UDP: "far.culvert.test:3478"},
+	{Name: "near", UDP: "near.culvert.test:3478", URL: "https://near.culvert.test/v1/relay"},
+}
+
 // bench is a manager on a real store, with an issuer and gateways that are functions.
 type bench struct {
 	t      *testing.T
@@ -56,6 +63,11 @@ func newBench(t *testing.T, opts Options) *bench {
 	opts.Rules = b.rules(rulesV1)
 	opts.Logger = slog.New(slog.NewTextHandler(b.log, nil))
 	opts.Now = b.clock
+	if opts.TicketKey == nil {
+		if opts.TicketKey, err = b.store.TicketKey(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
 	if opts.OfferTimeout == 0 {
 		opts.OfferTimeout = 2 * time.Second
 	}
@@ -94,7 +106,7 @@ networks:
 		b.t.Fatal(err)
 	}
 	b.t.Cleanup(func() { _ = v.Close() })
-	return Rules{cfg, v}
+	return Rules{Config: cfg, Verifier: v, Relays: testRelays}
 }
 
 // job is a client with a key and the claims of its tokens.
@@ -170,7 +182,7 @@ func (b *bench) gateway(name string) *gateway {
 func (b *bench) present(g *gateway) {
 	b.t.Helper()
 	p := state.Presence{Instance: g.who.Instance, Name: g.who.Name, Network: "corp", Key: g.key,
-		Candidates: []wire.Candidate{{Kind: wire.Host, Addr: netip.MustParseAddrPort("192.0.2.9:51820")}}}
+		Candidates: []wire.Candidate{{Kind: wire.Host, Addr: netip.MustParseAddrPort("192.0.2.9:51820")}}, Mapping: wire.MappingHard}
 	if err := b.store.PutPresence(b.t.Context(), p, time.Minute); err != nil {
 		b.t.Fatal(err)
 	}

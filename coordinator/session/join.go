@@ -14,6 +14,7 @@ import (
 	"github.com/culvertnet/culvert/internal/claims"
 	"github.com/culvertnet/culvert/internal/policy"
 	"github.com/culvertnet/culvert/internal/problem"
+	"github.com/culvertnet/culvert/internal/relay"
 	"github.com/culvertnet/culvert/internal/wire"
 )
 
@@ -38,6 +39,8 @@ type admission struct {
 	decision policy.Decision
 	secret   wire.Secret
 	lease    state.Lease
+	relays   []wire.Relay      // that both sides get tickets for
+	tickets  []wire.RelayGrant // the client's
 	log      *slog.Logger
 }
 
@@ -109,7 +112,10 @@ func checkJoin(j *Join) error {
 	if err := checkToken(j.Token); err != nil {
 		return err
 	}
-	return checkCandidates(j.Candidates)
+	if err := checkRelays(j.Relays); err != nil {
+		return err
+	}
+	return checkFound(j.Candidates, j.Mapping)
 }
 
 func checkToken(t wire.Secret) error {
@@ -119,7 +125,11 @@ func checkToken(t wire.Secret) error {
 	return nil
 }
 
-func checkCandidates(list []wire.Candidate) error {
+// checkFound bounds what a client has found out about its network.
+func checkFound(list []wire.Candidate, m wire.Mapping) error {
+	if !m.Valid() {
+		return problem.New(problem.BadRequest, "the mapping is none that is known", "update the client; if it is up to date, report this")
+	}
 	if len(list) > wire.MaxCandidates {
 		return problem.New(problem.TooLarge, fmt.Sprintf("more than %d candidates", wire.MaxCandidates), "update the client; if it is up to date, report this")
 	}
@@ -201,6 +211,8 @@ func (m *Manager) createLease(ctx context.Context, a *admission) error {
 		return storeAway(err)
 	}
 	a.lease = l
+	a.relays = pick(a.join.Relays, a.rules.Relays)
+	a.tickets = m.tickets(a, relay.Client, a.lease.Key)
 	return nil
 }
 
@@ -220,6 +232,7 @@ func (a *admission) session() wire.Session {
 		Network:   a.lease.Network,
 		Secret:    a.secret,
 		Addresses: a.lease.Addresses,
+		Relays:    a.tickets,
 		Rules:     a.lease.Rules,
 		Lease:     wire.Duration(a.rules.Config.Lease),
 		Expires:   a.lease.Expires,

@@ -5,10 +5,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/culvertnet/culvert/coordinator/state"
 	"github.com/culvertnet/culvert/internal/problem"
+	"github.com/culvertnet/culvert/internal/relay"
 	"github.com/culvertnet/culvert/internal/wire"
 )
 
@@ -53,7 +55,7 @@ func (a *admission) announce(g state.Presence) error {
 		return nil
 	}
 	s := a.session()
-	s.Gateways = []wire.Gateway{{Name: g.Name, Key: g.Key, Addresses: a.network.Gateway(), Candidates: g.Candidates}}
+	s.Gateways = []wire.Gateway{{Name: g.Name, Key: g.Key, Addresses: a.network.Gateway(), Candidates: g.Candidates, Mapping: g.Mapping}}
 	return a.join.Admitted(s)
 }
 
@@ -65,6 +67,8 @@ func (m *Manager) offer(ctx context.Context, a *admission, g state.Presence) (wi
 		Token:      a.join.Token,
 		Addresses:  a.lease.Addresses,
 		Candidates: a.join.Candidates,
+		Mapping:    a.join.Mapping,
+		Relays:     m.tickets(a, relay.Gateway, g.Key),
 		Grants:     a.decision.Grants,
 		Lease:      wire.Duration(a.rules.Config.Lease),
 		MaxSession: wire.Duration(a.lease.Ends.Sub(a.lease.Created)),
@@ -75,7 +79,19 @@ func (m *Manager) offer(ctx context.Context, a *admission, g state.Presence) (wi
 	if answer.Gateway == nil || answer.Gateway.Key != g.Key {
 		return answer, problem.New(problem.Incompatible, fmt.Sprintf("gateway %q answered without its key", g.Name), "update the gateway")
 	}
+	clean(answer.Gateway, g)
 	return answer, nil
+}
+
+// clean bounds what a gateway says of itself to a client. Its name is the one that it is enrolled with.
+func clean(w *wire.Gateway, g state.Presence) {
+	w.Name = g.Name
+	w.Candidates = slices.DeleteFunc(w.Candidates[:min(len(w.Candidates), wire.MaxCandidates)], func(c wire.Candidate) bool {
+		return !c.Kind.Valid() || !c.Addr.IsValid() || c.Addr.Port() == 0
+	})
+	if !w.Mapping.Valid() {
+		w.Mapping = wire.MappingUnknown
+	}
 }
 
 // settle writes down who holds the session and gives the client the whole of it.
@@ -102,8 +118,8 @@ func (m *Manager) settle(ctx context.Context, a *admission, g state.Presence, an
 	if answer.Lease != nil {
 		s.Expires, s.Ends = answer.Lease.Expires, answer.Lease.Ends
 	}
-	if late := m.dropOffer(l.Session); len(late) > 0 {
-		m.tell(ctx, g.Instance, wire.FrameCandidates, wire.Trickle{Session: l.Session, Candidates: late})
+	if late, ok := m.dropOffer(l.Session).later(l.Session); ok {
+		m.tell(ctx, g.Instance, wire.FrameCandidates, late)
 	}
 	a.log.Info("session admitted", "gateway", g.Name, "rule", l.Rules, "addresses", l.Addresses, "client", a.join.Client,
 		"ends", l.Ends)
@@ -200,20 +216,17 @@ func (m *Manager) offering(id string) bool {
 	return m.offered[id] != nil
 }
 
-// dropOffer ends that and gives the candidates that came meanwhile.
-func (m *Manager) dropOffer(id string) []wire.Candidate {
+// dropOffer ends that and gives what came meanwhile, nil where it has ended already.
+func (m *Manager) dropOffer(id string) *offered {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	o := m.offered[id]
 	delete(m.offered, id)
-	if o == nil {
-		return nil
-	}
-	return o.candidates
+	return o
 }
 
-// holdCandidates keeps candidates for a session that is being offered here. ok is false where none is.
-func (m *Manager) holdCandidates(id string, list []wire.Candidate) (ok bool) {
+// holdFound keeps what was found later for a session that is being offered here. ok is false where none is.
+func (m *Manager) holdFound(id string, list []wire.Candidate, mapping wire.Mapping) (ok bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	o := m.offered[id]
@@ -222,5 +235,8 @@ func (m *Manager) holdCandidates(id string, list []wire.Candidate) (ok bool) {
 	}
 	room := wire.MaxCandidates - len(o.candidates)
 	o.candidates = append(o.candidates, list[:min(len(list), room)]...)
+	if mapping != wire.MappingUnknown {
+		o.mapping = mapping
+	}
 	return true
 }

@@ -25,10 +25,10 @@ const (
 // updateTries bounds how often a lease that others write too is read again.
 const updateTries = 5
 
-// Update takes what a session's owner sends later: candidates, which go on to the gateway, or a fresh token, which renews.
+// Update takes what a session's owner sends later: candidates and mapping, which go on to the gateway, or a fresh token, which renews.
 // Errors are *problem.Error; an unknown session and a wrong secret look the same.
 func (m *Manager) Update(ctx context.Context, id string, secret wire.Secret, u wire.Update) (wire.Lease, error) {
-	if err := checkCandidates(u.Candidates); err != nil {
+	if err := checkFound(u.Candidates, u.Mapping); err != nil {
 		return wire.Lease{}, err
 	}
 	if err := checkToken(u.Token); err != nil {
@@ -38,8 +38,8 @@ func (m *Manager) Update(ctx context.Context, id string, secret wire.Secret, u w
 	if err != nil {
 		return wire.Lease{}, err
 	}
-	if len(u.Candidates) > 0 {
-		if err := m.passCandidates(ctx, l, u.Candidates); err != nil {
+	if len(u.Candidates) > 0 || u.Mapping != wire.MappingUnknown {
+		if err := m.passOn(ctx, l, u); err != nil {
 			return wire.Lease{}, err
 		}
 	}
@@ -49,11 +49,13 @@ func (m *Manager) Update(ctx context.Context, id string, secret wire.Secret, u w
 	return m.renew(ctx, l, u.Token)
 }
 
-func (m *Manager) passCandidates(ctx context.Context, l state.Lease, list []wire.Candidate) error {
-	if m.holdCandidates(l.Session, list) {
+// passOn tells the session's gateway what its client has found later.
+func (m *Manager) passOn(ctx context.Context, l state.Lease, u wire.Update) error {
+	if m.holdFound(l.Session, u.Candidates, u.Mapping) {
 		return nil
 	}
-	if !m.tell(ctx, l.Gateway, wire.FrameCandidates, wire.Trickle{Session: l.Session, Candidates: list}) {
+	found := wire.Trickle{Session: l.Session, Candidates: u.Candidates, Mapping: u.Mapping}
+	if !m.tell(ctx, l.Gateway, wire.FrameCandidates, found) {
 		return problem.New(problem.GatewayTimeout, "the session's gateway is not connected", "try again in a few seconds")
 	}
 	return nil

@@ -3,6 +3,7 @@ package session
 
 import (
 	"context"
+	"crypto/ed25519"
 	"errors"
 	"log/slog"
 	"sync"
@@ -36,6 +37,7 @@ type Verifier interface {
 type Rules struct {
 	Config   *config.Config
 	Verifier Verifier
+	Relays   []wire.Relay // as they are listed to clients, this node's own first
 }
 
 // Options configure a [Manager].
@@ -43,6 +45,8 @@ type Options struct {
 	Store  Store
 	Rules  Rules
 	Logger *slog.Logger
+	// TicketKey signs relay tickets. Without one no session is given a relay.
+	TicketKey ed25519.PrivateKey
 
 	OfferTimeout time.Duration    // how long one gateway may think about an offer or a renewal; default 5 s
 	MaxOffers    int              // how many gateways are asked for one join; default 3
@@ -104,6 +108,15 @@ type Manager struct {
 // offered collects what comes in for a session while it is offered.
 type offered struct {
 	candidates []wire.Candidate
+	mapping    wire.Mapping
+}
+
+// later is what has come in, and whether that is anything.
+func (o *offered) later(id string) (t wire.Trickle, ok bool) {
+	if o == nil || len(o.candidates) == 0 && o.mapping == wire.MappingUnknown {
+		return t, false
+	}
+	return wire.Trickle{Session: id, Candidates: o.candidates, Mapping: o.mapping}, true
 }
 
 // New makes a manager.

@@ -16,6 +16,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/http"
 	"net/netip"
 	"runtime"
 	"slices"
@@ -25,6 +26,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"github.com/culvertnet/culvert/internal/claims"
+	"github.com/culvertnet/culvert/internal/portmap"
 	"github.com/culvertnet/culvert/internal/problem"
 	"github.com/culvertnet/culvert/internal/wire"
 )
@@ -40,11 +42,13 @@ type Gateway struct {
 	log      *slog.Logger
 	instance string
 	key      wire.Key
+	client   *http.Client
 	verifier *claims.Verifier
 	door     *door
 	table    *table
 	plane    *plane
 	gather   *gatherer
+	mapper   *portmap.Manager // nil where no router is asked
 	stream   *stream
 	out      *outbox
 	metrics  *metrics
@@ -81,6 +85,10 @@ func Start(ctx context.Context, opts Options) (*Gateway, error) {
 	g.stopAll = stop
 	g.gather.update()
 	g.wg.Go(func() { g.gather.run(run) })
+	g.wg.Go(func() { g.watchNetwork(run) })
+	if g.mapper != nil {
+		g.wg.Go(func() { g.mapper.Run(run) })
+	}
 	g.wg.Go(func() { g.stream.run(run) })
 	g.wg.Go(func() {
 		if err := g.verifier.Prefetch(run); err != nil {
@@ -102,9 +110,8 @@ func (g *Gateway) build() (err error) {
 		return err
 	}
 	g.key = key.Public()
-	g.verifier, err = claims.New(claims.Options{
-		Issuers: o.Issuers, InsecureHTTP: o.InsecureHTTP, HTTPClient: o.HTTPClient, Logger: g.log,
-	})
+	g.client = o.client()
+	g.verifier, err = claims.New(claims.Options{Issuers: o.Issuers, InsecureHTTP: o.InsecureHTTP, HTTPClient: g.client, Logger: g.log})
 	if err != nil {
 		return err
 	}
@@ -126,6 +133,9 @@ func (g *Gateway) build() (err error) {
 	}
 	g.gather = newGatherer(g.plane.tunnel.Port(), o, g.log)
 	g.gather.reflexive, g.gather.refresh, g.gather.changed = g.plane.tunnel.Reflexive, own.refresh, g.out.setCandidates
+	if g.mapper, err = g.newMapper(); err != nil {
+		return err
+	}
 	g.table = newTable(o.Limits.Sessions, g.metrics.count, g.sessionEnded)
 	g.door = &door{
 		name: o.Name, key: g.key, judge: j, table: g.table, plane: g.plane, own: own, log: g.log,
@@ -134,7 +144,7 @@ func (g *Gateway) build() (err error) {
 	}
 	g.plane.handler, g.plane.known = g.door.insideHandler(), func(a netip.Addr) bool { _, ok := g.table.from(a); return ok }
 	g.stream = &stream{
-		url: o.Coordinator + wire.PathGateway, network: o.Network, client: o.streamClient(), credential: o.credential,
+		url: o.Coordinator + wire.PathGateway, network: o.Network, client: g.client, credential: o.credential,
 		hello: g.hello, welcome: g.welcome, handle: g.handle, join: g.offers.Wait, out: g.out, log: g.log,
 	}
 	return g.metrics.serve(o.Metrics, g)
@@ -173,6 +183,9 @@ func (g *Gateway) release() error {
 	}
 	if g.verifier != nil {
 		err = errors.Join(err, g.verifier.Close())
+	}
+	if g.client != nil {
+		g.client.CloseIdleConnections()
 	}
 	return err
 }

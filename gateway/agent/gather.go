@@ -24,7 +24,8 @@ const (
 type gatherer struct {
 	port      uint16
 	public    netip.AddrPort
-	fallback  string // host of a STUN server that names none
+	mapped    func() (wire.Candidate, bool) // the port that a router forwards
+	fallback  string                        // host of a STUN server that names none
 	reflexive func(context.Context, netip.AddrPort) (netip.AddrPort, error)
 	resolve   func(context.Context, string) ([]netip.Addr, error)
 	host      func(uint16) ([]wire.Candidate, error)
@@ -45,8 +46,9 @@ func newGatherer(port uint16, o *Options, log *slog.Logger) *gatherer {
 		resolve: func(ctx context.Context, host string) ([]netip.Addr, error) {
 			return net.DefaultResolver.LookupNetIP(ctx, "ip", host)
 		},
-		host: func(port uint16) ([]wire.Candidate, error) { return nat.HostCandidates(port, nat.SkipVirtual) },
-		kick: make(chan struct{}, 1), seen: map[string]netip.AddrPort{},
+		host:   func(port uint16) ([]wire.Candidate, error) { return nat.HostCandidates(port, nat.SkipVirtual) },
+		mapped: func() (wire.Candidate, bool) { return wire.Candidate{}, false },
+		kick:   make(chan struct{}, 1), seen: map[string]netip.AddrPort{},
 	}
 }
 
@@ -62,6 +64,11 @@ func (g *gatherer) setServers(servers []string) {
 	g.mu.Lock()
 	g.servers = slices.Clone(servers[:min(len(servers), maxSTUN)])
 	g.mu.Unlock()
+	g.again()
+}
+
+// again has the candidates gathered now. It does not wait.
+func (g *gatherer) again() {
 	select {
 	case g.kick <- struct{}{}:
 	default:
@@ -82,10 +89,16 @@ func (g *gatherer) run(ctx context.Context) {
 		if err := g.refresh(); err != nil {
 			g.log.Warn("the machine's addresses cannot be read; the last ones stay in force", "err", err)
 		}
+		g.tell(ctx) // what is known without asking anybody
 		g.ask(ctx)
-		if ctx.Err() == nil && g.update() {
-			g.changed(g.current())
-		}
+		g.tell(ctx)
+	}
+}
+
+// tell tells of candidates that have changed.
+func (g *gatherer) tell(ctx context.Context) {
+	if ctx.Err() == nil && g.update() {
+		g.changed(g.current())
 	}
 }
 
@@ -157,6 +170,9 @@ func (g *gatherer) update() bool {
 	defer g.mu.Unlock()
 	if g.public.IsValid() {
 		next = slices.Insert(next, 0, wire.Candidate{Kind: wire.Public, Addr: g.public})
+	}
+	if c, ok := g.mapped(); ok {
+		next = append(next, c)
 	}
 	for _, s := range g.servers {
 		for _, f := range []string{" 4", " 6"} {

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -134,4 +135,46 @@ func TestSaneCandidates(t *testing.T) {
 	if n := len(saneCandidates(slices.Repeat(in, 20))); n != wire.MaxCandidates {
 		t.Errorf("%d kept, want at most %d", n, wire.MaxCandidates)
 	}
+}
+
+// What a router forwards is told at once, without waiting for STUN, and is more than what STUN sees at the same address.
+func TestGathersMappedPorts(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := testGatherer("10.20.0.7")
+		forwarded := wire.Candidate{Kind: wire.Mapped, Addr: netip.MustParseAddrPort("203.0.113.77:51820")}
+		var on atomic.Bool
+		g.mapped = func() (wire.Candidate, bool) { return forwarded, on.Load() }
+		g.reflexive = func(ctx context.Context, _ netip.AddrPort) (netip.AddrPort, error) {
+			select {
+			case <-time.After(time.Second):
+				return forwarded.Addr, nil
+			case <-ctx.Done():
+				return netip.AddrPort{}, ctx.Err()
+			}
+		}
+		var told [][]wire.Candidate
+		g.changed = func(c []wire.Candidate) { told = append(told, c) }
+		g.setServers([]string{":3478"})
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan struct{})
+		go func() { defer close(done); g.run(ctx) }()
+		on.Store(true)
+		g.again()
+		synctest.Wait()
+		host := wire.Candidate{Kind: wire.Host, Addr: netip.MustParseAddrPort("10.20.0.7:51820")}
+		if want := []wire.Candidate{host, forwarded}; len(told) != 1 || !slices.Equal(told[0], want) {
+			t.Errorf("told %v, want %v at once", told, want)
+		}
+		time.Sleep(2 * time.Second)
+		on.Store(false)
+		g.again()
+		time.Sleep(2 * time.Second)
+		synctest.Wait()
+		seen := wire.Candidate{Kind: wire.Reflexive, Addr: forwarded.Addr}
+		if want := []wire.Candidate{host, seen}; len(told) != 2 || !slices.Equal(told[1], want) {
+			t.Errorf("told %v, want %v at last", told, want)
+		}
+		cancel()
+		<-done
+	})
 }

@@ -15,6 +15,7 @@ import (
 
 	"github.com/culvertnet/culvert/gateway/forward"
 	"github.com/culvertnet/culvert/internal/claims"
+	"github.com/culvertnet/culvert/internal/egress"
 	"github.com/culvertnet/culvert/internal/policy"
 	"github.com/culvertnet/culvert/internal/problem"
 )
@@ -39,6 +40,9 @@ type Options struct {
 	Listen string
 	// PublicAddress is where the operator forwards a public address and port to the tunnel's, if anywhere.
 	PublicAddress netip.AddrPort
+	// PortMapping asks the router on the default route to forward the tunnel's port, unless PublicAddress says that somebody
+	// has seen to that.
+	PortMapping bool
 	// StateDir keeps the WireGuard key over restarts. Without it the key lives in memory.
 	StateDir string
 	// Issuers whose tokens jobs may bring; default GitHub's.
@@ -53,7 +57,7 @@ type Options struct {
 	Program string
 	Limits  Limits
 	Logger  *slog.Logger
-	// HTTPClient reaches the coordinator and the issuers; default: one for each, with proxies from the environment.
+	// HTTPClient reaches the coordinator, the issuers and relays; default: one that goes through the environment's proxies.
 	HTTPClient *http.Client
 }
 
@@ -208,13 +212,10 @@ func loopbackHost(host string) bool {
 	return host == "localhost" || (err == nil && addr.IsLoopback())
 }
 
-// streamClient is what dials the coordinator. It has no timeout of its own: it would end the stream too.
-func (o *Options) streamClient() *http.Client {
+// client is what reaches the coordinator, the issuers and relays. It has no timeout of its own, which would end streams too.
+func (o *Options) client() *http.Client {
 	if o.HTTPClient != nil {
 		return o.HTTPClient
 	}
-	t := http.DefaultTransport.(*http.Transport).Clone()
-	t.Proxy = http.ProxyFromEnvironment
-	t.DisableKeepAlives = true // each connection becomes a stream
-	return &http.Client{Transport: t}
+	return &http.Client{Transport: egress.New(http.DefaultTransport.(*http.Transport))}
 }

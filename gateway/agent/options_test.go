@@ -34,7 +34,7 @@ func TestOptionsDefaults(t *testing.T) {
 		t.Fatal(err)
 	}
 	if o.Coordinator != coordinatorURL || o.Listen != ":51820" || o.Name == "" || len(o.Issuers) != 1 ||
-		o.streamClient() == nil || o.Limits.Sessions != 20000 {
+		o.client() == nil || o.Limits.Sessions != 20000 {
 		t.Errorf("defaults: %+v", o)
 	}
 	if o.stunFallback() != "culvert.example.com" {

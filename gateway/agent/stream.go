@@ -131,6 +131,9 @@ func (s *stream) dial(ctx context.Context) (*websocket.Conn, error) {
 	if resp != nil && resp.StatusCode >= 400 && resp.Body != nil {
 		return nil, problem.Read(resp)
 	}
+	if p, ok := errors.AsType[*problem.Error](err); ok {
+		return nil, p // a proxy's word
+	}
 	return nil, problem.Wrap(err, problem.Unreachable, "the coordinator cannot be reached",
 		"check its URL, that it runs, and that the way out is open (HTTPS_PROXY is honoured)")
 }

@@ -71,6 +71,10 @@ var rules = []rule{
 		why: "an issuer that signs whatever it is asked to has no place in a program",
 	},
 	{
+		from: []string{"..."}, except: append([]string{"internal/egress/egresstest"}, assemblies...), never: []string{"internal/egress/egresstest"},
+		why: "a proxy that leads wherever it is asked to has no place in a program",
+	},
+	{
 		from: []string{"coordinator/audit"}, never: []string{"coordinator/session", "coordinator/api", "coordinator/server"},
 		why: "whoever decides writes records; the log knows nothing of how decisions come about",
 	},
@@ -292,6 +296,7 @@ func TestViolationsAreFound(t *testing.T) {
 		{"internal/policy", "gateway/agent", "internal/policy → gateway/agent: imports point down"},
 		{"gateway/agent", "internal/e2e", "gateway/agent → internal/e2e: what puts programs"},
 		{"gateway/agent", "internal/claims/claimstest", "gateway/agent → internal/claims/claimstest: an issuer"},
+		{"gateway/agent", "internal/egress/egresstest", "gateway/agent → internal/egress/egresstest: a proxy"},
 		{"coordinator/audit", "coordinator/session", "coordinator/audit → coordinator/session: whoever decides"},
 		{"internal/policy", "net/http", "internal/policy → net/http: policy is pure"},
 		{"internal/claims", "internal/policy", "internal/claims → internal/policy: verifying"},

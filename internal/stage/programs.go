@@ -228,6 +228,9 @@ func (s *Stage) StartGateway(ctx context.Context) error {
 func (s *Stage) LaunchGateway() error {
 	args := []string{"run", "--coordinator", s.URL, "--network", Network, "--enrol-token-file", s.enrolment,
 		"--issuer", s.Issuer.URL(), "--listen", fmt.Sprintf(":%d", s.ports.gateway)}
+	if s.opts.Flat { // the router there is this machine's own
+		args = append(args, "--port-mapping", "off")
+	}
 	if s.opts.Policy != nil {
 		args = append(args, "--policy", s.file("policy.yaml"))
 	} else {

@@ -50,6 +50,9 @@ func (c *checker) check(node ast.Node, t reflect.Type, name, path string) ast.No
 	if node == nil || node.Type() == ast.NullType {
 		return node // the zero value; whether it may be missing is the caller's rule
 	}
+	if o, ok := reflect.New(t).Interface().(offable); ok {
+		return c.checkOff(node, o, name, path)
+	}
 	var f *fault
 	switch pt := reflect.PointerTo(t); {
 	case slices.ContainsFunc(customTypes, pt.Implements), t == timeType:

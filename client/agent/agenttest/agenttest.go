@@ -3,6 +3,7 @@
 package agenttest
 
 import (
+	"cmp"
 	"encoding/json"
 	"net/http"
 	"net/http/httptest"
@@ -32,6 +33,7 @@ const Bearer = "request-token"
 // World is an issuer, a coordinator and a gateway. Set what the script changes before the first join.
 type World struct {
 	HTTP    *httptest.Server // issuer and coordinator
+	URL     string           // the coordinator's, as clients know it; default where HTTP listens
 	Gateway *Gateway
 
 	OnJoin  func(n int, w http.ResponseWriter) bool // the nth join; true says that it has been answered
@@ -67,6 +69,7 @@ func New(t *testing.T, scripts ...func(*World)) *World {
 	mux.HandleFunc("DELETE "+wire.PathSessions+"/{id}", w.end)
 	w.HTTP = httptest.NewUnstartedServer(mux)
 	w.HTTP.Start()
+	w.URL = cmp.Or(w.URL, w.HTTP.URL)
 	t.Cleanup(w.HTTP.Close)
 	return w
 }
@@ -79,7 +82,7 @@ func (w *World) Environ() []string {
 	return []string{
 		"ACTIONS_ID_TOKEN_REQUEST_URL=" + w.HTTP.URL + "/token?api-version=2.0",
 		"ACTIONS_ID_TOKEN_REQUEST_TOKEN=" + Bearer,
-		"CULVERT_COORDINATOR=" + w.HTTP.URL,
+		"CULVERT_COORDINATOR=" + w.URL,
 	}
 }
 
@@ -130,7 +133,7 @@ func (w *World) join(rw http.ResponseWriter, r *http.Request) {
 	w.joins = append(w.joins, j)
 	n := len(w.joins)
 	w.mu.Unlock()
-	if j.Token != Token(wire.Audience(w.HTTP.URL, j.Key)) {
+	if j.Token != Token(wire.Audience(w.URL, j.Key)) {
 		problem.Write(rw, problem.New(problem.TokenAudience, "the token is for something else", ""))
 		return
 	}

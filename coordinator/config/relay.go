@@ -1,0 +1,161 @@
+package config
+
+import (
+	"cmp"
+	"fmt"
+	"net"
+	"slices"
+	"strconv"
+
+	"github.com/culvertnet/culvert/internal/wire"
+	"github.com/culvertnet/culvert/internal/yamlfile"
+)
+
+// DefaultRelay is what a coordinator's own relay is called.
+const DefaultRelay = "coordinator"
+
+// Relay is this node's own relay. It serves on the UDP port, where there is one, and on the HTTPS port.
+type Relay struct {
+	Off bool `yaml:"-"`
+	// Name lists it; default [DefaultRelay]. Nodes that share their state need names of their own, and list each other in relays.
+	Name string `yaml:"name"`
+}
+
+// relayDoc is another relay as it is written.
+type relayDoc struct {
+	Name string `yaml:"name"`
+	UDP  string `yaml:"udp"`
+	URL  string `yaml:"url"`
+}
+
+// ports are the UDP addresses of STUN and relay and of the second STUN port, "" for none. The second one is by default the
+// one after the first: a NAT that maps by destination port shows itself between the two.
+func (r *reader) ports(d *document) (udp, probe string) {
+	const off = "off"
+	if d.UDP == off {
+		if d.Probe != "" && d.Probe != off {
+			r.fail("$.probe", "a second STUN port without a first", "remove probe, or give udp an address as well")
+		}
+		return "", ""
+	}
+	udp = r.address("$.udp", d.UDP, DefaultUDP)
+	switch d.Probe {
+	case off:
+		return udp, ""
+	case "":
+		return udp, nextPort(udp)
+	}
+	probe = r.address("$.probe", d.Probe, "")
+	if probe == udp && !ephemeral(udp) {
+		r.fail("$.probe", "probe and udp are the same address", "give probe another port, or remove it for the one after udp's")
+	}
+	return udp, probe
+}
+
+func ephemeral(addr string) bool {
+	_, port, _ := net.SplitHostPort(addr)
+	return port == "0"
+}
+
+// nextPort is addr with the port after its own; one that the system picks stays so, and the last one has none after it.
+func nextPort(addr string) string {
+	host, port, err := net.SplitHostPort(addr)
+	n, perr := strconv.ParseUint(port, 10, 16)
+	switch {
+	case err != nil || perr != nil || n == 1<<16-1:
+		return ""
+	case n == 0:
+		return addr
+	}
+	return net.JoinHostPort(host, strconv.FormatUint(n+1, 10))
+}
+
+func (r *reader) relay(d yamlfile.OrOff[Relay]) Relay {
+	own := d.Value
+	own.Off = d.Off
+	own.Name = cmp.Or(own.Name, DefaultRelay)
+	if !networkName.MatchString(own.Name) {
+		r.fail("$.relay.name", strconv.Quote(own.Name)+" is no name for a relay", "use up to 63 lower-case letters, digits and inner hyphens")
+	}
+	return own
+}
+
+func (r *reader) relays(docs []relayDoc, insecure bool) []wire.Relay {
+	out := make([]wire.Relay, 0, len(docs))
+	if len(docs) >= wire.MaxRelays {
+		r.fail("$.relays", fmt.Sprintf("more than %d relays", wire.MaxRelays-1), "keep those that are nearest to your runners and gateways")
+	}
+	for i, d := range docs {
+		path := fmt.Sprintf("$.relays[%d]", i)
+		switch {
+		case !networkName.MatchString(d.Name):
+			r.fail(path, strconv.Quote(d.Name)+" is no name for a relay", "use up to 63 lower-case letters, digits and inner hyphens")
+		case slices.ContainsFunc(out, func(o wire.Relay) bool { return o.Name == d.Name }):
+			r.fail(path+".name", "the relay is listed twice", "keep one of them")
+		case d.UDP == "" && d.URL == "":
+			r.fail(path, "the relay has no address", "give it udp: HOST:PORT, url: https://HOST/v1/relay, or both")
+		}
+		out = append(out, wire.Relay{Name: d.Name, UDP: r.relayUDP(path, d.UDP), URL: r.relayURL(path, d.URL, insecure)})
+	}
+	return out
+}
+
+func (r *reader) relayUDP(path, s string) string {
+	if s == "" {
+		return ""
+	}
+	host, port, err := net.SplitHostPort(s)
+	if n, perr := strconv.ParseUint(port, 10, 16); err != nil || perr != nil || n == 0 || host == "" {
+		r.fail(path+".udp", strconv.Quote(s)+" is not host:port", "write it like relay.example.com:3478")
+	}
+	return s
+}
+
+func (r *reader) relayURL(path, s string, insecure bool) string {
+	if s == "" {
+		return ""
+	}
+	u := r.webURL(path+".url", s, insecure)
+	if u == nil {
+		return ""
+	}
+	if u.Path == "" || u.Path == "/" {
+		u.Path = wire.PathRelay
+	}
+	return u.String()
+}
+
+// ListedRelays are the relays that clients and gateways are told of, this node's own first: udp is where it serves, nil
+// where it does not. Where relays lists this node itself, that entry says how it is reached.
+func (c *Config) ListedRelays(udp net.Addr) []wire.Relay {
+	if c.Relay.Off {
+		return c.Relays
+	}
+	own := wire.Relay{Name: c.Relay.Name, URL: c.URL + wire.PathRelay}
+	if a, ok := udp.(*net.UDPAddr); ok {
+		own.UDP = ":" + strconv.Itoa(a.Port)
+	}
+	out := []wire.Relay{own}
+	for _, other := range c.Relays {
+		if other.Name == own.Name {
+			out[0] = other
+		} else {
+			out = append(out, other)
+		}
+	}
+	return out
+}
+
+// ListedSTUN are the STUN servers that they are told of: those of the configuration, else the ports of this node that are open.
+func (c *Config) ListedSTUN(open ...net.Addr) []string {
+	if len(c.STUN) > 0 {
+		return c.STUN
+	}
+	var out []string
+	for _, addr := range open {
+		if a, ok := addr.(*net.UDPAddr); ok {
+			out = append(out, ":"+strconv.Itoa(a.Port))
+		}
+	}
+	return out
+}

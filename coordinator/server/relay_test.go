@@ -1,0 +1,172 @@
+package server
+
+import (
+	"crypto/ed25519"
+	"net/http"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/coder/websocket"
+	"github.com/nats-io/nats-server/v2/server"
+
+	"github.com/culvertnet/culvert/coordinator/api/apitest"
+	"github.com/culvertnet/culvert/internal/relay"
+	"github.com/culvertnet/culvert/internal/wire"
+)
+
+// configured changes a rig's file and restarts it with that.
+func (r *rig) configured(old, replacement string) {
+	r.t.Helper()
+	r.stop()
+	if !strings.Contains(r.doc, old) {
+		r.t.Fatalf("the file has no %q", old)
+	}
+	r.doc = strings.Replace(r.doc, old, replacement, 1)
+	r.write(r.doc)
+	r.start()
+}
+
+func (r *rig) info() (info wire.Info) {
+	r.t.Helper()
+	if err := r.call(http.MethodGet, wire.PathInfo, "", nil, &info); err != nil {
+		r.t.Fatal(err)
+	}
+	return info
+}
+
+// ticketKey is the key with which a node's tickets are verified.
+func ticketKey(t *testing.T, r *rig) []ed25519.PublicKey {
+	t.Helper()
+	key, err := r.server.store.TicketKey(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return []ed25519.PublicKey{key.Public().(ed25519.PublicKey)}
+}
+
+// holds reports whether a relay that knows these keys takes a ticket.
+func holds(t *testing.T, g wire.RelayGrant, keys []ed25519.PublicKey) bool {
+	t.Helper()
+	ticket, err := relay.DecodeTicket(g.Ticket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = relay.Verify(ticket, keys, time.Now())
+	return err == nil
+}
+
+// TestWithoutUDP: a coordinator on a platform without UDP names other STUN servers and relays, and its own over WebSocket.
+func TestWithoutUDP(t *testing.T) {
+	r := newRig(t, Options{})
+	r.configured(`udp: "127.0.0.1:0"`, `udp: off
+stun: ["stun.example.com:3478", "stun.example.com:3479"]
+relays: [{name: far, udp: "relay.example.com:3478"}]`)
+	if r.server.STUNAddr() != nil {
+		t.Errorf("UDP is open at %s", r.server.STUNAddr())
+	}
+	info := r.info()
+	if !slices.Equal(info.STUN, []string{"stun.example.com:3478", "stun.example.com:3479"}) ||
+		!slices.Equal(info.Relays, []wire.Relay{{Name: "coordinator", URL: publicURL + wire.PathRelay}, {Name: "far", UDP: "relay.example.com:3478"}}) {
+		t.Errorf("info %+v", info)
+	}
+	g := r.gateway()
+	if !slices.Equal(g.Welcome.STUN, info.STUN) || !slices.Equal(g.Welcome.Relays, info.Relays) {
+		t.Errorf("welcome %+v", g.Welcome)
+	}
+	if s := r.job().mustJoin(); len(s.Relays) != 2 || s.Relays[0].UDP != "" || !holds(t, s.Relays[0], ticketKey(t, r)) {
+		t.Errorf("relays %+v", s.Relays)
+	}
+}
+
+// TestNoRelayAtAll: without its own relay and others, a coordinator gives no tickets and serves no relay.
+func TestNoRelayAtAll(t *testing.T) {
+	r := newRig(t, Options{})
+	r.configured("state: {dir: state}", "state: {dir: state}\nrelay: off\nprobe: off")
+	r.gateway()
+	if info := r.info(); len(info.Relays) != 0 || len(info.STUN) != 1 {
+		t.Errorf("info %+v", info)
+	}
+	if s := r.job().mustJoin(); len(s.Relays) != 0 {
+		t.Errorf("relays %+v", s.Relays)
+	}
+	resp, err := r.do(http.MethodGet, wire.PathRelay, "", "", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = resp.Body.Close()
+	if resp.StatusCode != http.StatusNotFound {
+		t.Errorf("the relay's path answers %s", resp.Status)
+	}
+}
+
+// TestTicketsOutliveARestart: a ticket holds for as long as the session, whatever the coordinator does meanwhile.
+func TestTicketsOutliveARestart(t *testing.T) {
+	r := newRig(t, Options{})
+	r.gateway()
+	s := r.job().mustJoin()
+	before := r.info().TicketKey
+	r.stop()
+	r.start()
+	if !holds(t, s.Relays[0], ticketKey(t, r)) {
+		t.Error("the coordinator does not take its own ticket any more")
+	}
+	if after := r.info().TicketKey; after == "" || after != before {
+		t.Errorf("the key that relays are given changed from %q to %q", before, after)
+	}
+}
+
+// TestNodesShareTheTicketKey: what one node signs, a relay of another takes.
+func TestNodesShareTheTicketKey(t *testing.T) {
+	srv, err := server.NewServer(&server.Options{
+		Host: "127.0.0.1", Port: server.RANDOM_PORT, NoLog: true, NoSigs: true, JetStream: true, StoreDir: t.TempDir(),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv.Start()
+	t.Cleanup(func() { srv.Shutdown(); srv.WaitForShutdown() })
+	if !srv.ReadyForConnections(10 * time.Second) {
+		t.Fatal("nats does not start")
+	}
+	one, two := newRig(t, Options{}), newRig(t, Options{})
+	for _, r := range []*rig{one, two} {
+		r.configured("state: {dir: state}", `state: {nats: ["`+srv.ClientURL()+`"]}`)
+	}
+	one.gateway()
+	s := one.job().mustJoin()
+	if a, b := one.info().TicketKey, two.info().TicketKey; a != b || !holds(t, s.Relays[0], ticketKey(t, two)) {
+		t.Errorf("two nodes, keys %q and %q", a, b)
+	}
+}
+
+// TestGatewaysHearOfNewRelays: a gateway comes back to be told when the list of relays changes.
+func TestGatewaysHearOfNewRelays(t *testing.T) {
+	r := newRig(t, Options{})
+	g := r.gateway()
+	r.write(r.doc + `relays: [{name: far, udp: "relay.example.com:3478"}]` + "\n")
+	if err := r.server.Reload(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	<-g.Done()
+	if websocket.CloseStatus(g.Err()) != websocket.StatusServiceRestart {
+		t.Errorf("the stream ended with %v", g.Err())
+	}
+	r.eventually("the old stream is gone", func() bool { return len(r.server.store.Gateways("corp")) == 0 })
+	g = r.gateway(func(o *apitest.Options) { o.Hello = hello("east") })
+	if len(g.Welcome.Relays) != 2 {
+		t.Errorf("welcome %+v", g.Welcome)
+	}
+	if s := r.job().mustJoin(); len(s.Relays) != 2 || s.Relays[1].Name != "far" {
+		t.Errorf("relays %+v", s.Relays)
+	}
+	if err := r.server.Reload(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-g.Done():
+		t.Error("a reload that changes nothing ended the stream")
+	default:
+	}
+}
