@@ -21,8 +21,10 @@ var version = "dev"
 
 type cli struct {
 	Serve   serveCmd   `cmd:"" help:"Run a coordinator until SIGTERM or SIGINT; SIGHUP reads the configuration again."`
-	Check   checkCmd   `cmd:"" help:"Check a configuration file."`
+	Check   checkCmd   `cmd:"" help:"Check a configuration file: every error and warning, with line, column and what to do."`
 	Explain explainCmd `cmd:"" help:"Show how a configuration judges a job."`
+	Policy  policyCmd  `cmd:"" help:"Hold the rules against cases."`
+	Schema  schemaCmd  `cmd:"" help:"Print the JSON Schema of a file, for editors."`
 	Version versionCmd `cmd:"" help:"Print the version."`
 }
 
@@ -53,36 +55,6 @@ func (c *serveCmd) logger() *slog.Logger {
 		return slog.New(slog.NewTextHandler(os.Stderr, opts))
 	}
 	return slog.New(slog.NewJSONHandler(os.Stderr, opts))
-}
-
-type checkCmd struct {
-	File string `arg:"" help:"The configuration, culvert.yaml."`
-}
-
-func (c *checkCmd) Run() error {
-	cfg, err := config.Load(c.File)
-	if err == nil {
-		fmt.Printf("%s: ok, %d networks, %d rules\n", c.File, len(cfg.Networks), len(cfg.Rules))
-	}
-	return err
-}
-
-type explainCmd struct {
-	Config  string `required:"" placeholder:"FILE" help:"The configuration, culvert.yaml."`
-	Claims  string `required:"" placeholder:"FILE" help:"The job's claims: a JSON object, as in a token's payload."`
-	Network string `help:"The network that the job wants; default all."`
-}
-
-func (c *explainCmd) Run() error {
-	cfg, err := config.Load(c.Config)
-	if err != nil {
-		return err
-	}
-	job, err := config.LoadClaims(c.Claims)
-	if err != nil {
-		return err
-	}
-	return cfg.Explain(os.Stdout, job, c.Network)
 }
 
 type versionCmd struct{}

@@ -123,7 +123,7 @@ func (c *Config) GatewayIssuers() []claims.Issuer {
 // Load reads and checks a file and what it includes. Errors are *problem.Error with code bad-config: the first mistake, and
 // how many more there are.
 func Load(file string) (*Config, error) {
-	c, findings := Check(file)
+	c, findings := load(file)
 	return c, firstMistake(file, findings)
 }
 
@@ -135,17 +135,19 @@ func Parse(file string, data []byte) (*Config, error) {
 
 // Check is [Load] that tells everything that is wrong, and what is dangerous as well. The Config is nil where there is a
 // mistake.
-func Check(file string) (*Config, []policy.Finding) {
+func Check(file string) (*Config, []policy.Finding) { return load(file, (*reader).lint) }
+
+func load(file string, more ...func(*reader, *Config)) (*Config, []policy.Finding) {
 	data, err := readBounded(file)
 	if err != nil {
 		err = problem.Wrap(err, problem.BadConfig, fmt.Sprintf("cannot read %s: %v", file, cause(err)),
 			"give the path of a readable configuration file")
 		return nil, []policy.Finding{policy.FromProblem(file, err)}
 	}
-	return check(file, data)
+	return check(file, data, more...)
 }
 
-func check(file string, data []byte) (*Config, []policy.Finding) {
+func check(file string, data []byte, more ...func(*reader, *Config)) (*Config, []policy.Finding) {
 	parsed, err := yamlfile.Parse(file, data)
 	if err != nil {
 		return nil, []policy.Finding{policy.FromProblem(file, err)}
@@ -154,6 +156,9 @@ func check(file string, data []byte) (*Config, []policy.Finding) {
 	r := &reader{locators: []*policy.Locator{{File: file, Document: parsed}}, dir: filepath.Dir(file)}
 	r.locators[0].Decode(&d)
 	c := r.read(&d)
+	for _, f := range more {
+		f(r, c)
+	}
 	findings := r.findings()
 	if mistakes(findings) > 0 {
 		return nil, findings

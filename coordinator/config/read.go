@@ -22,49 +22,77 @@ import (
 	"github.com/culvertnet/culvert/internal/yamlfile"
 )
 
-// document is culvert.yaml as it is written.
+// document is culvert.yaml as it is written. The comments on its keys are what editors show: see schema.go.
 type document struct {
-	URL             string                `yaml:"url"`
-	Listen          string                `yaml:"listen"`
-	TLS             *TLS                  `yaml:"tls"`
-	ACME            map[string]any        `yaml:"acme"`
-	TrustedProxies  []string              `yaml:"trusted_proxies"`
-	UDP             string                `yaml:"udp"`   // or off
-	Probe           string                `yaml:"probe"` // or off
-	Relay           yamlfile.OrOff[Relay] `yaml:"relay"`
-	Relays          []relayDoc            `yaml:"relays"`
-	State           State                 `yaml:"state"`
-	Issuers         []issuerDoc           `yaml:"issuers"`
-	Networks        map[string]networkDoc `yaml:"networks"`
-	STUN            []string              `yaml:"stun"`
-	Lease           time.Duration         `yaml:"lease"`
-	InsecureHTTP    bool                  `yaml:"insecure_http"`
-	Include         policy.Values         `yaml:"include"`
+	// URL at which clients and gateways reach the coordinator; part of every token's audience.
+	URL string `yaml:"url" jsonschema:"required"`
+	// Listen is the TCP address for HTTP, such as ":443".
+	Listen string `yaml:"listen"`
+	// TLS names the certificate; without it only loopback and trusted proxies are served.
+	TLS *TLS `yaml:"tls"`
+	// ACME asks for a certificate.
+	ACME map[string]any `yaml:"acme"`
+	// TrustedProxies are addresses and ranges whose X-Forwarded-For is believed.
+	TrustedProxies []string `yaml:"trusted_proxies"`
+	// UDP address for STUN and the relay, such as ":3478", or off.
+	UDP string `yaml:"udp"`
+	// Probe is the UDP address of the second STUN port, or off.
+	Probe string `yaml:"probe"`
+	// Relay is this node's own, or off.
+	Relay yamlfile.OrOff[Relay] `yaml:"relay"`
+	// Relays that run elsewhere.
+	Relays []relayDoc `yaml:"relays"`
+	// State is where leases live.
+	State State `yaml:"state" jsonschema:"required"`
+	// Issuers whose tokens may admit jobs; default GitHub's public one.
+	Issuers []issuerDoc `yaml:"issuers"`
+	// Networks that jobs get into, by name.
+	Networks map[string]networkDoc `yaml:"networks" jsonschema:"required"`
+	// STUN servers that clients ask instead of this coordinator, as host:port.
+	STUN []string `yaml:"stun"`
+	// Lease is how long one lease lasts, such as 10m; renewed at half of that.
+	Lease time.Duration `yaml:"lease"`
+	// InsecureHTTP accepts plain HTTP beyond loopback.
+	InsecureHTTP bool `yaml:"insecure_http"`
+	// Include names files with more rules, targets and groups, or folders of such files.
+	Include         policy.Values `yaml:"include"`
 	policy.Document `yaml:",inline"`
 }
 
 type issuerDoc struct {
-	Name     string `yaml:"name"`
-	URL      string `yaml:"url"`
+	// Name under which rules may speak of the issuer, as iss.
+	Name string `yaml:"name"`
+	// URL exactly as the tokens' iss has it.
+	URL string `yaml:"url" jsonschema:"required"`
+	// JWKSFile holds the issuer's keys, where they cannot be fetched.
 	JWKSFile string `yaml:"jwks_file"`
 }
 
 type networkDoc struct {
-	Gateways []enrolmentDoc `yaml:"gateways"`
-	Sessions string         `yaml:"sessions"`
-	Services string         `yaml:"services"`
+	// Gateways that may serve the network.
+	Gateways []enrolmentDoc `yaml:"gateways" jsonschema:"required"`
+	// Sessions is the IPv4 range of session addresses; default 198.18.0.0/16.
+	Sessions string `yaml:"sessions"`
+	// Services is the IPv4 range of service addresses; default 198.19.0.0/16.
+	Services string `yaml:"services"`
 }
 
+// enrolmentDoc knows a gateway by a workload identity, issuer and subject, or by enrol_sha256.
 type enrolmentDoc struct {
-	Issuer      string `yaml:"issuer"`
-	Subject     string `yaml:"subject"`
-	JWKSFile    string `yaml:"jwks_file"`
+	// Issuer of the gateway's workload identity.
+	Issuer string `yaml:"issuer"`
+	// Subject is the token's sub, such as system:serviceaccount:culvert:gateway.
+	Subject string `yaml:"subject"`
+	// JWKSFile holds the issuer's keys, where they cannot be fetched.
+	JWKSFile string `yaml:"jwks_file"`
+	// EnrolSHA256 is the SHA-256 of an enrolment secret, in hexadecimal.
 	EnrolSHA256 string `yaml:"enrol_sha256"`
 }
 
 // reader turns a document into a Config and collects what is wrong with it.
 type reader struct {
 	locators []*policy.Locator // of the file, then of those that it includes
+	sources  []policy.Source   // what each of them says about jobs
 	dir      string
 	broken   []policy.Finding // files that cannot even be read
 }

@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/culvertnet/culvert/internal/policy"
 	"github.com/culvertnet/culvert/internal/yamlfile"
@@ -29,11 +30,28 @@ func (r *reader) policy(c *Config, d *document) {
 	for i := range sources {
 		c.Rules = append(c.Rules, sources[i].Rules...)
 	}
+	r.sources = sources
 	p, faults := policy.CompileAll(sources, policyOptions(c, d))
 	for _, f := range faults {
 		r.locators[f.Source].Add(policy.Mistake, "", f.Path, f.Message, f.Next)
 	}
 	c.Policy = p
+}
+
+// lint adds what is dangerous or useless.
+func (r *reader) lint(c *Config) {
+	if c.Policy == nil {
+		return
+	}
+	for _, w := range policy.Lint(c.Policy, r.sources, time.Now()) {
+		r.locators[w.Source].Add(policy.Warning, w.Code, w.Path, w.Message, w.Next)
+	}
+	for i, issuer := range c.Issuers {
+		if len(c.Issuers) > 1 && !c.Policy.Serves(issuer.URL) {
+			r.locators[0].Add(policy.Warning, policy.UnusedIssuer, fmt.Sprintf("$.issuers[%d].url", i),
+				fmt.Sprintf("no rule is for tokens of %s", issuer.URL), "name it as iss in a rule's match, or remove it")
+		}
+	}
 }
 
 func policyOptions(c *Config, d *document) policy.Options {

@@ -133,12 +133,14 @@ type relay struct {
 	conn  *net.TCPConn
 	total int  // bytes carried to the job
 	wide  bool // has one of the large send buffers
+	long  bool // needs none: its path is long
 }
 
 const (
 	wideAfter  = 8 << 20 // bytes
 	wideBuffer = 6 << 20 // bytes
 	maxWide    = 64      // flows of the whole process
+	longPath   = 15 * time.Millisecond
 )
 
 // run returns when both directions have ended. A direction that fails resets the flow; one that ends well closes its
@@ -247,14 +249,25 @@ func (r *relay) carried(n int) {
 	r.fl.touch()
 	r.fl.s.down.Add(uint64(n))
 	r.total += n
-	if !r.wide && r.total >= wideAfter {
-		if r.f.wide.Add(1) > maxWide {
-			r.f.wide.Add(-1)
-			return
-		}
-		r.wide = true
-		r.ep.SocketOptions().SetSendBufferSize(wideBuffer, true)
+	if r.wide || r.long || r.total < wideAfter {
+		return
 	}
+	if r.long = r.isLong(); r.long {
+		return
+	}
+	if r.f.wide.Add(1) > maxWide {
+		r.f.wide.Add(-1)
+		return
+	}
+	r.wide = true
+	r.ep.SocketOptions().SetSendBufferSize(wideBuffer, true)
+}
+
+// isLong reports whether the way to the job and back takes so long that the stack's own tuning, which setting a size would end,
+// goes further.
+func (r *relay) isLong() bool {
+	var info tcpip.TCPInfoOption
+	return r.ep.GetSockOpt(&info) == nil && info.RTT > longPath
 }
 
 // shutdown ends the half of the connection towards the job. One that is gone already needs no ending.

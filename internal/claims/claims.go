@@ -7,11 +7,14 @@
 package claims
 
 import (
+	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"maps"
 	"math"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -66,7 +69,7 @@ type Claims struct {
 	CheckRunID        string // check_run_id: id of the job's check run, in tokens since November 2025
 	RunnerEnvironment string // runner_environment: "github-hosted" or "self-hosted"
 
-	raw map[string]json.RawMessage
+	raw map[string]value
 }
 
 // Parse reads claims from a JSON object without verifying anything: for claims that an operator wrote, such as the input
@@ -87,15 +90,22 @@ func Parse(payload []byte) (*Claims, error) {
 // Get gives a claim by its name in the token, as text, and whether the token carries it. Strings come as they are,
 // numbers and booleans as their JSON text, objects and arrays as compact JSON. A claim that is null is not carried.
 func (c *Claims) Get(name string) (string, bool) {
-	raw, ok := c.raw[name]
-	if !ok || string(raw) == "null" {
+	v, ok := c.raw[name]
+	if !ok || v.isNull() {
 		return "", false
 	}
-	var s string
-	if raw[0] == '"' && json.Unmarshal(raw, &s) == nil {
-		return s, true
+	if v.json[0] == '{' || v.json[0] == '[' {
+		return compact(v.json), true
 	}
-	return string(raw), true
+	return v.text, true
+}
+
+func compact(text string) string {
+	var b bytes.Buffer
+	if err := json.Compact(&b, []byte(text)); err != nil {
+		return text
+	}
+	return b.String()
 }
 
 // Names lists the claims that the token carries, in no order.
@@ -113,60 +123,67 @@ func (c *Claims) readRegistered() error {
 	if c.Audience, err = c.audience(); err != nil {
 		return err
 	}
-	for name, into := range map[string]*time.Time{"iat": &c.IssuedAt, "nbf": &c.NotBefore, "exp": &c.Expiry} {
-		if *into, err = c.time(name); err != nil {
-			return err
-		}
+	if c.IssuedAt, err = c.time("iat"); err != nil {
+		return err
 	}
-	return nil
+	if c.NotBefore, err = c.time("nbf"); err != nil {
+		return err
+	}
+	c.Expiry, err = c.time("exp")
+	return err
 }
 
+// readJob fills in the typed claims of GitHub's jobs.
 func (c *Claims) readJob() {
-	for name, into := range map[string]*string{
-		"repository":            &c.Repository,
-		"repository_id":         &c.RepositoryID,
-		"repository_owner":      &c.RepositoryOwner,
-		"repository_owner_id":   &c.RepositoryOwnerID,
-		"repository_visibility": &c.RepositoryVisibility,
-		"enterprise":            &c.Enterprise,
-		"enterprise_id":         &c.EnterpriseID,
-		"actor":                 &c.Actor,
-		"actor_id":              &c.ActorID,
-		"event_name":            &c.EventName,
-		"ref":                   &c.Ref,
-		"ref_type":              &c.RefType,
-		"base_ref":              &c.BaseRef,
-		"head_ref":              &c.HeadRef,
-		"sha":                   &c.SHA,
-		"environment":           &c.Environment,
-		"workflow":              &c.Workflow,
-		"workflow_ref":          &c.WorkflowRef,
-		"workflow_sha":          &c.WorkflowSHA,
-		"job_workflow_ref":      &c.JobWorkflowRef,
-		"job_workflow_sha":      &c.JobWorkflowSHA,
-		"run_id":                &c.RunID,
-		"run_number":            &c.RunNumber,
-		"run_attempt":           &c.RunAttempt,
-		"check_run_id":          &c.CheckRunID,
-		"runner_environment":    &c.RunnerEnvironment,
-	} {
-		*into = c.text(name)
+	for i := range jobClaims {
+		*jobClaims[i].field(c) = c.text(jobClaims[i].name)
 	}
+}
+
+var jobClaims = []struct {
+	name  string
+	field func(*Claims) *string
+}{
+	{"repository", func(c *Claims) *string { return &c.Repository }},
+	{"repository_id", func(c *Claims) *string { return &c.RepositoryID }},
+	{"repository_owner", func(c *Claims) *string { return &c.RepositoryOwner }},
+	{"repository_owner_id", func(c *Claims) *string { return &c.RepositoryOwnerID }},
+	{"repository_visibility", func(c *Claims) *string { return &c.RepositoryVisibility }},
+	{"enterprise", func(c *Claims) *string { return &c.Enterprise }},
+	{"enterprise_id", func(c *Claims) *string { return &c.EnterpriseID }},
+	{"actor", func(c *Claims) *string { return &c.Actor }},
+	{"actor_id", func(c *Claims) *string { return &c.ActorID }},
+	{"event_name", func(c *Claims) *string { return &c.EventName }},
+	{"ref", func(c *Claims) *string { return &c.Ref }},
+	{"ref_type", func(c *Claims) *string { return &c.RefType }},
+	{"base_ref", func(c *Claims) *string { return &c.BaseRef }},
+	{"head_ref", func(c *Claims) *string { return &c.HeadRef }},
+	{"sha", func(c *Claims) *string { return &c.SHA }},
+	{"environment", func(c *Claims) *string { return &c.Environment }},
+	{"workflow", func(c *Claims) *string { return &c.Workflow }},
+	{"workflow_ref", func(c *Claims) *string { return &c.WorkflowRef }},
+	{"workflow_sha", func(c *Claims) *string { return &c.WorkflowSHA }},
+	{"job_workflow_ref", func(c *Claims) *string { return &c.JobWorkflowRef }},
+	{"job_workflow_sha", func(c *Claims) *string { return &c.JobWorkflowSHA }},
+	{"run_id", func(c *Claims) *string { return &c.RunID }},
+	{"run_number", func(c *Claims) *string { return &c.RunNumber }},
+	{"run_attempt", func(c *Claims) *string { return &c.RunAttempt }},
+	{"check_run_id", func(c *Claims) *string { return &c.CheckRunID }},
+	{"runner_environment", func(c *Claims) *string { return &c.RunnerEnvironment }},
 }
 
 // audience reads aud, which is a string or an array of strings (RFC 7519, section 4.1.3).
 func (c *Claims) audience() ([]string, error) {
-	raw, ok := c.raw["aud"]
+	v, ok := c.raw["aud"]
 	if !ok {
 		return nil, nil
 	}
-	var one string
-	if json.Unmarshal(raw, &one) == nil && string(raw) != "null" {
-		return []string{one}, nil
+	if v.isString() {
+		return []string{v.text}, nil
 	}
 	var list []string
-	if err := json.Unmarshal(raw, &list); err != nil {
-		return nil, fmt.Errorf("the claim aud is neither a string nor a list of strings")
+	if err := json.Unmarshal([]byte(v.json), &list); err != nil {
+		return nil, errors.New("the claim aud is neither a string nor a list of strings")
 	}
 	return list, nil
 }
@@ -176,13 +193,13 @@ const lastSecond = 253402300799
 
 // time reads a NumericDate (RFC 7519, section 2): seconds since 1970, possibly with a fraction.
 func (c *Claims) time(name string) (time.Time, error) {
-	text, ok := c.Get(name)
-	if !ok {
+	v, ok := c.raw[name]
+	if !ok || v.isNull() {
 		return time.Time{}, nil
 	}
-	var seconds float64
-	if err := json.Unmarshal(c.raw[name], &seconds); err != nil || seconds < 0 || seconds > lastSecond {
-		return time.Time{}, fmt.Errorf("the claim %s is no time: %s", name, clip(text))
+	seconds, err := strconv.ParseFloat(v.json, 64) // JSON's numbers are among Go's, and nothing else of JSON is
+	if err != nil || seconds < 0 || seconds > lastSecond {
+		return time.Time{}, fmt.Errorf("the claim %s is no time: %s", name, clip(v.text))
 	}
 	whole, part := math.Modf(seconds)
 	return time.Unix(int64(whole), int64(part*1e9)).UTC(), nil

@@ -1,11 +1,15 @@
 package claims
 
 import (
+	"bytes"
 	"context"
+	"encoding/base64"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
+	"strings"
 	"sync"
 	"time"
 
@@ -144,11 +148,11 @@ func (v *Verifier) Close() error {
 // Errors are *problem.Error with the codes token-…, too-large and issuer-unreachable, or cancelled and timeout when ctx
 // ends while keys are being fetched.
 func (v *Verifier) Verify(ctx context.Context, token, audience string) (*Claims, error) {
-	jws, err := parseCompact(token)
+	outer, err := parseCompact(token)
 	if err != nil {
 		return nil, err
 	}
-	c, err := Parse(jws.UnsafePayloadWithoutVerification())
+	c, err := Parse(outer.payload)
 	if err != nil {
 		return nil, invalid(err, "the token's claims cannot be read: "+err.Error())
 	}
@@ -156,7 +160,7 @@ func (v *Verifier) Verify(ctx context.Context, token, audience string) (*Claims,
 	if !ok {
 		return nil, unknownIssuer(c.Issuer)
 	}
-	check := &signature{source: keys, token: token, jws: jws}
+	check := &signature{source: keys, token: token, outer: outer}
 	config := &oidc.Config{
 		ClientID:             audience,
 		SkipClientIDCheck:    audience == "", // refused by checkAudience, with a better word
@@ -182,37 +186,67 @@ func (v *Verifier) Verify(ctx context.Context, token, audience string) (*Claims,
 	return c, nil
 }
 
+// compactToken is a token's outer form, read before anything of it is believed.
+type compactToken struct {
+	kid     string // the id of the key that is said to have signed it
+	payload []byte
+}
+
 // parseCompact bounds a token and reads its outer form (RFC 7515, section 7.1). The alphabet is checked first, because
-// go-oidc also takes the JSON form and skips white space, and both readers must see the same token.
-func parseCompact(token string) (*jose.JSONWebSignature, error) {
+// go-oidc also takes the JSON form and skips white space, and both readers must see the same token. go-oidc reads the
+// header again and decides by that reading; what is read here only finds the keys to try and says early what is wrong.
+func parseCompact(token string) (compactToken, error) {
+	malformed := func(err error) (compactToken, error) {
+		return compactToken{}, invalid(err, "the token is not a signed JWT in compact form")
+	}
 	if len(token) > wire.MaxToken {
-		return nil, problem.New(problem.TooLarge, fmt.Sprintf("the token has %d bytes, more than %d", len(token), wire.MaxToken),
+		return compactToken{}, problem.New(problem.TooLarge, fmt.Sprintf("the token has %d bytes, more than %d", len(token), wire.MaxToken),
 			"send the token as the issuer gave it")
 	}
-	for _, b := range []byte(token) {
-		if !isBase64URL(b) && b != '.' {
-			return nil, invalid(nil, "the token is not a signed JWT in compact form")
+	for i := range len(token) {
+		if b := token[i]; !isBase64URL(b) && b != '.' {
+			return malformed(nil)
 		}
 	}
-	jws, err := jose.ParseSignedCompact(token, []jose.SignatureAlgorithm{jose.RS256})
-	if alg, ok := errors.AsType[*jose.ErrUnexpectedSignatureAlgorithm](err); ok {
-		return nil, invalid(err, fmt.Sprintf("the token is signed with algorithm %s, only RS256 is accepted", clip(string(alg.Got))))
+	head, rest, _ := strings.Cut(token, ".")
+	body, sig, ok := strings.Cut(rest, ".")
+	if !ok || head == "" || body == "" || strings.Contains(sig, ".") {
+		return malformed(nil)
 	}
+	raw, err := strictBase64.DecodeString(head)
 	if err != nil {
-		return nil, invalid(err, "the token is not a signed JWT in compact form")
+		return malformed(err)
 	}
-	return jws, nil
+	var header struct {
+		Alg string `json:"alg"`
+		Kid string `json:"kid"`
+	}
+	if err := json.Unmarshal(raw, &header); err != nil {
+		return malformed(err)
+	}
+	if header.Alg != oidc.RS256 {
+		return compactToken{}, invalid(nil, fmt.Sprintf("the token is signed with algorithm %s, only RS256 is accepted", clip(header.Alg)))
+	}
+	payload, err := strictBase64.DecodeString(body)
+	if err != nil {
+		return malformed(err)
+	}
+	return compactToken{kid: header.Kid, payload: payload}, nil
 }
+
+// strictBase64 takes one spelling of every value.
+var strictBase64 = base64.RawURLEncoding.Strict()
 
 func isBase64URL(b byte) bool {
 	return 'a' <= b && b <= 'z' || 'A' <= b && b <= 'Z' || '0' <= b && b <= '9' || b == '-' || b == '_'
 }
 
-// signature is the oidc.KeySet for one verification: it keeps the error, which go-oidc turns into text.
+// signature is the oidc.KeySet for one verification: it brings the issuer's keys and keeps the error, which go-oidc turns
+// into text.
 type signature struct {
 	source source
 	token  string
-	jws    *jose.JSONWebSignature // of token
+	outer  compactToken // of token
 	valid  bool
 	err    error
 }
@@ -222,19 +256,29 @@ func (s *signature) VerifySignature(ctx context.Context, token string) ([]byte, 
 	if token != s.token {
 		return nil, errors.New("another token than the one that was parsed")
 	}
-	kid := s.jws.Signatures[0].Protected.KeyID
-	found, err := s.source.find(ctx, kid)
+	found, err := s.source.find(ctx, s.outer.kid)
 	if err != nil {
 		s.err = err
 		return nil, err
 	}
-	for _, key := range found { // nearly always one; some issuers give two keys one id
-		payload, err := s.jws.Verify(key)
-		if err == nil {
-			s.valid, s.err = true, nil
-			return payload, nil
-		}
-		s.err = invalid(err, "the token's signature is wrong")
+	jws, err := jose.ParseSignedCompact(token, []jose.SignatureAlgorithm{jose.RS256})
+	if err != nil {
+		s.err = invalid(err, "the token is not a signed JWT in compact form")
+		return nil, s.err
 	}
-	return nil, s.err
+	var payload []byte
+	for _, key := range found { // nearly always one; some issuers give two keys one id
+		if payload, err = jws.Verify(key); err == nil {
+			break
+		}
+	}
+	if err == nil && !bytes.Equal(payload, s.outer.payload) {
+		err = errors.New("another payload than the one that was parsed")
+	}
+	if err != nil {
+		s.err = invalid(err, "the token's signature is wrong")
+		return nil, s.err
+	}
+	s.valid = true
+	return payload, nil
 }

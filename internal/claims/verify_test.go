@@ -235,6 +235,44 @@ func TestVerifyRefuses(t *testing.T) {
 	}
 }
 
+// A header with extensions that a reader has to understand is refused (RFC 7515, section 4.1.11), and base64 is taken in one
+// spelling only.
+func TestVerifyRefusesOddHeaders(t *testing.T) {
+	issuer := newIssuer(t, issuerURL)
+	v := newVerifier(t, issuer, nil)
+	good := issuer.Sign(audience, nil)
+	head, rest, _ := strings.Cut(good, ".")
+	raw, err := base64.RawURLEncoding.DecodeString(head)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, odd := range []string{
+		string(raw[:len(raw)-1]) + `,"crit":["x"],"x":1}`, string(raw[:len(raw)-1]) + `,"b64":false,"crit":["b64"]}`,
+		string(raw[:len(raw)-1]) + `,"alg":"none"}`, string(raw[:len(raw)-1]) + `,"ALG":"none"}`, `[]`, `{}`, `{"alg":7}`, `{"alg":"RS256"`, "",
+	} {
+		token := base64.RawURLEncoding.EncodeToString([]byte(odd)) + "." + rest
+		_, err := v.Verify(t.Context(), token, audience)
+		wantRefusal(t, err, problem.TokenInvalid, token)
+	}
+	for _, part := range []int{0, 1} {
+		parts := strings.Split(good, ".")
+		last := len(parts[part]) - 1
+		if len(parts[part])%4 == 0 {
+			continue // no bits to spare
+		}
+		parts[part] = parts[part][:last] + string(next(parts[part][last]))
+		token := strings.Join(parts, ".")
+		_, err := v.Verify(t.Context(), token, audience)
+		wantRefusal(t, err, problem.TokenInvalid, token)
+	}
+}
+
+// next is the base64url digit after b, which differs in its last bit where b ends in zeros.
+func next(b byte) byte {
+	const digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+	return digits[strings.IndexByte(digits, b)+1]
+}
+
 // jsonForm is the token in the flattened JSON form (RFC 7515, section 7.2.2), which nobody here sends.
 func jsonForm(token string) string {
 	parts := strings.Split(token, ".")

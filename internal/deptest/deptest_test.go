@@ -87,6 +87,14 @@ var rules = []rule{
 		why: "verifying a token and judging its claims are two things that are trusted separately",
 	},
 	{
+		from: []string{"gateway/names"}, never: []string{"internal/tunnel", "internal/netstack", "internal/claims", "gateway/forward"},
+		why: "what parses DNS from jobs and from the private network holds no packets, no keys and no tokens",
+	},
+	{
+		from: []string{"..."}, except: append([]string{"gateway/names/namestest"}, assemblies...), never: []string{"gateway/names/namestest"},
+		why: "a DNS server that says whatever it is told has no place in a program",
+	},
+	{
 		from: []string{"internal/relay", "internal/udpconn"}, never: []string{"internal/tunnel", "internal/netstack", "internal/claims", "internal/policy"},
 		why: "a relay moves ciphertext for whoever has a ticket: it holds no tunnel and judges nobody",
 	},

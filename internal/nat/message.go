@@ -21,6 +21,7 @@ const (
 	magicCookie = 0x2112A442
 
 	attrMappedAddress    = 0x0001
+	attrChangeRequest    = 0x0003 // RFC 5780, section 7.2
 	attrUsername         = 0x0006
 	attrXORMappedAddress = 0x0020
 	attrUseCandidate     = 0x0025 // RFC 8445, section 16.1
@@ -60,6 +61,41 @@ type TxID [12]byte
 // the largest answer of a [Server], which takes no smaller ones.
 func BindingRequest(id TxID) []byte {
 	b := AppendHeader(make([]byte, 0, headerSize+attrHeader+len(software)), TypeBindingRequest, id)
+	b = AppendAttr(b, AttrSoftware, software)
+	SetLength(b, len(b))
+	return b
+}
+
+// PaddedRequest is a plain Binding request of size bytes, at most [MaxMessage], to find out whether packets of that size pass.
+// It is padded by SOFTWARE over and over, of which servers read the first, because many refuse PADDING (RFC 5780).
+// Where size is no multiple of four or too small, it comes as close from below as it can.
+func PaddedRequest(id TxID, size int) []byte {
+	const most = 512 // SOFTWARE has less than 763 bytes (RFC 8489, section 14.14)
+	size = min(size, MaxMessage) &^ 3
+	var blank [most]byte
+	b := AppendHeader(make([]byte, 0, max(size, headerSize)), TypeBindingRequest, id)
+	for len(b)+attrHeader <= size {
+		b = AppendAttr(b, AttrSoftware, blank[:min(size-len(b)-attrHeader, most)])
+	}
+	SetLength(b, len(b))
+	return b
+}
+
+// Changes that a [ChangeRequest] can ask for.
+const (
+	changePort = 0x2
+	changeAddr = 0x4
+)
+
+// ChangeRequest is a Binding request that is to be answered from another port (RFC 5780, section 7.2) if port is set, and
+// else as usual. A server that does not know the attribute does not answer, or with an error.
+func ChangeRequest(id TxID, port bool) []byte {
+	var flags [4]byte
+	if port {
+		flags[3] = changePort
+	}
+	b := AppendHeader(make([]byte, 0, 2*headerSize+2*attrHeader+4), TypeBindingRequest, id)
+	b = AppendAttr(b, attrChangeRequest, flags[:])
 	b = AppendAttr(b, AttrSoftware, software)
 	SetLength(b, len(b))
 	return b

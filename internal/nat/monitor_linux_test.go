@@ -216,10 +216,14 @@ func TestClassifyNATs(t *testing.T) {
 		kind       lab.Kind
 		mapping    wire.Mapping
 		dependence Dependence
+		filtering  Dependence // one kind shows that nothing comes, which takes its time
 	}{
-		{lab.Open, wire.MappingEasy, EndpointIndependent},
-		{lab.Easy, wire.MappingEasy, EndpointIndependent},
-		{lab.Hard, wire.MappingHard, AddressAndPortDependent},
+		{lab.Open, wire.MappingEasy, EndpointIndependent, AddressDependent},
+		{lab.FullCone, wire.MappingEasy, EndpointIndependent, AddressDependent},
+		{lab.Restricted, wire.MappingEasy, EndpointIndependent, AddressDependent},
+		{lab.Easy, wire.MappingEasy, EndpointIndependent, AddressAndPortDependent},
+		{lab.Hard, wire.MappingHard, AddressAndPortDependent, DependenceUnknown},
+		{lab.CarrierGrade, wire.MappingHard, AddressAndPortDependent, DependenceUnknown},
 	} {
 		t.Run(tc.kind.String(), func(t *testing.T) {
 			lab.Require(t)
@@ -243,11 +247,27 @@ func TestClassifyNATs(t *testing.T) {
 			defer cancel()
 			seen := must(Probe(ctx, conn, servers))(t)
 			got := Classify(seen, []netip.AddrPort{netip.AddrPortFrom(inside.Addr(), addrOf(conn.LocalAddr()).Port())})
-			if got.Mapping != tc.mapping || got.Dependence != tc.dependence || got.Direct || got.Public.Addr() != box.Public() {
+			if got.Mapping != tc.mapping || got.Dependence != tc.dependence || got.Public.Addr() != inside.Public() ||
+				got.Direct != (tc.kind.String() == lab.Open.String()) {
 				t.Errorf("from %v: %+v", seen, got)
 			}
 			if got.Destinations != 3 || got.Addresses != 2 {
 				t.Errorf("compared %d destinations at %d addresses", got.Destinations, got.Addresses)
+			}
+			if tc.filtering == DependenceUnknown {
+				return
+			}
+			limit := 30 * time.Second
+			if tc.filtering == AddressAndPortDependent {
+				limit = 10 * time.Second // nothing comes, however long one waits
+			}
+			ctx, cancel = context.WithTimeout(t.Context(), limit)
+			defer cancel()
+			usual, changed := must(inside.ListenPacket(":0"))(t), must(inside.ListenPacket(":0"))(t)
+			defer usual.Close()
+			defer changed.Close()
+			if f, err := ProbeFiltering(ctx, usual, changed, servers); err != nil || f != tc.filtering {
+				t.Errorf("filters %q (%v), want %q", f, err, tc.filtering)
 			}
 		})
 	}

@@ -1,6 +1,7 @@
 package nat
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -15,43 +16,77 @@ import (
 // 6.2.1, with less patience: whoever waits here is a person or a job).
 const retransmit = 200 * time.Millisecond
 
-// Probe asks STUN servers, all at once from one socket, for the address that they see, until all have answered or ctx ends.
-// It gives the answers in the order of servers; who did not answer is left out. Nobody else may read from conn meanwhile, and
-// its read deadline is used. The error tells that the socket itself failed, or that no question could be sent at all.
+// Question is one request to one server.
+type Question struct {
+	Server  netip.AddrPort
+	Request func(TxID) []byte // default [BindingRequest]
+	// Elsewhere takes the answer only from another address or port than the server's.
+	Elsewhere bool
+}
+
+// Answer is what came back. Its Mapped is invalid where nothing did that was wanted.
+type Answer struct {
+	Observation
+	From    netip.AddrPort
+	Message []byte
+}
+
+// Probe asks STUN servers, all at once from one socket, for the address that they see, and gives what those saw that
+// answered, in the order of servers. See [Ask].
 func Probe(ctx context.Context, conn net.PacketConn, servers []netip.AddrPort) ([]Observation, error) {
-	p := &probe{conn: conn, answers: make([]Observation, len(servers)), sent: map[TxID]attempt{}, open: len(servers)}
-	stop := context.AfterFunc(ctx, func() { _ = conn.SetReadDeadline(time.Unix(1, 0)) })
-	defer stop()
-	err := p.run(ctx, servers)
+	questions := make([]Question, len(servers))
+	for i, s := range servers {
+		questions[i].Server = s
+	}
+	answers, err := Ask(ctx, conn, questions)
+	if err != nil {
+		return nil, err
+	}
 	var out []Observation
-	for _, o := range p.answers {
-		if o.Mapped.IsValid() {
-			out = append(out, o)
+	for _, a := range answers {
+		if a.Mapped.IsValid() {
+			out = append(out, a.Observation)
 		}
 	}
-	if len(out) > 0 {
-		return out, nil
+	return out, nil
+}
+
+// Ask asks all questions at once from one socket, again and again until all are answered or ctx ends, and gives an answer
+// for each. Nobody else may read from conn meanwhile, and its read deadline is used. An error tells that the socket itself
+// failed, or that nothing could be sent, before there was any answer.
+func Ask(ctx context.Context, conn net.PacketConn, questions []Question) ([]Answer, error) {
+	return askSome(ctx, conn, questions, len(questions))
+}
+
+// askSome is [Ask] that is content with so many answers.
+func askSome(ctx context.Context, conn net.PacketConn, questions []Question, enough int) ([]Answer, error) {
+	p := &probe{conn: conn, questions: questions, answers: make([]Answer, len(questions)), sent: map[TxID]attempt{}, open: enough}
+	for i := range questions {
+		p.answers[i].Server = plain(questions[i].Server)
 	}
-	return nil, err
+	stop := context.AfterFunc(ctx, func() { _ = conn.SetReadDeadline(time.Unix(1, 0)) })
+	defer stop()
+	if err := p.run(ctx); err != nil && p.open == enough {
+		return nil, err
+	}
+	return p.answers, nil
 }
 
 // attempt is one request to one server. Each has a transaction id of its own, so that an answer tells which it answers.
 type attempt struct {
-	server int
-	at     time.Time
+	question int
+	at       time.Time
 }
 
 type probe struct {
-	conn    net.PacketConn
-	answers []Observation // by server; not yet valid where there is none
-	sent    map[TxID]attempt
-	open    int // servers that have not answered
+	conn      net.PacketConn
+	questions []Question
+	answers   []Answer // by question
+	sent      map[TxID]attempt
+	open      int // answers that are still wanted
 }
 
-func (p *probe) run(ctx context.Context, servers []netip.AddrPort) error {
-	for i, s := range servers {
-		p.answers[i].Server = plain(s)
-	}
+func (p *probe) run(ctx context.Context) error {
 	buf := make([]byte, MaxMessage)
 	for wait := retransmit; p.open > 0 && ctx.Err() == nil; wait *= 2 {
 		if err := p.send(); err != nil {
@@ -68,15 +103,19 @@ func (p *probe) run(ctx context.Context, servers []netip.AddrPort) error {
 func (p *probe) send() error {
 	var asked int
 	var failed error
-	for i, o := range p.answers {
-		if o.Mapped.IsValid() {
+	for i, q := range p.questions {
+		if p.answers[i].Mapped.IsValid() {
 			continue
 		}
 		var id TxID
 		_, _ = rand.Read(id[:]) // never fails
+		request := q.Request
+		if request == nil {
+			request = BindingRequest
+		}
 		p.sent[id] = attempt{i, time.Now()}
-		if _, err := p.conn.WriteTo(BindingRequest(id), net.UDPAddrFromAddrPort(o.Server)); err != nil {
-			failed = fmt.Errorf("ask %s: %w", o.Server, err)
+		if _, err := p.conn.WriteTo(request(id), net.UDPAddrFromAddrPort(p.answers[i].Server)); err != nil {
+			failed = fmt.Errorf("ask %s: %w", q.Server, err)
 			continue
 		}
 		asked++
@@ -116,10 +155,16 @@ func (p *probe) take(b []byte, from net.Addr) {
 	if err != nil || !ours || !ok {
 		return
 	}
-	o := &p.answers[asked.server]
-	if plain(udp.AddrPort()) != o.Server || o.Mapped.IsValid() {
+	a, by := &p.answers[asked.question], plain(udp.AddrPort())
+	if a.Mapped.IsValid() {
 		return
 	}
-	o.Mapped, o.RTT = plain(mapped), time.Since(asked.at)
+	if elsewhere := p.questions[asked.question].Elsewhere; elsewhere && by == a.Server {
+		a.From = by // not what was wanted, but it tells something of the server
+		return
+	} else if !elsewhere && by != a.Server {
+		return
+	}
+	a.Mapped, a.RTT, a.From, a.Message = plain(mapped), time.Since(asked.at), by, bytes.Clone(b)
 	p.open--
 }

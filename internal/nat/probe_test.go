@@ -125,3 +125,103 @@ func TestProbeWithoutAWayOut(t *testing.T) {
 		t.Errorf("a closed socket gives %v", err)
 	}
 }
+
+func TestPaddedRequest(t *testing.T) {
+	s := listen(t, "127.0.0.1:0")
+	for _, size := range []int{0, 20, 24, 28, 552, 1280, 1452, 1472, 1473, MaxMessage, MaxMessage + 1} {
+		b := PaddedRequest(TxID{1}, size)
+		if want := max(headerSize, min(size, MaxMessage)&^3); len(b) != want || !IsSTUN(b) {
+			t.Errorf("%d bytes for a size of %d", len(b), size)
+		}
+		if len(b) < len(BindingRequest(TxID{})) {
+			continue // too small for its answer
+		}
+		c := dial(t, s, "udp4", "127.0.0.1")
+		if id, mapped, err := BindingResponse(ask(t, c, b)); err != nil || id != (TxID{1}) || mapped != addrOf(c.LocalAddr()) {
+			t.Errorf("the answer to %d bytes is %v (%v)", len(b), mapped, err)
+		}
+	}
+}
+
+// The answer comes from another port where that is asked for, and is no larger than the request.
+func TestServerChangesPort(t *testing.T) {
+	s := listen(t, "127.0.0.1:0")
+	conn := socket(t)
+	_ = conn.SetDeadline(time.Now().Add(30 * time.Second))
+	for _, change := range []bool{false, true} {
+		request := ChangeRequest(TxID{7}, change)
+		if _, err := conn.WriteTo(request, s.Addr()); err != nil {
+			t.Fatal(err)
+		}
+		b := make([]byte, MaxMessage)
+		n, from, err := conn.ReadFrom(b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		id, mapped, err := BindingResponse(b[:n])
+		if err != nil || id != (TxID{7}) || mapped != addrOf(conn.LocalAddr()) || n > len(request) {
+			t.Errorf("%d bytes, %v, %v", n, mapped, err)
+		}
+		if changed := addrOf(from) != addrOf(s.Addr()); changed != change {
+			t.Errorf("asked to change: %v, but the answer is from %v", change, from)
+		}
+	}
+	if got := s.Stats(); got.Answered != 2 {
+		t.Errorf("stats %+v", got)
+	}
+	if _, ok := AppendBindingResponse(nil, ChangeRequest(TxID{7}, false), addrOf(conn.LocalAddr())); ok {
+		t.Error("a server with one port alone answers")
+	}
+}
+
+func TestServerDropsChangesItCannotMake(t *testing.T) {
+	s := listen(t, "127.0.0.1:0")
+	c := dial(t, s, "udp4", "127.0.0.1")
+	address, long := ChangeRequest(TxID{7}, false), ChangeRequest(TxID{7}, false)
+	address[headerSize+attrHeader+3] = changeAddr
+	long[headerSize+3] = 8 // its value now reaches into the next attribute
+	for _, b := range [][]byte{address, long} {
+		if _, err := c.Write(b); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ask(t, c, BindingRequest(TxID{8}))
+	// The readers serve in any order, but each counts before it reads on.
+	deadline := time.Now().Add(30 * time.Second)
+	for s.Stats().Malformed != 2 && time.Now().Before(deadline) {
+		time.Sleep(time.Millisecond)
+	}
+	if got := s.Stats(); got.Malformed != 2 || got.Answered != 1 {
+		t.Errorf("stats %+v", got)
+	}
+}
+
+func TestFiltering(t *testing.T) {
+	server, port, addr := netip.MustParseAddrPort("203.0.113.1:1"), netip.MustParseAddrPort("203.0.113.1:2"), netip.MustParseAddrPort("203.0.113.2:1")
+	answer := func(from netip.AddrPort) Answer { return Answer{Observation{Server: server, Mapped: from}, from, nil} }
+	none, ignored := Answer{Observation: Observation{Server: server}}, Answer{Observation: Observation{Server: server}, From: server}
+	for name, c := range map[string]struct {
+		usual, changed []Answer
+		want           Dependence
+	}{
+		"nobody":                       {want: DependenceUnknown},
+		"silence":                      {[]Answer{none}, []Answer{none}, DependenceUnknown},
+		"does not know the wish":       {[]Answer{answer(server)}, []Answer{ignored}, DependenceUnknown},
+		"nothing comes through":        {[]Answer{answer(server)}, []Answer{none}, AddressAndPortDependent},
+		"another port comes through":   {[]Answer{none}, []Answer{answer(port)}, AddressDependent},
+		"another host comes through":   {[]Answer{none}, []Answer{answer(addr)}, EndpointIndependent},
+		"one of two servers knows it":  {[]Answer{answer(server), answer(server)}, []Answer{ignored, none}, AddressAndPortDependent},
+		"what passes weighs more":      {[]Answer{answer(server), none}, []Answer{none, answer(port)}, AddressDependent},
+		"and more, and in other order": {[]Answer{none, answer(server)}, []Answer{answer(port), none}, AddressDependent},
+	} {
+		if got := filtering(c.usual, c.changed); got != c.want {
+			t.Errorf("%s: %q, want %q", name, got, c.want)
+		}
+	}
+}
+
+func TestProbeFilteringWithoutServers(t *testing.T) {
+	if got, err := ProbeFiltering(t.Context(), socket(t), socket(t), nil); got != DependenceUnknown || err != nil {
+		t.Errorf("%q, %v", got, err)
+	}
+}

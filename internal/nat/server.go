@@ -41,12 +41,14 @@ type ServerStats struct {
 	Failed    uint64 // answers that the socket did not take
 }
 
-// Server answers plain Binding requests (RFC 8489). It keeps no state, and its answer (32 bytes for IPv4, 44 for
+// Server answers plain Binding requests (RFC 8489), and those that want the answer from another port (CHANGE-REQUEST, RFC 5780,
+// section 7.2), by which a client learns how its NAT filters. It keeps no state, and its answer (32 bytes for IPv4, 44 for
 // IPv6) is never larger than the request: a smaller request is dropped, so that nobody can use the server to amplify
 // traffic towards a forged source. RFC 8489 would allow a request of 20 bytes, an amplification by 1.6 or 2.2;
 // [BindingRequest] makes 44.
 type Server struct {
 	conn    *net.UDPConn
+	other   *net.UDPConn // another port, from which answers are sent and nothing is read; nil where there is none
 	log     *slog.Logger
 	readers sync.WaitGroup
 	stop    func() bool // detaches from the context
@@ -65,12 +67,31 @@ func Listen(ctx context.Context, opts ServerOptions) (*Server, error) {
 		return nil, fmt.Errorf("listen for stun: %w", err)
 	}
 	s := &Server{conn: pc.(*net.UDPConn), log: opts.Logger}
+	if err := s.openOther(); err != nil {
+		s.log.Warn("no second port for stun: clients cannot tell how their NAT filters", "err", err)
+	}
 	// One socket takes one reader at a time; the others meanwhile write their answers.
 	for range min(max(2, runtime.GOMAXPROCS(0)), 8) {
 		s.readers.Go(s.read)
 	}
 	s.stop = context.AfterFunc(ctx, s.shut)
 	return s, nil
+}
+
+// openOther opens the port from which CHANGE-REQUEST is answered, at the same address.
+func (s *Server) openOther() error {
+	at := s.conn.LocalAddr().(*net.UDPAddr)
+	network := "udp"
+	if at.IP.To4() != nil {
+		network = "udp4"
+	}
+	other, err := net.ListenUDP(network, &net.UDPAddr{IP: at.IP, Zone: at.Zone})
+	if err != nil {
+		return fmt.Errorf("listen for stun: %w", err)
+	}
+	_ = other.SetReadBuffer(1) // the kernel keeps its minimum of what nobody reads
+	s.other = other
+	return nil
 }
 
 // Addr is the bound address.
@@ -95,7 +116,12 @@ func (s *Server) Close() error {
 }
 
 // shut makes every reader return. Only the first call does anything, and what a later one says is of no interest.
-func (s *Server) shut() { _ = s.conn.Close() }
+func (s *Server) shut() {
+	_ = s.conn.Close()
+	if s.other != nil {
+		_ = s.other.Close()
+	}
+}
 
 func (s *Server) read() {
 	in := make([]byte, MaxMessage)
@@ -116,14 +142,18 @@ func (s *Server) read() {
 
 // answer serves one datagram.
 func (s *Server) answer(in []byte, from netip.AddrPort, out []byte) {
-	out, ok := AppendBindingResponse(out, in, from)
+	out, change, ok := appendBindingResponse(out, in, from, true)
+	conn := s.conn
+	if change&changePort != 0 {
+		conn = s.other
+	}
 	switch {
-	case !ok:
+	case !ok || conn == nil || change&changeAddr != 0:
 		s.malformed.Add(1)
 	case len(out) > len(in):
 		s.small.Add(1)
 	default:
-		if _, err := s.conn.WriteToUDPAddrPort(out, from); err != nil {
+		if _, err := conn.WriteToUDPAddrPort(out, from); err != nil {
 			s.failed.Add(1)
 			return
 		}
@@ -136,21 +166,31 @@ func (s *Server) answer(in []byte, from netip.AddrPort, out []byte) {
 // comprehension-required attribute but PADDING. It does not allocate where dst has room, and it is up to the caller
 // to send no response that is larger than the request.
 func AppendBindingResponse(dst, request []byte, from netip.AddrPort) (response []byte, ok bool) {
+	response, _, ok = appendBindingResponse(dst, request, from, false)
+	return response, ok
+}
+
+// appendBindingResponse is [AppendBindingResponse] that takes CHANGE-REQUEST as well, if changes is set, and gives its flags.
+func appendBindingResponse(dst, request []byte, from netip.AddrPort, changes bool) (response []byte, change byte, ok bool) {
 	if !IsSTUN(request) || MessageType(request) != TypeBindingRequest || !from.IsValid() {
-		return dst, false
+		return dst, 0, false
 	}
 	a := Walk(request)
 	for a.Next() {
-		if a.Type < firstOptionalAttr && a.Type != attrPadding {
-			return dst, false
+		switch {
+		case a.Type >= firstOptionalAttr, a.Type == attrPadding:
+		case a.Type == attrChangeRequest && changes && len(a.Value) == 4:
+			change |= a.Value[3]
+		default:
+			return dst, 0, false
 		}
 	}
 	if a.Bad {
-		return dst, false
+		return dst, 0, false
 	}
 	start, id := len(dst), Transaction(request)
 	dst = AppendHeader(dst, TypeBindingSuccess, id)
 	dst = AppendMapped(dst, id, from)
 	SetLength(dst[start:], len(dst)-start)
-	return dst, true
+	return dst, change, true
 }

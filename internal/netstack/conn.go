@@ -69,18 +69,6 @@ func (d *Device) dialTCP(ctx context.Context, network string, to netip.AddrPort)
 	return gonet.NewTCPConn(&wq, ep), nil
 }
 
-// ListenTCP listens on one of the stack's own addresses.
-func (d *Device) ListenTCP(addr netip.AddrPort) (net.Listener, error) {
-	if err := d.own(addr.Addr()); err != nil {
-		return nil, &net.OpError{Op: "listen", Net: "tcp", Addr: net.TCPAddrFromAddrPort(addr), Err: err}
-	}
-	l, err := gonet.ListenTCP(d.stack, fullAddress(addr), protocolOf(addr.Addr()))
-	if err != nil {
-		return nil, err
-	}
-	return l, nil
-}
-
 // ListenUDP listens on one of the stack's own addresses.
 func (d *Device) ListenUDP(addr netip.AddrPort) (net.PacketConn, error) {
 	if err := d.own(addr.Addr()); err != nil {

@@ -2,6 +2,7 @@ package netstack
 
 import (
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
@@ -27,6 +28,7 @@ const (
 type link struct {
 	mtu   uint32
 	queue *queue
+	watch atomic.Pointer[Watch]
 
 	mu         sync.RWMutex
 	dispatcher stack.NetworkDispatcher
@@ -44,8 +46,11 @@ func newLink(mtu int, c *counters) *link {
 // WritePackets queues what the stack sends. A packet for which there is no room in time is dropped and counted; to the
 // stack it was sent, as on any wire, and TCP recovers.
 func (l *link) WritePackets(pkts stack.PacketBufferList) (int, tcpip.Error) {
-	list := pkts.AsSlice()
+	list, watch := pkts.AsSlice(), l.watch.Load()
 	for i, pkt := range list {
+		if watch != nil {
+			watch.answered(pkt)
+		}
 		if !l.queue.push(pkt.IncRef()) {
 			pkt.DecRef()
 			if l.queue.isClosed() {

@@ -35,6 +35,7 @@ func (d *Device) Write(bufs [][]byte, offset int) (int, error) {
 
 func (d *Device) writeBatch(m *merger, bufs [][]byte, offset int) {
 	filter := d.filter.Load()
+	m.watch = d.watch.Load()
 	filtered, malformed := 0, 0
 	for _, buf := range bufs {
 		p := buf[offset:]
@@ -67,6 +68,8 @@ type merger struct {
 	merged int
 	groups [batchSize]group
 	count  int
+
+	watch *Watch
 
 	last  netip.Addr // the source that known was asked about last
 	keep  bool
@@ -198,6 +201,9 @@ func (m *merger) addTCP(p []byte, ip int) bool {
 	head := ip + int(seg[header.TCPDataOffset]>>4)*4
 	if head < ip+tcpLen || head > len(p) || !tcpChecksumValid(p, ip) {
 		return false
+	}
+	if m.watch != nil {
+		m.watch.asked(p, ip)
 	}
 	flags := seg[header.TCPFlagsOffset]
 	data := len(p) > head && flags&^tcpFinPsh == tcpAck

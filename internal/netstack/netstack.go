@@ -43,7 +43,8 @@ const (
 const (
 	bufferMin     = 4 << 10
 	bufferDefault = 1 << 20
-	bufferMax     = 8 << 20          // 800 Mbit/s at 80 ms
+	receiveMax    = 8 << 20          // 800 Mbit/s at 80 ms
+	sendMax       = 16 << 20         // the same: a writer is woken when half of it is free
 	timeWait      = 10 * time.Second // a gateway closes many flows first; the port pair is the job's, not ours
 	synRetries    = 5                // about a minute
 )
@@ -90,6 +91,7 @@ type Device struct {
 	inbound  [2]stack.NetworkEndpoint // IPv4, IPv6
 	mergers  sync.Pool                // of *merger
 	filter   atomic.Pointer[func(netip.Addr) bool]
+	watch    atomic.Pointer[Watch]
 	writing  sync.RWMutex // held shared by Write, so that Close can wait for those under way
 	counters counters
 
@@ -174,8 +176,8 @@ func tuneTCP(s *stack.Stack) error {
 	sack := tcpip.TCPSACKEnabled(true)
 	recovery := tcpip.TCPRACKLossDetection
 	moderate := tcpip.TCPModerateReceiveBufferOption(true)
-	snd := tcpip.TCPSendBufferSizeRangeOption{Min: bufferMin, Default: bufferDefault, Max: bufferMax}
-	rcv := tcpip.TCPReceiveBufferSizeRangeOption{Min: bufferMin, Default: bufferDefault, Max: bufferMax}
+	snd := tcpip.TCPSendBufferSizeRangeOption{Min: bufferMin, Default: bufferDefault, Max: sendMax}
+	rcv := tcpip.TCPReceiveBufferSizeRangeOption{Min: bufferMin, Default: bufferDefault, Max: receiveMax}
 	wait := tcpip.TCPTimeWaitTimeoutOption(timeWait)
 	retries := tcpip.TCPSynRetriesOption(synRetries)
 	for _, opt := range []tcpip.SettableTransportProtocolOption{&sack, &recovery, &moderate, &snd, &rcv, &wait, &retries} {

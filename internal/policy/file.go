@@ -2,6 +2,7 @@ package policy
 
 import (
 	"errors"
+	"time"
 
 	"github.com/goccy/go-yaml"
 	"github.com/goccy/go-yaml/ast"
@@ -24,12 +25,35 @@ func ParseFile(file string, data []byte, opts Options) (*Policy, error) {
 // CheckFile is [ParseFile] that tells everything that is wrong. The policy holds nothing to rely on if any of it is an
 // error.
 func CheckFile(file string, data []byte, opts Options) (*Policy, []Finding) {
-	parsed, err := yamlfile.Parse(file, data)
+	p, _, l, err := readFile(file, data, opts)
 	if err != nil {
 		return nil, []Finding{FromProblem(file, err)}
 	}
+	return p, l.Findings()
+}
+
+// LintFile is CheckFile that also warns, and gives the number of rules.
+func LintFile(file string, data []byte, opts Options, now time.Time) (rules int, found []Finding) {
+	p, sources, l, err := readFile(file, data, opts)
+	if err != nil {
+		return 0, []Finding{FromProblem(file, err)}
+	}
+	if p != nil {
+		for _, w := range Lint(p, sources, now) {
+			l.Add(Warning, w.Code, w.Path, w.Message, w.Next)
+		}
+	}
+	return len(sources[0].Rules), l.Findings()
+}
+
+// readFile reads a file of rules alone; the policy is nil where there are far too many.
+func readFile(file string, data []byte, opts Options) (*Policy, []Source, *Locator, error) {
+	parsed, err := yamlfile.Parse(file, data)
+	if err != nil {
+		return nil, nil, nil, err
+	}
 	var doc Document
-	l := Locator{File: file, Document: parsed}
+	l := &Locator{File: file, Document: parsed}
 	l.Decode(&doc)
 	sources := []Source{{File: file, Document: doc}}
 	p, faults := CompileAll(sources, opts)
@@ -39,7 +63,7 @@ func CheckFile(file string, data []byte, opts Options) (*Policy, []Finding) {
 	if len(doc.Rules) == 0 {
 		l.Add(Mistake, "", "$.rules", "the file holds no rule, so it would admit nobody", "write at least one rule under rules")
 	}
-	return p, l.Findings()
+	return p, sources, l, nil
 }
 
 // UnmarshalYAML takes one scalar or a list of them, each as the text that the file shows: an id stays as it is written.

@@ -49,7 +49,7 @@ type Document struct {
 // Allow and Observe what they reach.
 type Rule struct {
 	// Name is what denials, logs and the audit record call the rule.
-	Name string `yaml:"name"`
+	Name string `yaml:"name" jsonschema:"required"`
 	// Network that the jobs get into; may be left out where there is one.
 	Network string `yaml:"network,omitempty"`
 	// Groups to one of which the job has to belong.

@@ -31,6 +31,7 @@ const (
 	CodeTicket     = 401 // the ticket is refused: forged, expired, or the key that signed the message is not the ticket's
 	CodeStaleNonce = 438 // bind again with the Offer that comes with it
 	CodeTaken      = 486 // another session holds this channel
+	CodeFull       = 508 // the relay takes no more sessions (RFC 8656, section 19)
 )
 
 // NonceSize is the size of a nonce in bytes.

@@ -3,6 +3,7 @@ package relay
 import (
 	"sync"
 	"sync/atomic"
+	"time"
 )
 
 // outbox holds what waits to be written on one WebSocket: a bounded queue for each channel, served by deficit round
@@ -277,18 +278,20 @@ func (o *outbox) retire(f *flow) {
 	f.next, f.tail, o.spare = o.spare, nil, f
 }
 
-// drain writes what is put until stop is closed or a write fails, and counts the bytes. One goroutine runs it.
-func (o *outbox) drain(to *socket, stop <-chan struct{}, written *atomic.Uint64) error {
-	for {
+// drain writes what is put until stop is closed or a write fails, and a ping at every tick. It counts the bytes. One
+// goroutine runs it.
+func (o *outbox) drain(to *socket, stop <-chan struct{}, tick <-chan time.Time, written *atomic.Uint64) (err error) {
+	for err == nil {
 		select {
 		case <-stop:
 			return nil
+		case <-tick:
+			err = to.ping()
 		case <-o.wake:
-		}
-		if err := o.flush(to, written); err != nil {
-			return err
+			err = o.flush(to, written)
 		}
 	}
+	return err
 }
 
 // flush writes all that waits.

@@ -137,10 +137,13 @@ func signed(t Ticket, keys []ed25519.PublicKey) bool {
 func readClaims(t Ticket) Claims {
 	r := bytes.NewBuffer(t[1:])
 	c := Claims{Side: Side(r.Next(1)[0])}
-	c.Session = base64.RawURLEncoding.EncodeToString(r.Next(SessionSize))
+	c.Session = sessionText([SessionSize]byte(r.Next(SessionSize)))
 	c.Key = wire.Key(r.Next(wire.KeySize))
 	c.Issued = time.Unix(int64(binary.BigEndian.Uint64(r.Next(8))), 0)
 	c.Expires = time.Unix(int64(binary.BigEndian.Uint64(r.Next(8))), 0)
 	c.Rate = binary.BigEndian.Uint64(r.Next(8))
 	return c
 }
+
+// sessionText is a session id in text.
+func sessionText(raw [SessionSize]byte) string { return base64.RawURLEncoding.EncodeToString(raw[:]) }

@@ -62,7 +62,7 @@ var errClosed = errors.New("the other side closed the websocket")
 
 func newSocket(conn io.ReadWriteCloser, in *bufio.Reader, client bool) *socket {
 	s := &socket{conn: conn, in: in, client: client}
-	s.dead = time.AfterFunc(deadAfter, func() { _ = s.close() })
+	s.dead = time.AfterFunc(deadAfter, func() { _ = conn.Close() })
 	return s
 }
 
@@ -156,28 +156,55 @@ func mask(b []byte, key [4]byte) {
 // readMessage reads the next message into buf, which grows as needed up to [MaxMessage], answers pings on the way and
 // gives errClosed once the other side closes.
 func (s *socket) readMessage(buf []byte) ([]byte, error) {
+	h, err := s.await()
+	if err != nil {
+		return buf[:0], err
+	}
+	return s.body(buf, h)
+}
+
+// await waits for the next message and gives its first header. Who waits with it needs no buffer meanwhile.
+func (s *socket) await() (frameHeader, error) {
+	h, err := s.nextData()
+	if err == nil && h.op != opBinary {
+		err = fmt.Errorf("%w: unexpected frame type %d", errSocket, h.op)
+	}
+	return h, err
+}
+
+// body reads the message that starts with h into buf, which grows as needed.
+func (s *socket) body(buf []byte, h frameHeader) (_ []byte, err error) {
 	buf = buf[:0]
-	for more := false; ; {
-		h, err := s.readHeader()
-		if err != nil {
-			return buf, err
-		}
-		s.dead.Reset(deadAfter)
-		switch {
-		case h.op >= opClose:
-			if err := s.control(h); err != nil {
-				return buf, err
-			}
-			continue
-		case h.op != opBinary && h.op != opContinuation || (h.op == opContinuation) != more:
-			return buf, fmt.Errorf("%w: unexpected frame type %d", errSocket, h.op)
-		case h.size > uint64(MaxMessage-len(buf)):
+	for {
+		if h.size > uint64(MaxMessage-len(buf)) {
 			return buf, fmt.Errorf("%w: a message of more than %d bytes", errSocket, MaxMessage)
 		}
 		if buf, err = s.readPayload(buf, h); err != nil || h.fin {
 			return buf, err
 		}
-		more = true
+		if h, err = s.nextData(); err != nil {
+			return buf, err
+		}
+		if h.op != opContinuation {
+			return buf, fmt.Errorf("%w: unexpected frame type %d", errSocket, h.op)
+		}
+	}
+}
+
+// nextData gives the header of the next frame that is no control frame; those it handles.
+func (s *socket) nextData() (frameHeader, error) {
+	for {
+		h, err := s.readHeader()
+		if err != nil {
+			return h, err
+		}
+		s.dead.Reset(deadAfter)
+		if h.op < opClose {
+			return h, nil
+		}
+		if err := s.control(h); err != nil {
+			return h, err
+		}
 	}
 }
 

@@ -1,0 +1,91 @@
+package relay
+
+import (
+	"sync"
+
+	"github.com/culvertnet/culvert/internal/udpconn"
+)
+
+// lane is what one goroutine forwards with. It is used by one goroutine at a time.
+type lane struct {
+	server *Server
+	counts *counts
+	queue  *udpconn.Queue // towards UDP; nil where there is none
+	arena  []byte         // answers that wait in queue
+	now    int64          // nanoseconds since 1970, when the batch in hand came
+}
+
+// lanes keeps the lanes of a socket through which WebSockets send, for use again.
+type lanes struct{ sync.Pool }
+
+// forward sends a run of frames of one channel from one side to the other, as it is.
+func (l *lane) forward(c Channel, run []byte, segment int, from origin) {
+	segment = min(segment, len(run))
+	frames := uint64((len(run) + segment - 1) / segment)
+	s := l.server.table.get(c)
+	if s == nil {
+		l.counts.stranger.Add(frames)
+		return
+	}
+	side, b := s.sideOf(from)
+	if b == nil || l.now >= b.expires {
+		l.counts.stranger.Add(frames)
+		return
+	}
+	h := &s.sides[side]
+	if l.now-h.heard.Load() > int64(heardEvery) {
+		h.heard.Store(l.now)
+	}
+	to := s.sides[side.Other()].binding.Load()
+	switch {
+	case to == nil || l.now >= to.expires:
+		l.counts.alone.Add(frames)
+	case !h.meter.take(len(run), b.rate, rateBurst, l.now):
+		l.counts.overRate.Add(frames)
+	case to.link != nil:
+		l.enqueue(to.link.out, c, run, segment)
+	case l.queue != nil:
+		l.queue.Add(run, segment, to.addr, to.local)
+		l.counts.forwarded(frames, len(run))
+	}
+}
+
+// enqueue puts a run into a WebSocket's outbox, in pieces that it takes.
+func (l *lane) enqueue(out *outbox, c Channel, run []byte, segment int) {
+	for len(run) > 0 {
+		piece := run[:min(maxRun/segment*segment, len(run))]
+		frames := uint64((len(piece) + segment - 1) / segment)
+		if out.putRun(c, piece, segment) {
+			l.counts.forwarded(frames, len(piece))
+		} else {
+			l.counts.overQueue.Add(frames)
+		}
+		run = run[len(piece):]
+	}
+}
+
+// heardEvery is how precisely it is kept when a side was heard, so that packets seldom write to what others read.
+const heardEvery = IdleLife / 60
+
+// sideOf gives the side that is bound to where a frame came from.
+func (s *session) sideOf(from origin) (Side, *binding) {
+	for side := range Side(len(s.sides)) {
+		if b := s.sides[side].binding.Load(); b != nil && b.is(from) {
+			return side, b
+		}
+	}
+	return 0, nil
+}
+
+// flush sends what waits for UDP. What the kernel does not take at once is dropped.
+func (l *lane) flush() {
+	if l.queue == nil {
+		return
+	}
+	before := l.queue.Dropped
+	l.queue.Flush()
+	l.arena = l.arena[:0]
+	if n := l.queue.Dropped - before; n > 0 {
+		l.counts.overQueue.Add(n)
+	}
+}

@@ -1,0 +1,68 @@
+package relay
+
+import "sync/atomic"
+
+// counts are the counters of one UDP socket, or of all WebSockets.
+type counts struct {
+	packets, bytes                             atomic.Uint64
+	stranger, alone, overRate, overQueue       atomic.Uint64
+	junk, stun, bound, refused, stale, limited atomic.Uint64
+	written                                    atomic.Uint64
+}
+
+// forwarded counts a run that was sent on.
+func (c *counts) forwarded(frames uint64, bytes int) {
+	c.packets.Add(frames)
+	c.bytes.Add(uint64(bytes))
+}
+
+// Stats count since a server's start, in packets unless something else is said.
+type Stats struct {
+	Sessions int // with a side bound, now
+	Links    int // WebSockets, now
+
+	Packets uint64 // forwarded
+	Bytes   uint64 // forwarded, frame headers included
+
+	Strangers uint64 // dropped: from where nothing is bound, or after the ticket's end
+	Alone     uint64 // dropped: the other side is not bound
+	OverRate  uint64 // dropped: over the session's rate
+	OverQueue uint64 // dropped: a queue was full, ours or the kernel's
+	Unread    uint64 // dropped by the kernel before they were read
+
+	Junk    uint64 // messages that are none, or that ask for nothing that is served
+	STUN    uint64 // Binding requests answered
+	Bound   uint64 // binds and unbinds that succeeded
+	Refused uint64 // binds with a ticket that is not taken
+	Stale   uint64 // binds with a nonce that is not good, or no longer
+	Limited uint64 // binds dropped because a source asks for too many verifications
+}
+
+// Stats gives the counters.
+func (s *Server) Stats() Stats {
+	st := Stats{Sessions: int(s.table.count.Load())}
+	s.mu.Lock()
+	st.Links = len(s.links)
+	s.mu.Unlock()
+	st.add(&s.counts)
+	for _, p := range s.ports {
+		st.add(&p.counts)
+		st.Unread += uint64(p.conn.Stats().Overflow)
+	}
+	return st
+}
+
+func (s *Stats) add(c *counts) {
+	s.Packets += c.packets.Load()
+	s.Bytes += c.bytes.Load()
+	s.Strangers += c.stranger.Load()
+	s.Alone += c.alone.Load()
+	s.OverRate += c.overRate.Load()
+	s.OverQueue += c.overQueue.Load()
+	s.Junk += c.junk.Load()
+	s.STUN += c.stun.Load()
+	s.Bound += c.bound.Load()
+	s.Refused += c.refused.Load()
+	s.Stale += c.stale.Load()
+	s.Limited += c.limited.Load()
+}
