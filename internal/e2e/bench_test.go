@@ -178,18 +178,24 @@ func clientPID(b *testing.B, job *stage.Job) int {
 }
 
 // peakMemory is the peak of a process's resident memory so far, in MB.
-func peakMemory(b *testing.B, pid int) float64 {
+func peakMemory(b *testing.B, pid int) float64 { return memory(b, pid, "VmHWM:") }
+
+// residentMemory is a process's resident memory now, in MB.
+func residentMemory(t testing.TB, pid int) float64 { return memory(t, pid, "VmRSS:") }
+
+// memory reads a line of a process's status (proc(5)), in MB.
+func memory(b testing.TB, pid int, name string) float64 {
 	b.Helper()
 	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	must(b, err)
 	for line := range strings.Lines(string(data)) {
-		if rest, ok := strings.CutPrefix(line, "VmHWM:"); ok {
+		if rest, ok := strings.CutPrefix(line, name); ok {
 			kb, err := strconv.ParseFloat(strings.Fields(rest)[0], 64)
 			must(b, err)
 			return kb * 1024 / 1e6
 		}
 	}
-	b.Fatal("no VmHWM")
+	b.Fatalf("no %s", name)
 	return 0
 }
 

@@ -3,7 +3,6 @@
 package e2e
 
 import (
-	"encoding/json"
 	"fmt"
 	"net"
 	"net/netip"
@@ -45,10 +44,7 @@ func currentPath(t testing.TB, job *stage.Job) path {
 	var status struct {
 		Path path `json:"path"`
 	}
-	result := culvert(t, job, 0, "status", "--json")
-	if err := json.Unmarshal([]byte(result.Stdout), &status); err != nil {
-		t.Fatalf("culvert status --json printed %q: %v", result.Stdout, err)
-	}
+	decode(t, culvert(t, job, 0, "status", "--json").Stdout, &status)
 	return status.Path
 }
 

@@ -4,8 +4,6 @@ package e2e
 
 import (
 	"fmt"
-	"os"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -66,7 +64,7 @@ func BenchmarkRelay(b *testing.B) {
 						before := processorTime(b, s.Coordinator().Pid())
 						rate, carried := measureAll(b, s, iperf, s.Private.Addr(), direction.flags)
 						spent := processorTime(b, s.Coordinator().Pid()) - before
-						got, ratios, cores = append(got, rate), append(ratios, rate/raw), append(cores, spent.Seconds()/carried)
+						got, ratios, cores = append(got, rate), append(ratios, rate/raw), append(cores, spent/carried)
 					}
 					if p := currentPath(b, job); p.Transport != transport || p.direct() {
 						b.Fatalf("the path is %v over %s", p, p.Transport)
@@ -103,22 +101,6 @@ func BenchmarkLossyRelay(b *testing.B) {
 			b.ReportMetric(middle(ratios), "ratio")
 		})
 	}
-}
-
-// processorTime is what a process has used of the processors so far (proc(5), utime and stime).
-func processorTime(b *testing.B, pid int) time.Duration {
-	b.Helper()
-	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	must(b, err)
-	_, rest, _ := strings.Cut(string(data), ") ")
-	const ticks = 100 // a second, USER_HZ
-	var sum time.Duration
-	for _, field := range strings.Fields(rest)[11:13] {
-		n, err := strconv.ParseInt(field, 10, 64)
-		must(b, err)
-		sum += time.Duration(n) * time.Second / ticks
-	}
-	return sum
 }
 
 // BenchmarkFirstByteEverywhere measures the time to the first byte from networks of each kind, runner's and gateway's alike, in
