@@ -8,18 +8,14 @@ import (
 	"net/netip"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
 
+	"github.com/culvertnet/culvert/internal/eyeballs"
 	"github.com/culvertnet/culvert/internal/problem"
 )
 
-const (
-	dialTimeout = 30 * time.Second
-	// stagger is how long one address may keep the next one waiting (RFC 8305, section 5).
-	stagger = 250 * time.Millisecond
-)
+const dialTimeout = 30 * time.Second
 
 // dial opens a connection to "host:port". A name is resolved by the system; each of its addresses goes into the tunnel or
 // around it on its own merit. The error is always a *problem.Error.
@@ -42,7 +38,7 @@ func (s *Server) dial(ctx context.Context, target string) (net.Conn, error) {
 	for i, addr := range addrs {
 		targets[i] = netip.AddrPortFrom(addr, uint16(port))
 	}
-	conn, err := race(ctx, targets, s.dialOne)
+	conn, err := eyeballs.Dial(ctx, targets, s.dialOne)
 	if err != nil {
 		return nil, s.explain(ctx, target, targets, err)
 	}
@@ -70,60 +66,6 @@ func (s *Server) dialOne(ctx context.Context, target netip.AddrPort) (net.Conn, 
 	}
 	var d net.Dialer
 	return d.DialContext(ctx, "tcp", target.String())
-}
-
-// race dials the targets in order, the next one as soon as the one before has failed or has kept us waiting, and keeps the
-// first connection.
-func race(ctx context.Context, targets []netip.AddrPort,
-	dial func(context.Context, netip.AddrPort) (net.Conn, error)) (net.Conn, error) {
-	var wait sync.WaitGroup
-	defer wait.Wait()
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel() // what is still dialling gives up
-	type result struct {
-		conn net.Conn
-		err  error
-	}
-	results := make(chan result)
-	next := time.NewTimer(0)
-	defer next.Stop()
-	var winner net.Conn
-	var errs []error
-	for started, running := 0, 0; winner == nil && (started < len(targets) || running > 0); {
-		var due <-chan time.Time
-		if started < len(targets) {
-			due = next.C
-		}
-		select {
-		case <-due:
-			target := targets[started]
-			started++
-			running++
-			next.Reset(stagger)
-			wait.Go(func() {
-				conn, err := dial(ctx, target)
-				select {
-				case results <- result{conn, err}:
-				case <-ctx.Done():
-					if conn != nil {
-						_ = conn.Close()
-					}
-				}
-			})
-		case r := <-results:
-			running--
-			if winner = r.conn; r.err != nil {
-				errs = append(errs, r.err)
-				next.Reset(0)
-			}
-		case <-ctx.Done():
-			return nil, errors.Join(append(errs, ctx.Err())...)
-		}
-	}
-	if winner != nil {
-		return winner, nil
-	}
-	return nil, errors.Join(errs...)
 }
 
 // explain makes the error that the program behind the proxy gets to see.

@@ -18,7 +18,6 @@ import (
 	"os/exec"
 	"strings"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
@@ -361,29 +360,6 @@ func TestOnlyLoopback(t *testing.T) {
 		if problem.CodeOf(err) != problem.Usage {
 			t.Errorf("%s: %v", listen, err)
 		}
-	}
-}
-
-func TestRaceTakesTheFirstThatAnswers(t *testing.T) {
-	good := netip.MustParseAddrPort("192.0.2.2:1")
-	targets := []netip.AddrPort{netip.MustParseAddrPort("192.0.2.1:1"), good, netip.MustParseAddrPort("192.0.2.3:1")}
-	near, far := net.Pipe()
-	defer near.Close()
-	defer far.Close()
-	got, err := race(context.Background(), targets, func(ctx context.Context, target netip.AddrPort) (net.Conn, error) {
-		if target == good {
-			return near, nil
-		}
-		<-ctx.Done() // black holes
-		return nil, ctx.Err()
-	})
-	if err != nil || got != near {
-		t.Errorf("got %v, %v", got, err)
-	}
-	if _, err := race(context.Background(), targets, func(context.Context, netip.AddrPort) (net.Conn, error) {
-		return nil, syscall.ECONNREFUSED
-	}); !errors.Is(err, syscall.ECONNREFUSED) {
-		t.Errorf("all refused: %v", err)
 	}
 }
 

@@ -27,7 +27,7 @@ func makeSamples(tb testing.TB) samples {
 	if err != nil {
 		tb.Fatal(err)
 	}
-	response, err := AppendCheckResponse(nil, benchCheck.ID, benchAddr, benchKey)
+	response, err := AppendCheckResponse(nil, benchCheck.ID, benchAddr, benchKey, 0)
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -57,7 +57,7 @@ func hotPaths(tb testing.TB) map[string]func() bool {
 			return err == nil
 		},
 		"AppendCheckResponse": func() bool {
-			_, err := AppendCheckResponse(buf, benchCheck.ID, benchAddr, benchKey)
+			_, err := AppendCheckResponse(buf, benchCheck.ID, benchAddr, benchKey, 1452)
 			return err == nil
 		},
 		"BindingResponse": func() bool {

@@ -3,6 +3,7 @@ package nat
 import (
 	"crypto/sha1" //nolint:gosec // RFC 8489's MESSAGE-INTEGRITY is HMAC-SHA1, which collisions of SHA-1 do not touch
 	"crypto/subtle"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -15,6 +16,21 @@ type Check struct {
 	ID       TxID
 	Username string // "<session id>:<first 8 characters of the sender's key>"
 	Nominate bool   // this is the path that the sender uses (USE-CANDIDATE, RFC 8445, section 7.1.1)
+	// Seq numbers the sender's checks in one session, always rising, so that the receiver can tell a repetition.
+	Seq uint64
+	// MTU is the largest packet inside the tunnel that the sender has found to fit, in bytes; 0 where it does not know yet.
+	MTU uint16
+	// Call asks the other side to check its candidates again, once and quickly: the sender is about to.
+	Call bool
+}
+
+// Asked is what a check asks for, beside an answer.
+type Asked struct {
+	Nominate bool
+	Seq      uint64
+	MTU      uint16
+	Call     bool
+	Size     int // of the whole check, where it is padded; 0 for a plain one
 }
 
 // AppendCheck encodes a check with MESSAGE-INTEGRITY under key, padded with a PADDING attribute (RFC 5780, section
@@ -36,16 +52,44 @@ func AppendCheck(dst []byte, c Check, key []byte, size int) ([]byte, error) {
 	if c.Nominate {
 		dst = AppendAttr(dst, attrUseCandidate, "")
 	}
+	dst = appendPath(dst, c)
+	dst = appendPadding(dst, start, size)
+	return AppendIntegrity(dst, start, key), nil
+}
+
+// pathSize is the length of PATH: sequence number, MTU, flags.
+const (
+	pathSize = 8 + 2 + 2
+	pathCall = 1 // the flag that is [Check.Call]
+)
+
+// appendPath appends what a check says about the session's paths.
+func appendPath(dst []byte, c Check) []byte {
+	var v [pathSize]byte
+	binary.BigEndian.PutUint64(v[:], c.Seq)
+	binary.BigEndian.PutUint16(v[8:], c.MTU)
+	if c.Call {
+		v[11] = pathCall
+	}
+	return AppendAttr(dst, attrPath, v[:])
+}
+
+// appendPadding pads the message that starts at start so that it has size bytes once MESSAGE-INTEGRITY is appended.
+func appendPadding(dst []byte, start, size int) []byte {
 	if gap := size&^3 - (len(dst) - start) - integritySize; gap >= attrHeader {
 		var zeros [MaxMessage]byte
 		dst = AppendAttr(dst, attrPadding, zeros[:gap-attrHeader])
 	}
-	return AppendIntegrity(dst, start, key), nil
+	return dst
 }
 
-// AppendCheckResponse encodes the success response to a check, with the mapped address and MESSAGE-INTEGRITY. It
-// fails for an empty key or an address that is not valid, and does not allocate where dst has room.
-func AppendCheckResponse(dst []byte, id TxID, mapped netip.AddrPort, key []byte) ([]byte, error) {
+// AppendCheckResponse encodes the success response to a check, with the mapped address and MESSAGE-INTEGRITY, padded as
+// [AppendCheck] does. It fails for an empty key, an address that is not valid and a size over [MaxMessage], and does not
+// allocate where dst has room.
+func AppendCheckResponse(dst []byte, id TxID, mapped netip.AddrPort, key []byte, size int) ([]byte, error) {
+	if size > MaxMessage {
+		return dst, fmt.Errorf("encode a check's response: %d bytes are more than %d", size, MaxMessage)
+	}
 	if len(key) == 0 {
 		return dst, errors.New("encode a check's response: the key is empty")
 	}
@@ -55,6 +99,7 @@ func AppendCheckResponse(dst []byte, id TxID, mapped netip.AddrPort, key []byte)
 	start := len(dst)
 	dst = AppendHeader(dst, TypeBindingSuccess, id)
 	dst = AppendMapped(dst, id, mapped)
+	dst = appendPadding(dst, start, size)
 	return AppendIntegrity(dst, start, key), nil
 }
 
@@ -80,17 +125,24 @@ func PeekUsername(b []byte) (username []byte, id TxID, ok bool) {
 	return username, Transaction(b), true
 }
 
-// Nominated reports whether a request carries USE-CANDIDATE before its MESSAGE-INTEGRITY. It does not allocate.
-func Nominated(b []byte) bool {
+// PeekAsked gives what a Binding request asks for, of what its MESSAGE-INTEGRITY covers. It does not allocate.
+func PeekAsked(b []byte) (asked Asked) {
 	if !IsSTUN(b) || MessageType(b) != TypeBindingRequest {
-		return false
+		return Asked{}
 	}
 	for a := Walk(b); a.Next() && a.Type != AttrMessageIntegrity; {
-		if a.Type == attrUseCandidate {
-			return true
+		switch {
+		case a.Type == attrUseCandidate:
+			asked.Nominate = true
+		case a.Type == attrPadding:
+			asked.Size = len(b)
+		case a.Type == attrPath && len(a.Value) == pathSize:
+			asked.Seq = binary.BigEndian.Uint64(a.Value)
+			asked.MTU = binary.BigEndian.Uint16(a.Value[8:])
+			asked.Call = a.Value[11]&pathCall != 0
 		}
 	}
-	return false
+	return asked
 }
 
 // VerifyCheck checks MESSAGE-INTEGRITY of a request or response under key (RFC 8489, section 14.5). It must be there,

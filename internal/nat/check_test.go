@@ -58,6 +58,10 @@ func drawCheck(t *rapid.T) (Check, []byte, int) {
 	return Check{
 			ID:       drawID(t),
 			Username: rapid.StringMatching(`[A-Za-z0-9_-]{1,40}:[A-Za-z0-9_-]{1,10}`).Draw(t, "username"),
+			Nominate: rapid.Bool().Draw(t, "nominate"),
+			Seq:      rapid.Uint64().Draw(t, "seq"),
+			MTU:      rapid.Uint16().Draw(t, "mtu"),
+			Call:     rapid.Bool().Draw(t, "call"),
 		}, rapid.SliceOfN(rapid.Byte(), 1, 100).Draw(t, "key"),
 		rapid.IntRange(-1, MaxMessage).Draw(t, "size")
 }
@@ -83,7 +87,32 @@ func TestCheckAgreesWithPion(t *testing.T) {
 		if !ok || string(name) != c.Username || id != c.ID || !VerifyCheck(b, key) {
 			t.Fatalf("we read %q, %x, %v", name, id, ok)
 		}
+		want := Asked{Nominate: c.Nominate, Seq: c.Seq, MTU: c.MTU, Call: c.Call}
+		bare, _ := AppendCheck(nil, c, key, 0)
+		if len(b) > len(bare) {
+			want.Size = len(b)
+		}
+		if got := PeekAsked(b); got != want {
+			t.Fatalf("the check asks for %+v, want %+v", got, want)
+		}
 	})
+}
+
+// What MESSAGE-INTEGRITY does not cover asks for nothing.
+func TestAskedIsCovered(t *testing.T) {
+	key := []byte("key")
+	b, err := AppendCheck(nil, Check{Username: "session:sender", Seq: 7}, key, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := PeekAsked(b)
+	b = AppendAttr(b, attrUseCandidate, "")
+	b = AppendAttr(b, attrPath, make([]byte, pathSize))
+	b = AppendAttr(b, attrPadding, make([]byte, 100))
+	SetLength(b, len(b))
+	if got := PeekAsked(b); !VerifyCheck(b, key) || got != want || got.Seq != 7 {
+		t.Errorf("the check asks for %+v, want %+v", got, want)
+	}
 }
 
 func TestPionsCheckVerifies(t *testing.T) {
@@ -132,10 +161,13 @@ func TestAppendRefuses(t *testing.T) {
 		},
 		"too large": func() ([]byte, error) { return AppendCheck(nil, Check{Username: "a"}, []byte("k"), MaxMessage+1) },
 		"response, no key": func() ([]byte, error) {
-			return AppendCheckResponse(nil, TxID{}, addr, nil)
+			return AppendCheckResponse(nil, TxID{}, addr, nil, 0)
 		},
 		"response, no address": func() ([]byte, error) {
-			return AppendCheckResponse(nil, TxID{}, netip.AddrPort{}, []byte("k"))
+			return AppendCheckResponse(nil, TxID{}, netip.AddrPort{}, []byte("k"), 0)
+		},
+		"response, too large": func() ([]byte, error) {
+			return AppendCheckResponse(nil, TxID{}, addr, []byte("k"), MaxMessage+1)
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -150,9 +182,13 @@ func TestCheckResponseAgreesWithPion(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		id, addr := drawID(t), drawAddr(t)
 		key := rapid.SliceOfN(rapid.Byte(), 1, 100).Draw(t, "key")
-		b, err := AppendCheckResponse(nil, id, addr, key)
+		size := rapid.IntRange(0, MaxMessage).Draw(t, "size")
+		b, err := AppendCheckResponse(nil, id, addr, key, size)
 		if err != nil {
 			t.Fatal(err)
+		}
+		if size >= 100 && len(b) != size&^3 {
+			t.Fatalf("size %d gives %d bytes", size, len(b))
 		}
 		gotID, got, ok := PeekResponse(b)
 		if !ok || gotID != id || got != addr || !VerifyCheck(b, key) {

@@ -76,7 +76,7 @@ func FuzzResponse(f *testing.F) {
 		if !ok {
 			return
 		}
-		again, err := AppendCheckResponse(nil, id, mapped, benchKey)
+		again, err := AppendCheckResponse(nil, id, mapped, benchKey, 0)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -27,6 +27,7 @@ const (
 	attrUseCandidate     = 0x0025 // RFC 8445, section 16.1
 	attrPadding          = 0x0026 // RFC 5780, section 7.6
 	attrFingerprint      = 0x8028
+	attrPath             = 0xC057 // our own, comprehension-optional: what a check says beside its question
 
 	familyIPv4 = 0x01
 	familyIPv6 = 0x02

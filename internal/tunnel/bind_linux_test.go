@@ -17,14 +17,14 @@ import (
 // loopbackBind is a bind with one peer whose path leads to a socket of the test.
 func loopbackBind(tb testing.TB, to netip.AddrPort) (*bind, *Peer) {
 	tb.Helper()
-	b := &bind{StdNetBind: conn.NewStdNetBind().(*conn.StdNetBind), in: newWindow(0), out: newWindow(0)}
+	b := &bind{StdNetBind: conn.NewStdNetBind().(*conn.StdNetBind), side: newSideEntrance(), in: newWindow(0), out: newWindow(0)}
 	if _, _, err := b.Open(0); err != nil {
 		tb.Fatal(err)
 	}
 	tb.Cleanup(func() { _ = b.Close() })
 	p := &Peer{tunnel: &Tunnel{bind: b}, opts: PeerOptions{Session: "test"}}
 	p.engine = engine{onChange: p.changed, onDrop: p.dropped}
-	p.current.Store(&conn.StdNetEndpoint{AddrPort: to})
+	p.current.Store(routeTo(spot{remote: to}))
 	return b, p
 }
 
@@ -101,13 +101,13 @@ func BenchmarkBindAccept(b *testing.B) {
 	bind := &bind{}
 	p := &Peer{tunnel: &Tunnel{bind: bind}}
 	from := &conn.StdNetEndpoint{AddrPort: netip.MustParseAddrPort("192.0.2.1:51820")}
-	known := &path{peer: p, remote: from.AddrPort, kind: wire.Reflexive}
+	known := &path{peer: p, spot: spot{remote: from.AddrPort}, kind: wire.Reflexive}
 	known.open.Store(true)
 	bind.table.put(known)
 	pkt := packets(1, 1452)[0]
 	b.ReportAllocs()
 	for b.Loop() {
-		if _, n := bind.accept(pkt, len(pkt), bind.table.lookup(from.AddrPort), from); n == 0 {
+		if _, n := bind.accept(pkt, len(pkt), bind.table.lookup(known.spot), known.spot, from); n == 0 {
 			b.Fatal("dropped")
 		}
 	}

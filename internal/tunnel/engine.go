@@ -1,13 +1,8 @@
 package tunnel
 
 import (
-	"cmp"
-	"net/netip"
 	"slices"
-	"sync/atomic"
 	"time"
-
-	"golang.zx2c4.com/wireguard/conn"
 
 	"github.com/culvertnet/culvert/internal/nat"
 	"github.com/culvertnet/culvert/internal/wire"
@@ -16,22 +11,31 @@ import (
 // Timing of path checks. A path is probed quickly at first, so that two NATs open towards each other within the same
 // round trip, and kept alive well within the 30 s after which NATs forget UDP mappings (RFC 4787, section 4.3).
 const (
-	firstRetry    = 20 * time.Millisecond   // doubled with every try …
-	slowestRetry  = 1280 * time.Millisecond // … up to this
-	leadTries     = 11                      // checks before a candidate rests, leading side: 7.7 s
-	followTries   = 8                       // the same, following side: 3.8 s
-	restUnchosen  = 5 * time.Second         // a resting candidate is probed again while there is no path at all
-	restChosen    = 30 * time.Second        // and this often while there is one
-	keepChosen    = 10 * time.Second        // checks on the chosen path
-	keepOther     = 15 * time.Second        // and on the others that are validated
-	staleRetry    = 250 * time.Millisecond  // first retry of a check on a validated path; the others come after twice that
-	staleTries    = 3                       // unanswered checks after which a validated path is lost: 1.25 s
-	staleTriesAlt = 2                       // the same where another validated path waits
-	suspectAfter  = 2 * time.Second         // unanswered traffic for so long makes a path suspect
-	samplePeriod  = 500 * time.Millisecond  // how often the leading side looks at its traffic
-	followExpiry  = 45 * time.Second        // the following side forgets a path that has been silent for so long
-	maxPaths      = 48                      // paths of one peer, observed ones included
-	historySize   = 16
+	firstRetry   = 20 * time.Millisecond   // doubled with every try …
+	slowestRetry = 1280 * time.Millisecond // … up to this
+	leadTries    = 11                      // checks before a candidate rests, leading side: 7.7 s
+	followTries  = 8                       // the same, following side: 3.8 s
+	answerTries  = 3                       // checks that one check from an unknown address, or a call, draws
+	restUnchosen = 5 * time.Second         // a resting candidate is probed again while there is no path at all
+	restChosen   = 30 * time.Second        // and this often while there is one
+	restLost     = 2 * time.Second         // and this often where it has carried traffic …
+	lostFor      = 5 * time.Minute         // … within this time
+	keepChosen   = 10 * time.Second        // checks on the chosen path
+	keepBusy     = time.Second             // while it carries traffic: only an answer proves both directions
+	keepOther    = 15 * time.Second        // and on the others that are validated
+	staleRetry   = 250 * time.Millisecond  // retry of a check on a validated path, at least; at most twice that
+	staleTries   = 3                       // unanswered checks after which a validated path may be lost
+	livelyLimit  = 1500 * time.Millisecond // unanswered checks are put up with for so long while much comes in
+	soleLimit    = 2 * time.Second         // and for so long where no other path is validated
+	samplePeriod = 250 * time.Millisecond  // how often the leading side looks at its traffic
+	livelyBytes  = 4 << 10                 // received within a sample: more than a sender's repetitions
+	followExpiry = 45 * time.Second        // the following side forgets a path that has been silent for so long
+	callEvery    = 2 * time.Second         // the other side is asked to check its candidates again at most so often
+	steadyAfter  = 2                       // a path that was lost more often than this …
+	steadyFor    = 2 * time.Minute         // … in this time has to last before it carries traffic again,
+	steadyMost   = 30 * time.Second        // a second at first, doubled each time, up to this
+	maxPaths     = 48                      // paths of one peer, observed ones included
+	historySize  = 16
 )
 
 // engine decides which paths of one peer are checked when, which are validated and which one carries traffic. It does no
@@ -41,57 +45,47 @@ const (
 // One side leads, the client: it probes, keeps paths alive, suspects and chooses. The other follows: it validates what
 // the leader checks and sends where the leader last nominated. A path:
 //
-//	         check answered             unanswered × staleTries
-//	probing ───────────────► validated ─────────────────────────► probing
+//	         check answered             staleTries unanswered
+//	probing ───────────────► validated ───────────────────────► probing
 //	   │ tries used up          ▲
 //	   ▼                        │ check answered
-//	resting ────────────────────┘ (probed again every restUnchosen or restChosen)
+//	resting ────────────────────┘ (probed again after restUnchosen, restChosen or restLost)
 type engine struct {
 	lead   bool
 	paths  []*path
 	chosen *path
+	mtu    int // of the session, as far as known; 0 before
+	most   int // the largest MTU that is looked for
 
-	sampled  time.Time // last look at the traffic
-	rx, tx   uint64    // byte counters at that look
-	quiet    time.Time // since when traffic has gone unanswered; zero while it has not
+	// Leading.
+	begun   time.Time // when the first path was added
+	sampled time.Time // last look at the traffic
+	rx, tx  uint64    // byte counters at that look
+	busy    time.Time // when there was traffic last
+	lively  bool      // much came in within the last two samples
+	much    bool      // within the last one
+	called  time.Time // when the other side was last asked to check again; following: when we last did
+
+	// Following.
+	nominee   *path  // the leader's last word
+	nominated uint64 // its number
+
 	history  []Change
 	onChange func(p *path) // traffic moves to p; nil where no path is left
-	onDrop   func(p *path) // p is forgotten
+	onDrop   func(p *path) // nothing is taken from p any more
 }
 
-// path is one remote address of a peer. Its fields belong to the engine but for remote, peer and kind, which never
-// change after it is made.
-type path struct {
-	peer   *Peer
-	remote netip.AddrPort
-	kind   wire.CandidateKind
-
-	ep        *conn.StdNetEndpoint // how to send there: address, and the local address that it was reached from
-	valid     bool                 // our own check has come back
-	heard     time.Time            // last authentic check or answer from there
-	srtt      time.Duration        // smoothed as in RFC 6298, section 2, with alpha 1/4
-	tries     int                  // checks sent since the last answer
-	next      time.Time            // when the next check is due; zero means none
-	outgoing  []sent               // unanswered checks, oldest first
-	parked    []byte               // a handshake message that came before the path was validated
-	nominated bool                 // the following side: the leader's last word was this path
-
-	open atomic.Bool // read by receive goroutines: validated once, so packets from there are taken
-	gone atomic.Bool // read by receive goroutines: no longer the path of its address
+// order is one check to be sent.
+type order struct {
+	*path
+	mtu  int  // padded to stand for a packet of this size inside the tunnel; 0 for a plain check
+	call bool // asks the other side to check its candidates again
 }
 
-// sent is one check that has not been answered.
-type sent struct {
-	id nat.TxID
-	at time.Time
-}
-
-const maxOutgoing = 8
-
-// find gives the path to an address.
-func (e *engine) find(remote netip.AddrPort) *path {
+// find gives the path of a spot.
+func (e *engine) find(s spot) *path {
 	for _, p := range e.paths {
-		if p.remote == remote {
+		if p.spot == s {
 			return p
 		}
 	}
@@ -100,11 +94,18 @@ func (e *engine) find(remote netip.AddrPort) *path {
 
 // add makes a path known and due for a check at once. It returns nil where it is known already or there are too many.
 func (e *engine) add(p *path, now time.Time) *path {
-	if e.find(p.remote) != nil {
+	if e.find(p.spot) != nil {
 		return nil
 	}
 	if len(e.paths) >= maxPaths && !e.evict() {
 		return nil
+	}
+	if e.begun.IsZero() {
+		e.begun = now
+	}
+	p.limit = followTries
+	if p.kind == wire.Observed {
+		p.limit = answerTries
 	}
 	p.next = now
 	e.paths = append(e.paths, p)
@@ -122,37 +123,48 @@ func (e *engine) evict() bool {
 	if oldest == nil {
 		return false
 	}
-	e.drop(oldest)
+	e.drop(oldest, time.Time{})
 	return true
 }
 
-// due gives the paths on which a check is to be sent now, and books the checks after that. The caller
-// notes with [path.booked] which id it used.
-func (e *engine) due(now time.Time) []*path {
-	var due []*path
+// due gives the checks that are to be sent now, and books the ones after that. The caller notes with [path.booked] which
+// ids it used.
+func (e *engine) due(now time.Time) []order {
 	for _, p := range e.paths {
-		if p.next.IsZero() || p.next.After(now) {
-			continue
+		if p.isDue(now) && p.valid && e.lead && p.tries >= staleTries {
+			e.overdue(p, now)
 		}
-		if p.valid && e.lost(p) {
-			e.invalidate(p, now)
+	}
+	if c := e.chosen; c != nil && e.lead && c.isDue(now) && c.tries > 0 {
+		e.warm(c, now)
+	}
+	var orders []order
+	for _, p := range e.paths {
+		if p.isDue(now) {
+			orders = append(orders, e.check(p, now))
 		}
-		due = append(due, p)
+		if p.valid && e.lead {
+			for _, mtu := range p.size.due(p.srtt, now) {
+				orders = append(orders, order{path: p, mtu: mtu})
+			}
+		}
 	}
-	for _, p := range due {
-		p.tries++
-		p.next = e.after(p, now)
-	}
-	return due
+	return e.call(orders, now)
 }
 
-// lost reports whether a validated path has gone unanswered for too long.
-func (e *engine) lost(p *path) bool {
-	limit := staleTries
-	if p == e.chosen && e.best(p) != nil {
-		limit = staleTriesAlt
+func (p *path) isDue(now time.Time) bool { return !p.next.IsZero() && !p.next.After(now) }
+
+// check books a check on p.
+func (e *engine) check(p *path, now time.Time) order {
+	o := order{path: p}
+	if p.tries++; p.tries == 1 {
+		p.suspected = now
+		if p.valid && p == e.chosen && now.Sub(e.busy) < keepBusy && !p.size.searching(now) {
+			o.mtu = p.size.stands
+		}
 	}
-	return p.tries >= limit
+	p.next = e.after(p, now)
+	return o
 }
 
 // after gives the time of the check that follows the one sent now.
@@ -161,220 +173,283 @@ func (e *engine) after(p *path, now time.Time) time.Time {
 	case p.valid && !e.lead:
 		return time.Time{} // the leader keeps it alive
 	case p.valid:
-		return now.Add(min(staleRetry<<(p.tries-1), 2*staleRetry))
+		return now.Add(p.patience())
 	case e.lead && p.tries >= leadTries:
-		rest := restChosen
-		if e.chosen == nil {
-			rest = restUnchosen
-		}
-		return now.Add(rest)
-	case !e.lead && p.tries >= followTries:
+		return now.Add(e.rest(p, now))
+	case !e.lead && p.tries >= p.limit:
 		return time.Time{}
 	}
 	return now.Add(min(firstRetry<<(p.tries-1), slowestRetry))
 }
 
-// booked notes the id of a check that was sent on p; the oldest unanswered one is forgotten when there are too many.
-func (p *path) booked(id nat.TxID, now time.Time) {
-	if len(p.outgoing) >= maxOutgoing {
-		p.outgoing = slices.Delete(p.outgoing, 0, 1)
+// rest is how long a path that does not answer is left alone.
+func (e *engine) rest(p *path, now time.Time) time.Duration {
+	switch {
+	case !p.lostAt.IsZero() && now.Sub(p.lostAt) < lostFor:
+		return restLost
+	case e.chosen == nil:
+		return restUnchosen
 	}
-	p.outgoing = append(p.outgoing, sent{id, now})
+	return restChosen
+}
+
+// warm has the other validated paths checked, as soon as the chosen one fails to answer: traffic moves only to a path that is known to be alive.
+func (e *engine) warm(c *path, now time.Time) {
+	for _, p := range e.paths {
+		if p != c && p.valid && p.tries == 0 && !p.answered.After(c.suspected) {
+			p.next = now
+		}
+	}
+}
+
+// overdue decides on a validated path whose checks have gone unanswered. The chosen one stays while it is unclear whether another
+// path is any better, and for a little longer while much comes in: a full queue delays answers, too.
+func (e *engine) overdue(p *path, now time.Time) {
+	if p != e.chosen {
+		e.invalidate(p, now)
+		return
+	}
+	silent := now.Sub(p.suspected)
+	if e.lively && silent < livelyLimit {
+		return
+	}
+	others := false
+	for _, q := range e.paths {
+		if q == p || !q.valid {
+			continue
+		}
+		if q.answered.After(p.suspected) {
+			e.invalidate(p, now)
+			return
+		}
+		others = true // it is being checked
+	}
+	if !others && silent >= soleLimit {
+		e.invalidate(p, now)
+	}
+}
+
+// call adds to the orders that the other side is to check its candidates again, where a direct path is being probed anew
+// while traffic flows through a relay: without its checks its NAT lets none of ours in.
+func (e *engine) call(orders []order, now time.Time) []order {
+	c := e.chosen
+	if !e.lead || c == nil || c.direct() || now.Sub(e.called) < callEvery || now.Sub(e.begun) < lostTime(followTries) {
+		return orders
+	}
+	if !slices.ContainsFunc(orders, func(o order) bool { return !o.valid && o.direct() }) {
+		return orders
+	}
+	e.called = now
+	return append(orders, order{path: c, call: true})
+}
+
+// lostTime is how long so many tries take.
+func lostTime(tries int) time.Duration {
+	return min(firstRetry<<tries, time.Duration(tries)*slowestRetry)
+}
+
+// recall is what the following side does when it is called.
+func (e *engine) recall(now time.Time) {
+	if now.Sub(e.called) < callEvery/2 {
+		return
+	}
+	e.called = now
+	for _, p := range e.paths {
+		if p.direct() && !p.valid {
+			p.tries, p.limit, p.next = 0, answerTries, now
+		}
+	}
 }
 
 // answered handles the authentic answer to a check: p is validated, and may be chosen. It reports false for an answer
 // that nobody waits for.
-func (e *engine) answered(p *path, id nat.TxID, ep *conn.StdNetEndpoint, now time.Time) bool {
-	i := slices.IndexFunc(p.outgoing, func(s sent) bool { return s.id == id })
-	if i < 0 {
+func (e *engine) answered(p *path, id nat.TxID, r *route, now time.Time) bool {
+	s, ok := p.took(id)
+	if !ok {
 		return false
 	}
-	p.measure(now.Sub(p.outgoing[i].at))
-	p.outgoing = p.outgoing[:0]
-	p.heard, p.ep, p.tries = now, ep, 0
-	p.valid = true
-	p.open.Store(true)
+	p.measure(now.Sub(s.at))
+	p.heard, p.answered, p.route, p.tries = now, now, r, 0
+	if !p.valid {
+		p.valid, p.since = true, now
+		p.open.Store(true)
+		if e.lead {
+			p.size.search(e.most, now)
+		}
+	}
 	p.next = time.Time{}
 	if e.lead {
-		keep := keepOther
+		e.sized(p, s, now)
+		p.next = now.Add(keepOther)
 		if p == e.chosen {
-			keep, e.quiet = keepChosen, time.Time{}
+			p.next = now.Add(keepChosen)
 		}
-		p.next = now.Add(keep)
+		if c := e.chosen; c != nil && c != p && c.valid && c.tries >= staleTries {
+			e.overdue(c, now)
+		}
 	}
 	e.choose(now, "validated")
 	return true
 }
 
-func (p *path) measure(rtt time.Duration) {
-	if p.srtt == 0 {
-		p.srtt = rtt
+// sized learns from an answer which sizes a path takes.
+func (e *engine) sized(p *path, s sent, now time.Time) {
+	if s.mtu > 0 {
+		p.size.answered(s.mtu)
 		return
 	}
-	p.srtt += (rtt - p.srtt) / 4
+	if p.size.searching(now) {
+		return
+	}
+	p.outgoing = slices.DeleteFunc(p.outgoing, func(o sent) bool {
+		lost := o.mtu > 0 && o.mtu == p.size.stands && o.at.Before(s.at)
+		if lost {
+			p.size.missed(now)
+		}
+		return lost
+	})
 }
 
-// requested handles an authentic check from the peer. A path that is not validated is checked back at once.
-func (e *engine) requested(p *path, nominate bool, now time.Time) {
+// settle gives the session's MTU: what every validated path takes, so that it stays the same when the path changes. The following
+// side has been told. It is 0 while nothing is known.
+func (e *engine) settle() int {
+	if !e.lead {
+		return e.mtu
+	}
+	least := 0
+	for _, p := range e.paths {
+		if s := p.size.stands; p.valid && s > 0 && (least == 0 || s < least) {
+			least = s
+		}
+	}
+	if least > 0 {
+		e.mtu = least
+	}
+	return e.mtu
+}
+
+// requested handles an authentic check from the peer, which asks for something. A path that is not validated is checked
+// back at once.
+func (e *engine) requested(p *path, asked nat.Asked, now time.Time) {
 	p.heard = now
 	if !p.valid {
 		p.tries = min(p.tries, 2) // the other side is alive: quick retries again
+		if p.kind == wire.Observed {
+			p.tries = 0
+		}
 		p.next = now
 	}
-	if e.lead || !nominate {
-		return
+	if e.lead || asked.Seq <= e.nominated {
+		return // a word that a later one has overtaken
 	}
-	for _, other := range e.paths {
-		other.nominated = other == p
+	if asked.MTU > 0 {
+		e.mtu = int(asked.MTU)
 	}
-	e.choose(now, "nominated")
+	if asked.Call {
+		e.recall(now)
+	}
+	if asked.Nominate {
+		e.nominee, e.nominated = p, asked.Seq
+		e.choose(now, "nominated")
+	}
 }
 
-// traffic looks at the byte counters. The leading side suspects its path after two seconds of unanswered traffic and checks it at once.
+// traffic looks at the byte counters. The leading side checks a busy path every second.
 func (e *engine) traffic(rx, tx uint64, now time.Time) {
 	if !e.lead || now.Sub(e.sampled) < samplePeriod {
 		return
 	}
-	answered, sent := rx != e.rx, tx != e.tx
+	in, out := rx-e.rx, tx-e.tx
 	e.rx, e.tx, e.sampled = rx, tx, now
-	switch {
-	case answered:
-		e.quiet = time.Time{}
-	case sent && e.quiet.IsZero():
-		e.quiet = now
+	e.lively, e.much = e.much && in >= livelyBytes, in >= livelyBytes
+	if in == 0 && out == 0 {
+		return
 	}
-	if p := e.chosen; p != nil && !e.quiet.IsZero() && now.Sub(e.quiet) >= suspectAfter-samplePeriod && p.tries == 0 {
+	e.busy = now
+	if p := e.chosen; p != nil && p.tries == 0 && now.Sub(p.answered) >= keepBusy {
 		p.next = now
 	}
 }
 
-// drop forgets a path.
-func (e *engine) drop(p *path) {
-	e.paths = slices.DeleteFunc(e.paths, func(q *path) bool { return q == p })
-	e.onDrop(p)
+// refresh has every path checked at once: the local network may have changed.
+func (e *engine) refresh(now time.Time) {
+	for _, p := range e.paths {
+		p.tries, p.next = 0, now
+		if !e.lead {
+			p.limit = answerTries
+		}
+		if p.valid && e.lead {
+			p.size.search(e.most, now)
+		}
+	}
 }
 
-// expire drops, on the following side, what has been silent for too long.
+// drop forgets a path.
+func (e *engine) drop(p *path, now time.Time) {
+	e.paths = slices.DeleteFunc(e.paths, func(q *path) bool { return q == p })
+	p.valid = false
+	if e.nominee == p {
+		e.nominee = nil
+	}
+	e.onDrop(p)
+	if e.chosen == p {
+		e.use(e.best(nil), now, "dropped")
+	}
+}
+
+// expire ends, on the following side, what has been silent for too long. What was signalled is remembered.
 func (e *engine) expire(now time.Time) {
 	if e.lead {
 		return
 	}
-	var gone []*path
-	for _, p := range e.paths {
-		if !p.heard.IsZero() && now.Sub(p.heard) >= followExpiry {
-			gone = append(gone, p)
+	for _, p := range slices.Clone(e.paths) {
+		if p.heard.IsZero() || now.Sub(p.heard) < followExpiry {
+			continue
 		}
-	}
-	for _, p := range gone {
-		e.drop(p)
+		if p.kind == wire.Observed {
+			e.drop(p, now)
+			continue
+		}
+		p.valid, p.heard, p.next = false, time.Time{}, time.Time{}
+		e.onDrop(p)
 		if e.chosen == p {
-			e.use(e.best(nil), now, "expired")
+			e.use(e.best(nil), now, "silent")
 		}
 	}
 }
 
 // invalidate takes a validated path back to probing.
 func (e *engine) invalidate(p *path, now time.Time) {
-	p.valid, p.srtt, p.tries = false, 0, 0
+	p.valid, p.srtt, p.tries, p.lostAt, p.next = false, 0, 0, now, now
 	p.outgoing = p.outgoing[:0]
 	if p == e.chosen {
-		e.use(e.best(p), now, "silent")
+		p.losses++
+		e.use(e.best(nil), now, "silent")
 	}
 }
 
 // wake gives the time at which the engine next has something to do; zero if never.
 func (e *engine) wake(now time.Time) time.Time {
 	var wake time.Time
-	soonest := func(t time.Time) {
-		if !t.IsZero() && (wake.IsZero() || t.Before(wake)) {
-			wake = t
-		}
-	}
 	for _, p := range e.paths {
-		soonest(p.next)
-		if !e.lead && !p.heard.IsZero() {
-			soonest(p.heard.Add(followExpiry))
+		wake = sooner(wake, p.next)
+		switch {
+		case e.lead && p.valid:
+			wake = sooner(wake, p.size.next)
+		case !e.lead && !p.heard.IsZero():
+			wake = sooner(wake, p.heard.Add(followExpiry))
 		}
 	}
 	if e.lead && e.chosen != nil {
-		soonest(now.Add(samplePeriod))
+		wake = sooner(wake, now.Add(samplePeriod))
 	}
 	return wake
 }
 
-// choose moves traffic where that is better.
-func (e *engine) choose(now time.Time, why string) {
-	best := e.best(nil)
-	if best == nil || best == e.chosen {
-		return
+// sooner gives the earlier of two times, of which a zero one means never.
+func sooner(a, b time.Time) time.Time {
+	if a.IsZero() || !b.IsZero() && b.Before(a) {
+		return b
 	}
-	if e.chosen == nil || !e.chosen.valid || e.better(best, e.chosen) {
-		e.use(best, now, why)
-	}
+	return a
 }
-
-// best gives the best validated path but for one; nil if there is none.
-func (e *engine) best(but *path) *path {
-	var best *path
-	for _, p := range e.paths {
-		if p.valid && p != but && (best == nil || e.order(p, best) < 0) {
-			best = p
-		}
-	}
-	return best
-}
-
-// order compares two validated paths: the nominated one, then kind, then round-trip time.
-func (e *engine) order(a, b *path) int {
-	if a.nominated != b.nominated {
-		if a.nominated {
-			return -1
-		}
-		return 1
-	}
-	return cmp.Or(cmp.Compare(rank(a.kind), rank(b.kind)), cmp.Compare(a.srtt, b.srtt))
-}
-
-// better reports whether a is enough better than the chosen b to move: by nomination or kind always, by round-trip time only with a
-// fifth and two milliseconds to spare, so that traffic does not flap between equals.
-func (e *engine) better(a, b *path) bool {
-	if a.nominated != b.nominated || rank(a.kind) != rank(b.kind) {
-		return e.order(a, b) < 0
-	}
-	return e.lead && a.srtt < b.srtt-max(b.srtt/5, 2*time.Millisecond)
-}
-
-// rank orders kinds of path: an address of the same network beats one through NATs.
-func rank(k wire.CandidateKind) int {
-	switch k {
-	case wire.Host:
-		return 0
-	default:
-		return 1
-	}
-}
-
-// use makes p carry the traffic.
-func (e *engine) use(p *path, now time.Time, why string) {
-	e.chosen = p
-	e.quiet = time.Time{}
-	if p != nil && e.lead {
-		p.next = now // tell the other side
-	}
-	if p == nil && e.lead {
-		for _, q := range e.paths { // nothing is left: everything is worth a try again
-			q.tries, q.next = 0, now
-		}
-	}
-	c := Change{At: now, Why: why}
-	if p != nil {
-		c.Path = p.public()
-	}
-	e.history = append(e.history, c)
-	if len(e.history) > historySize {
-		e.history = slices.Delete(e.history, 0, 1)
-	}
-	e.onChange(p)
-}
-
-func (p *path) public() Path { return Path{Kind: p.kind, Remote: p.remote, RTT: p.srtt} }

@@ -5,7 +5,6 @@ import (
 	"testing"
 	"time"
 
-	"golang.zx2c4.com/wireguard/conn"
 	"pgregory.net/rapid"
 
 	"github.com/culvertnet/culvert/internal/nat"
@@ -19,12 +18,16 @@ type drive struct {
 	carried []*path // what onChange said, nil for none
 	dropped []*path
 	sent    map[*path][]nat.TxID
-	ids     byte
+	ids     int
+	seq     uint64
+	narrow  int     // the MTU of every path; 0 leaves padded checks out
+	orders  []order // all that were given
+	booked  []nat.TxID
 }
 
 func newDrive(lead bool) *drive {
 	d := &drive{now: time.Unix(1_000_000, 0), sent: map[*path][]nat.TxID{}}
-	d.engine = &engine{lead: lead}
+	d.engine = &engine{lead: lead, most: DefaultMTU}
 	d.onChange = func(p *path) { d.carried = append(d.carried, p) }
 	d.onDrop = func(p *path) { d.dropped = append(d.dropped, p) }
 	return d
@@ -35,18 +38,22 @@ func addr(port uint16) netip.AddrPort {
 }
 
 func (d *drive) candidate(kind wire.CandidateKind, port uint16) *path {
-	return d.add(&path{remote: addr(port), kind: kind}, d.now)
+	return d.add(&path{spot: spot{remote: addr(port)}, kind: kind}, d.now)
 }
 
 // step sends what is due.
-func (d *drive) step() []*path {
+func (d *drive) step() (due []*path) {
 	d.expire(d.now)
-	due := d.due(d.now)
-	for _, p := range due {
+	for _, o := range d.due(d.now) {
 		d.ids++
-		id := nat.TxID{11: d.ids}
-		p.booked(id, d.now)
-		d.sent[p] = append(d.sent[p], id)
+		id := nat.TxID{10: byte(d.ids >> 8), 11: byte(d.ids)}
+		o.booked(id, o.mtu, d.now)
+		d.orders, d.booked = append(d.orders, o), append(d.booked, id)
+		if o.mtu > 0 && d.narrow == 0 {
+			continue // no search
+		}
+		d.sent[o.path] = append(d.sent[o.path], id)
+		due = append(due, o.path)
 	}
 	return due
 }
@@ -78,7 +85,13 @@ func maxTime(a, b time.Time) time.Time {
 func (d *drive) answer(p *path, rtt time.Duration) bool {
 	d.now = d.now.Add(rtt)
 	ids := d.sent[p]
-	return d.answered(p, ids[len(ids)-1], &conn.StdNetEndpoint{AddrPort: p.remote}, d.now)
+	return d.answered(p, ids[len(ids)-1], routeTo(p.spot), d.now)
+}
+
+// request is a check from the other side.
+func (d *drive) request(p *path, nominate bool) {
+	d.seq++
+	d.requested(p, nat.Asked{Nominate: nominate, Seq: d.seq}, d.now)
 }
 
 func TestCandidateRestsWhenNothingAnswers(t *testing.T) {
@@ -173,7 +186,7 @@ func TestSilentPathIsReplacedWithinThreeSeconds(t *testing.T) {
 	if d.chosen != b {
 		t.Fatal("the other path did not take over")
 	}
-	if last := d.history[len(d.history)-1]; last.Why != "silent" || last.Path.Remote != b.remote {
+	if last := d.history[len(d.history)-1]; last.Why != "silent" || last.Path.Remote != b.spot.remote {
 		t.Errorf("history says %+v", last)
 	}
 }
@@ -239,7 +252,7 @@ func TestFollowerGoesWhereTheLeaderNominates(t *testing.T) {
 	if d.chosen != a {
 		t.Fatal("the first validated path does not carry")
 	}
-	d.requested(b, true, d.now)
+	d.request(b, true)
 	if d.chosen != a {
 		t.Fatal("traffic moved to a path that is not validated")
 	}
@@ -248,11 +261,11 @@ func TestFollowerGoesWhereTheLeaderNominates(t *testing.T) {
 	if d.chosen != b {
 		t.Fatal("the nominated path does not carry once it is validated")
 	}
-	d.requested(a, false, d.now)
+	d.request(a, false)
 	if d.chosen != b {
 		t.Fatal("a check without nomination moved traffic")
 	}
-	d.requested(a, true, d.now)
+	d.request(a, true)
 	if d.chosen != a {
 		t.Fatal("the follower did not follow back")
 	}
@@ -261,7 +274,7 @@ func TestFollowerGoesWhereTheLeaderNominates(t *testing.T) {
 func TestFollowerForgetsTheSilent(t *testing.T) {
 	d := newDrive(false)
 	a := d.candidate(wire.Observed, 1)
-	d.requested(a, true, d.now)
+	d.request(a, true)
 	d.step()
 	d.answer(a, time.Millisecond)
 	d.run(followExpiry - time.Second)
@@ -285,13 +298,13 @@ func TestObservedAddressesAreBounded(t *testing.T) {
 	d.answer(good, time.Millisecond)
 	for port := uint16(2); port < 5000; port++ {
 		if p := d.candidate(wire.Observed, port); p != nil {
-			d.requested(p, false, d.now)
+			d.request(p, false)
 		}
 	}
 	if len(d.paths) > maxPaths {
 		t.Errorf("%d paths, at most %d are allowed", len(d.paths), maxPaths)
 	}
-	if d.chosen != good || d.find(good.remote) == nil {
+	if d.chosen != good || d.find(good.spot) == nil {
 		t.Error("made-up addresses pushed the real path out")
 	}
 }
@@ -322,7 +335,7 @@ func TestTrafficIsOnlyOnValidatedPaths(t *testing.T) {
 			},
 			"request": func(rt *rapid.T) {
 				if p := pick(); p != nil {
-					d.requested(p, rapid.Bool().Draw(rt, "nominate"), d.now)
+					d.request(p, rapid.Bool().Draw(rt, "nominate"))
 				}
 			},
 			"traffic": func(rt *rapid.T) {
@@ -331,8 +344,8 @@ func TestTrafficIsOnlyOnValidatedPaths(t *testing.T) {
 				d.traffic(rx, tx, d.now)
 			},
 			"": func(rt *rapid.T) {
-				if c := d.chosen; c != nil && (!c.valid || d.find(c.remote) != c) {
-					rt.Fatalf("traffic is on %v, validated %v", c.remote, c.valid)
+				if c := d.chosen; c != nil && (!c.valid || d.find(c.spot) != c) {
+					rt.Fatalf("traffic is on %v, validated %v", c.spot.remote, c.valid)
 				}
 				if d.chosen == nil && d.best(nil) != nil {
 					rt.Fatal("a validated path waits while none is chosen")

@@ -1,10 +1,7 @@
 package tunnel
 
 import (
-	"bytes"
 	"context"
-	"crypto/rand"
-	"encoding/binary"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -14,9 +11,7 @@ import (
 	"time"
 
 	"golang.zx2c4.com/wireguard/conn"
-	"golang.zx2c4.com/wireguard/device"
 
-	"github.com/culvertnet/culvert/internal/nat"
 	"github.com/culvertnet/culvert/internal/wire"
 )
 
@@ -26,34 +21,25 @@ type PeerOptions struct {
 	Session    string         // names the session in path checks; the same on both sides
 	AllowedIPs []netip.Prefix // WireGuard's cryptokey routing
 	Candidates []wire.Candidate
+	Relays     []Grant // relays that the session may use; the session's id has to be the client key's then
 	// Initiate makes this the leading side, the client: it keeps the paths alive, chooses, and starts the handshake as soon as
 	// a path shows life. The other side follows.
 	Initiate bool
 	// OnPath is called, never concurrently for one peer and never from a packet path, when the chosen path changes. A
 	// zero Path says that none is left.
 	OnPath func(Path)
-}
-
-// Path is one way to a peer.
-type Path struct {
-	Kind   wire.CandidateKind `json:"kind"`   // the remote candidate's kind
-	Remote netip.AddrPort     `json:"remote"` // zero without a path
-	RTT    time.Duration      `json:"rtt"`    // smoothed round-trip time of path checks, in nanoseconds
-}
-
-// Change is one change of path.
-type Change struct {
-	At   time.Time `json:"at"`
-	Path Path      `json:"path"` // zero where none was left
-	Why  string    `json:"why"`
+	// OnMTU is called like OnPath when the largest packet that fits inside the tunnel is found to be another than it was; at first
+	// that is [DefaultMTU]. Both sides agree on it. Larger packets get lost: the TUN device has to be told.
+	OnMTU func(mtu int)
 }
 
 // Status is a peer's state at one moment.
 type Status struct {
 	Path      Path      // zero without a path
-	Handshake time.Time // when the last handshake response was seen on the wire; zero before the first
+	Handshake time.Time // when the device last had new keys; zero before the first
 	RxBytes   uint64    // WireGuard packets, without UDP and IP headers
 	TxBytes   uint64
+	MTU       int      // the largest packet inside the tunnel, in bytes
 	History   []Change // the last changes of path, oldest first
 }
 
@@ -67,19 +53,24 @@ type Peer struct {
 	name      string     // USERNAME of our checks
 	synthetic netip.Addr // what wireguard-go takes for the endpoint's address
 
-	current   atomic.Pointer[conn.StdNetEndpoint] // the chosen path
-	hint      atomic.Pointer[conn.StdNetEndpoint] // where the peer has been heard, before any path is validated
+	current   atomic.Pointer[route] // the chosen path
+	hint      atomic.Pointer[route] // where the peer has been heard, before any path is validated
 	rx, tx    atomic.Uint64
+	mtu       atomic.Int32 // what OnMTU was last told
 	handshake handshake
 
 	mu        sync.Mutex // guards what follows, and the engine's paths
 	engine    engine
+	legs      []*leg
+	seq       uint64 // of our last check
+	seen      replay // of the other side's checks
 	timer     *time.Timer
 	started   bool // the first handshake has been asked for
 	fresh     bool // a path has just come up
 	closed    bool
 	notifying bool
 	latest    *Path // to be told to OnPath
+	latestMTU int   // to be told to OnMTU; 0 for nothing
 
 	timers sync.WaitGroup
 }
@@ -113,9 +104,9 @@ func (p *Peer) add(candidates []wire.Candidate, now time.Time) {
 	for _, c := range candidates {
 		remote := unmap(c.Addr)
 		// Observed paths come from checks, never from hearsay: they make room for each other, so that a list of them would have
-		// us check any number of addresses.
-		if usable(remote) && c.Kind != wire.Observed {
-			p.engine.add(&path{peer: p, remote: remote, kind: c.Kind}, now)
+		// us check any number of addresses. A relay comes with a ticket.
+		if usable(remote) && c.Kind.Valid() {
+			p.engine.add(&path{peer: p, spot: spot{remote: remote}, kind: c.Kind}, now)
 		}
 	}
 }
@@ -125,6 +116,22 @@ func usable(a netip.AddrPort) bool {
 	ip := a.Addr()
 	return a.IsValid() && a.Port() != 0 && !ip.IsUnspecified() && !ip.IsMulticast() && ip.Zone() == "" &&
 		!ip.IsLinkLocalUnicast() && ip != netip.AddrFrom4([4]byte{255, 255, 255, 255})
+}
+
+// Refresh checks every path at once, from whatever local address leads there now. It is to be called when the local network has changed;
+// sockets and sessions stay.
+func (p *Peer) Refresh() {
+	p.act(func(now time.Time) {
+		p.engine.refresh(now)
+		for _, q := range p.engine.paths {
+			if q.spot.via == nil {
+				q.route = routeTo(q.spot)
+			}
+		}
+		if c := p.engine.chosen; c != nil {
+			p.current.Store(c.route)
+		}
+	})
 }
 
 // SetAllowedIPs replaces what may be sent to and taken from the peer.
@@ -140,9 +147,12 @@ func (p *Peer) SetAllowedIPs(prefixes []netip.Prefix) error {
 	return nil
 }
 
+// MTU is the largest packet inside the tunnel, in bytes, as far as is known. It takes no lock.
+func (p *Peer) MTU() int { return int(p.mtu.Load()) }
+
 // Status reads the peer's state.
 func (p *Peer) Status() Status {
-	s := Status{RxBytes: p.rx.Load(), TxBytes: p.tx.Load()}
+	s := Status{RxBytes: p.rx.Load(), TxBytes: p.tx.Load(), MTU: p.MTU()}
 	if at := p.handshake.completed.Load(); at != 0 {
 		s.Handshake = time.Unix(0, at)
 	}
@@ -155,165 +165,38 @@ func (p *Peer) Status() Status {
 	return s
 }
 
-// WaitHandshake returns when a handshake response has been seen, or ctx has ended.
+// WaitHandshake returns when the device has had keys with the peer, or ctx has ended.
 func (p *Peer) WaitHandshake(ctx context.Context) error {
-	tick := time.NewTicker(time.Millisecond)
-	defer tick.Stop()
-	for p.handshake.completed.Load() == 0 {
-		select {
-		case <-tick.C:
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		}
-	}
-	return nil
-}
-
-// act is how anything happens to a peer's paths: do changes the engine, then what has become due is sent, outside the
-// lock, and the timer is set for what comes next.
-func (p *Peer) act(do func(now time.Time)) {
-	now := time.Now()
-	p.mu.Lock()
-	if p.closed {
-		p.mu.Unlock()
-		return
-	}
-	do(now)
-	checks := p.checks(now)
-	fresh := p.fresh
-	p.fresh = false
-	p.rearm(now)
-	p.mu.Unlock()
-
-	for _, c := range checks {
-		_ = p.tunnel.bind.sendTo(c.pkt, c.to) // a path that cannot be sent to stays unanswered
-	}
-	to := p.current.Load()
-	if to == nil {
-		to = p.hint.Load()
-	}
-	if to == nil {
-		return
-	}
-	if pkt := p.handshake.again(now, fresh); pkt != nil {
-		_ = p.tunnel.bind.sendTo(pkt, to)
+	select {
+	case <-p.handshake.done:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
 	}
 }
 
-type outgoing struct {
-	pkt []byte
-	to  *conn.StdNetEndpoint
-}
-
-// checks encodes the checks that are due.
-func (p *Peer) checks(now time.Time) []outgoing {
-	var out []outgoing
-	for _, path := range p.engine.due(now) {
-		id := p.newID()
-		c := nat.Check{ID: id, Username: p.name, Nominate: p.opts.Initiate && path == p.engine.chosen}
-		pkt, err := nat.AppendCheck(nil, c, p.key, 0)
-		if err != nil {
-			continue // only a name that is too long; AddPeer has refused it
-		}
-		path.booked(id, now)
-		out = append(out, outgoing{pkt, &conn.StdNetEndpoint{AddrPort: path.remote}})
-	}
-	return out
-}
-
-func (p *Peer) newID() nat.TxID {
-	id := randomID()
-	binary.BigEndian.PutUint32(id[:4], p.index)
-	return id
-}
-
-// randomID makes an unpredictable transaction id (RFC 8489, section 5).
-func randomID() nat.TxID {
-	var id nat.TxID
-	_, _ = rand.Read(id[:]) // never fails, see crypto/rand
-	return id
-}
-
-// rearm sets the timer for the next thing to do.
-func (p *Peer) rearm(now time.Time) {
-	wake := p.engine.wake(now)
-	if again := p.handshake.wake(); !again.IsZero() && (wake.IsZero() || again.Before(wake)) {
-		wake = again
-	}
-	p.disarm()
-	if wake.IsZero() {
-		return
-	}
-	p.timers.Add(1)
-	p.timer = time.AfterFunc(wake.Sub(now), func() {
-		defer p.timers.Done()
-		p.act(func(now time.Time) {
-			p.engine.expire(now)
-			p.engine.traffic(p.rx.Load(), p.tx.Load(), now)
-		})
-	})
-}
-
-func (p *Peer) disarm() {
-	if p.timer != nil && p.timer.Stop() {
-		p.timers.Done()
-	}
-	p.timer = nil
-}
-
-// changed is the engine's onChange: traffic moves to a path, or none is left.
-func (p *Peer) changed(to *path) {
-	if to == nil {
-		p.current.Store(nil)
-		p.tell(Path{})
-		return
-	}
-	p.current.Store(to.ep)
-	p.fresh = true
-	p.start()
-	p.tell(to.public())
-}
-
-// dropped is the engine's onDrop.
-func (p *Peer) dropped(gone *path) {
-	gone.open.Store(false)
-	p.tunnel.bind.table.drop(gone)
-}
-
-// start asks the device for the first handshake.
-func (p *Peer) start() {
-	if !p.opts.Initiate || p.started {
-		return
-	}
-	p.started = true
-	p.tunnel.tasks.Go(func() {
-		if peer := p.tunnel.device.LookupPeer(device.NoisePublicKey(p.opts.Key)); peer != nil {
-			_ = peer.SendHandshakeInitiation(false) // the device logs it and tries again
-		}
-	})
-}
-
-// tell hands the latest path to OnPath, from a goroutine of its own.
-func (p *Peer) tell(path Path) {
-	if p.opts.OnPath == nil {
-		return
-	}
-	p.latest = &path
-	if p.notifying {
+// tell hands the latest path and MTU to OnPath and OnMTU, from a goroutine of its own. p.mu is held.
+func (p *Peer) tell() {
+	if p.notifying || p.latest == nil && p.latestMTU == 0 {
 		return
 	}
 	p.notifying = true
 	p.tunnel.tasks.Go(func() {
 		for {
 			p.mu.Lock()
-			next := p.latest
-			p.latest = nil
-			p.notifying = next != nil
+			path, mtu := p.latest, p.latestMTU
+			p.latest, p.latestMTU = nil, 0
+			p.notifying = path != nil || mtu != 0
 			p.mu.Unlock()
-			if next == nil {
+			if path == nil && mtu == 0 {
 				return
 			}
-			p.opts.OnPath(*next)
+			if mtu != 0 && p.opts.OnMTU != nil {
+				p.opts.OnMTU(mtu)
+			}
+			if path != nil && p.opts.OnPath != nil {
+				p.opts.OnPath(*path)
+			}
 		}
 	})
 }
@@ -321,101 +204,26 @@ func (p *Peer) tell(path Path) {
 // close ends the peer's paths and waits for its timer.
 func (p *Peer) close() {
 	p.mu.Lock()
+	if p.closed {
+		p.mu.Unlock()
+		return
+	}
 	p.closed = true
 	p.disarm()
+	var last []outgoing
+	for _, l := range p.legs {
+		if o := l.close(); o != nil {
+			last = append(last, *o)
+		}
+	}
 	for _, path := range p.engine.paths {
 		p.dropped(path)
 	}
 	p.current.Store(nil)
 	p.hint.Store(nil)
 	p.mu.Unlock()
+	for _, o := range last {
+		_ = p.tunnel.bind.sendTo(o.pkt, o.to)
+	}
 	p.timers.Wait()
-}
-
-// requested handles an authentic check from the peer. Our own check goes out before the answer, so that the path is validated
-// on both sides before the first packet that follows the answer.
-func (p *Peer) requested(from *conn.StdNetEndpoint, id nat.TxID, nominate bool) {
-	p.act(func(now time.Time) {
-		known := p.engine.find(from.AddrPort)
-		if known == nil {
-			known = p.engine.add(&path{peer: p, remote: from.AddrPort, kind: wire.Observed}, now)
-		}
-		if known == nil {
-			return
-		}
-		p.tunnel.bind.table.put(known)
-		p.engine.requested(known, nominate, now)
-		if p.opts.Initiate && p.current.Load() == nil && p.hint.Load() == nil {
-			p.hint.Store(from)
-			p.start()
-		}
-	})
-	pkt, err := nat.AppendCheckResponse(nil, id, from.AddrPort, p.key)
-	if err == nil {
-		_ = p.tunnel.bind.sendTo(pkt, from)
-	}
-}
-
-// answered handles an authentic answer and gives the path that it validated, or nil.
-func (p *Peer) answered(from *conn.StdNetEndpoint, id nat.TxID) (validated *path) {
-	p.act(func(now time.Time) {
-		path := p.engine.find(from.AddrPort)
-		if path == nil {
-			return
-		}
-		if !p.engine.answered(path, id, from, now) {
-			return
-		}
-		p.tunnel.bind.table.put(path)
-		validated = path
-		if path == p.engine.chosen {
-			p.current.Store(path.ep)
-		}
-	})
-	return validated
-}
-
-// accept judges a WireGuard packet from path: what the device shall see of it.
-func (p *Peer) accept(from *path, pkt []byte) (conn.Endpoint, int) {
-	if !from.open.Load() {
-		p.park(from, pkt)
-		return nil, 0
-	}
-	p.rx.Add(uint64(len(pkt)))
-	if messageType(pkt) == device.MessageTransportType {
-		return p, len(pkt)
-	}
-	repeated, response := p.handshake.receiving(pkt)
-	if !repeated {
-		return p, len(pkt)
-	}
-	if to := p.current.Load(); to != nil && response != nil {
-		_ = p.tunnel.bind.sendTo(response, to)
-	}
-	return nil, 0
-}
-
-// park keeps one handshake message that came from an address whose checks are authentic but whose path is not validated
-// yet. It is the usual case: the first handshake follows the first check by microseconds.
-func (p *Peer) park(from *path, pkt []byte) {
-	if messageType(pkt) > device.MessageResponseType || len(pkt) > device.MessageInitiationSize {
-		p.tunnel.bind.counts.stranger.Add(1)
-		return
-	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	from.parked = append(from.parked[:0], pkt...)
-}
-
-// unpark moves the message that was parked for a path, now validated, into buf and gives its size; 0 if there is none.
-func (p *Peer) unpark(from *path, buf []byte) int {
-	p.mu.Lock()
-	n := copy(buf, from.parked)
-	from.parked = nil
-	p.mu.Unlock()
-	if n == 0 {
-		return 0
-	}
-	_, n = p.accept(from, bytes.Clone(buf[:n]))
-	return n
 }

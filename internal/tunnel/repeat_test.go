@@ -1,6 +1,7 @@
 package tunnel
 
 import (
+	"encoding/binary"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -61,6 +62,77 @@ func TestInitiationGoesOutOnceAtATime(t *testing.T) {
 		time.Sleep(time.Second)
 		if h.again(time.Now(), false) == nil {
 			t.Error("an unanswered initiation is not sent again")
+		}
+	})
+}
+
+// patch writes a number into a message.
+func patch(pkt []byte, at int, n uint32) []byte {
+	binary.LittleEndian.PutUint32(pkt[at:], n)
+	return pkt
+}
+
+func initiationFrom(sender uint32) []byte {
+	return patch(message(device.MessageInitiationType, device.MessageInitiationSize), 4, sender)
+}
+
+func responseTo(receiver uint32) []byte {
+	return patch(message(device.MessageResponseType, device.MessageResponseSize), 8, receiver)
+}
+
+func transportTo(receiver uint32) []byte {
+	return patch(message(device.MessageTransportType, device.MessageKeepaliveSize), 4, receiver)
+}
+
+// Whoever forges the address of a validated path can send any response. It does not end the repetition of our initiation: only the
+// device's use of new keys does.
+func TestForgedResponseEndsNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := handshake{done: make(chan struct{})}
+		h.sending(transportTo(7)) // of an older session
+		<-h.done
+		h.completed.Store(0)
+		h.done = make(chan struct{})
+		h.sending(initiationFrom(1))
+		for n := range uint32(100) {
+			if repeated, _ := h.receiving(responseTo(n)); repeated {
+				t.Fatal("a response is kept from the device, which alone can judge it")
+			}
+		}
+		h.sending(transportTo(7))
+		time.Sleep(resendFirst)
+		if h.again(time.Now(), false) == nil || h.completed.Load() != 0 {
+			t.Fatal("a forged response ended the handshake")
+		}
+		h.sending(transportTo(8))
+		time.Sleep(time.Second)
+		if h.again(time.Now(), false) != nil || h.completed.Load() == 0 {
+			t.Error("new keys do not end the repetition")
+		}
+		<-h.done
+	})
+}
+
+// Nor do forged initiations make us forget what the device has answered.
+func TestForgedInitiationForgetsNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var h handshake
+		h.receiving(initiationFrom(1))
+		h.sending(responseTo(1))
+		for n := range uint32(1000) {
+			h.receiving(initiationFrom(n + 2))
+		}
+		if len(h.pending) > maxPending {
+			t.Errorf("%d initiations are kept", len(h.pending))
+		}
+		if repeated, response := h.receiving(initiationFrom(1)); !repeated || response == nil {
+			t.Error("the answer to the repeated initiation is lost")
+		}
+		if repeated, response := h.receiving(initiationFrom(1)); !repeated || response != nil {
+			t.Error("answered twice at once")
+		}
+		if repeated, _ := h.receiving(initiationFrom(5000)); repeated {
+			t.Error("a new initiation is kept from the device")
 		}
 	})
 }

@@ -1,5 +1,3 @@
-// Package tunnel is the WireGuard device and the Bind under it: one UDP socket for WireGuard and STUN checks, one virtual
-// endpoint for each peer, and the choice of the path behind it.
 package tunnel
 
 import (
@@ -11,7 +9,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -22,6 +22,7 @@ import (
 	"golang.zx2c4.com/wireguard/tun"
 
 	"github.com/culvertnet/culvert/internal/nat"
+	"github.com/culvertnet/culvert/internal/relay"
 	"github.com/culvertnet/culvert/internal/wire"
 )
 
@@ -33,6 +34,7 @@ type Options struct {
 	// Window bounds the packets that wait inside the device in each direction, 64 KiB of memory each. 0 means no bound, for a
 	// device with many peers, which must not slow each other down.
 	Window int
+	Relays RelayOptions
 	Logger *slog.Logger // default: discards
 }
 
@@ -55,6 +57,7 @@ type Tunnel struct {
 	log    *slog.Logger
 	device *device.Device
 	bind   *bind
+	relays *relays
 	port   uint16
 	tasks  sync.WaitGroup
 
@@ -64,6 +67,7 @@ type Tunnel struct {
 	checkers  map[string]*Peer // by the USERNAME of their checks
 	indexes   map[uint32]*Peer // by the prefix of our checks' ids
 	reflexive map[nat.TxID]chan<- netip.AddrPort
+	bindKeys  map[wire.Key]relay.BindKey // by the relay's key
 	lastIndex uint32
 	closed    bool
 }
@@ -80,13 +84,15 @@ func New(opts Options) (*Tunnel, error) {
 		checkers:  map[string]*Peer{},
 		indexes:   map[uint32]*Peer{},
 		reflexive: map[nat.TxID]chan<- netip.AddrPort{},
+		bindKeys:  map[wire.Key]relay.BindKey{},
 	}
+	t.relays = newRelays(t, opts.Relays)
 	std, ok := conn.NewStdNetBind().(*conn.StdNetBind)
 	if !ok {
 		return nil, errors.New("wireguard's standard bind has changed its type")
 	}
 	in, out := newWindow(opts.Window), newWindow(opts.Window)
-	t.bind = &bind{StdNetBind: std, stun: t.handleSTUN, find: t.session, in: in, out: out}
+	t.bind = &bind{StdNetBind: std, stun: t.handleSTUN, side: newSideEntrance(), find: t.session, in: in, out: out}
 	tunDevice := &windowed{Device: opts.TUN, in: in, out: out, timer: stoppedTimer()}
 	t.device = device.NewDevice(tunDevice, t.bind, deviceLogger(opts.Logger))
 	config := fmt.Sprintf("private_key=%s\nlisten_port=%d\n", hex.EncodeToString(opts.Key.Bytes()), opts.Port)
@@ -134,6 +140,7 @@ func (t *Tunnel) Close() error {
 	for _, p := range peers {
 		p.close()
 	}
+	t.relays.close()
 	t.device.Close() // closes the TUN first, so that no peer waits in it, then ends the peers
 	t.tasks.Wait()
 	return nil
@@ -160,7 +167,37 @@ func (t *Tunnel) SetKey(key wire.PrivateKey) error {
 		return fmt.Errorf("set the device's key: %w", err)
 	}
 	t.key = key
+	clear(t.bindKeys)
 	return nil
+}
+
+// bindKey gives the key between this tunnel and a relay.
+func (t *Tunnel) bindKey(relayKey wire.Key) (relay.BindKey, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if key, ok := t.bindKeys[relayKey]; ok {
+		return key, nil
+	}
+	key, err := relay.DeriveBindKey(t.key, relayKey)
+	if err != nil {
+		return key, err
+	}
+	if len(t.bindKeys) >= 4*wire.MaxRelays {
+		clear(t.bindKeys)
+	}
+	t.bindKeys[relayKey] = key
+	return key, nil
+}
+
+// Refresh asks every relay and checks every path at once. It is to be called when the local network has changed.
+func (t *Tunnel) Refresh() {
+	t.relays.refresh()
+	t.mu.RLock()
+	peers := slices.Collect(maps.Values(t.sessions))
+	t.mu.RUnlock()
+	for _, p := range peers {
+		p.Refresh()
+	}
 }
 
 // AddPeer adds a peer and starts checking its candidates at once.
@@ -183,6 +220,7 @@ func (t *Tunnel) AddPeer(opts PeerOptions) (*Peer, error) {
 	}
 	t.listen(p)
 	p.AddCandidates(opts.Candidates)
+	p.AddRelays(opts.Relays)
 	return p, nil
 }
 
@@ -192,7 +230,10 @@ func (t *Tunnel) register(opts PeerOptions) (*Peer, error) {
 	defer t.mu.Unlock()
 	own := t.key.Public()
 	p := &Peer{tunnel: t, opts: opts, name: checkName(opts.Session, own)}
-	p.engine = engine{lead: opts.Initiate, onChange: p.changed, onDrop: p.dropped}
+	p.engine = engine{lead: opts.Initiate, most: DefaultMTU, onChange: p.changed, onDrop: p.dropped}
+	p.handshake.done = make(chan struct{})
+	p.mtu.Store(DefaultMTU)
+	p.seq = uint64(time.Now().UnixMicro()) // so that a session that is added again goes on where it was
 	var err error
 	if p.key, err = checkKey(t.key, opts.Key, opts.Session); err != nil {
 		return nil, err
@@ -265,74 +306,4 @@ func (t *Tunnel) session(id string) *Peer {
 	t.mu.RLock()
 	defer t.mu.RUnlock()
 	return t.sessions[id]
-}
-
-// handleSTUN takes a STUN message off the socket and gives the path that it validated, or nil. What is not authentic is
-// dropped without a word.
-func (t *Tunnel) handleSTUN(pkt []byte, from *conn.StdNetEndpoint, _ time.Time) *path {
-	if name, id, ok := nat.PeekUsername(pkt); ok {
-		t.mu.RLock()
-		p := t.checkers[string(name)]
-		t.mu.RUnlock()
-		if p != nil && nat.VerifyCheck(pkt, p.key) {
-			p.requested(from, id, nat.Nominated(pkt))
-		}
-		return nil
-	}
-	id, mapped, ok := nat.PeekResponse(pkt)
-	if !ok {
-		return nil
-	}
-	t.mu.RLock()
-	waiting := t.reflexive[id]
-	p := t.indexes[binary.BigEndian.Uint32(id[:4])]
-	t.mu.RUnlock()
-	if waiting != nil {
-		select {
-		case waiting <- mapped:
-		default: // a repeated answer
-		}
-		return nil
-	}
-	if p == nil || !nat.VerifyCheck(pkt, p.key) {
-		return nil
-	}
-	return p.answered(from, id)
-}
-
-// Reflexive asks a STUN server through the tunnel's own socket where it sees us, repeating until ctx ends.
-func (t *Tunnel) Reflexive(ctx context.Context, server netip.AddrPort) (netip.AddrPort, error) {
-	id, answer := t.await()
-	defer func() {
-		t.mu.Lock()
-		delete(t.reflexive, id)
-		t.mu.Unlock()
-	}()
-	to := &conn.StdNetEndpoint{AddrPort: unmap(server)}
-	request := nat.BindingRequest(id)
-	for wait := 100 * time.Millisecond; ; wait = min(2*wait, 2*time.Second) {
-		if err := t.bind.sendTo(append([]byte(nil), request...), to); err != nil {
-			return netip.AddrPort{}, fmt.Errorf("ask stun server %s: %w", server, err)
-		}
-		timer := time.NewTimer(wait)
-		select {
-		case mapped := <-answer:
-			timer.Stop()
-			return unmap(mapped), nil
-		case <-timer.C:
-		case <-ctx.Done():
-			timer.Stop()
-			return netip.AddrPort{}, fmt.Errorf("ask stun server %s: %w", server, context.Cause(ctx))
-		}
-	}
-}
-
-// await registers a fresh id whose answer is waited for.
-func (t *Tunnel) await() (nat.TxID, <-chan netip.AddrPort) {
-	answer := make(chan netip.AddrPort, 1)
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	id := randomID()
-	t.reflexive[id] = answer
-	return id, answer
 }

@@ -155,7 +155,7 @@ func TestPortIsDeadToStrangers(t *testing.T) {
 		t.Fatal(err)
 	}
 	check := func(name string, key []byte) []byte {
-		pkt, err := nat.AppendCheck(nil, nat.Check{ID: randomID(), Username: name}, key, 0)
+		pkt, err := nat.AppendCheck(nil, nat.Check{ID: randomID(), Username: name, Seq: 1}, key, 0)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -276,40 +276,82 @@ func repaired(t *testing.T, lost uint32) error {
 	return nil
 }
 
-// A captured check that somebody replays from elsewhere opens no path: the answer to our own check never comes.
-func TestReplayedCheckOpensNoPath(t *testing.T) {
-	client, gateway := newEnd(t), newEnd(t)
+// captureCheck joins two ends over a middle and gives a check that the client sent, which the gateway has seen or not.
+func captureCheck(t *testing.T, delivered bool) (client, gateway *end, g *Peer, check []byte) {
+	t.Helper()
+	client, gateway = newEnd(t), newEnd(t)
 	captured := make(chan []byte, 1)
 	m := newMiddle(t, gateway.Port(), func(up bool, pkt []byte) bool {
 		if up && nat.IsSTUN(pkt) {
 			select {
 			case captured <- bytes.Clone(pkt):
+				return !delivered
 			default:
 			}
 		}
 		return false
 	})
-	_, g := join(t, client, gateway, m.port())
+	_, g = join(t, client, gateway, m.port())
+	check = <-captured
 	ping(t, client, gateway)
+	return client, gateway, g, check
+}
 
-	attacker, err := net.ListenPacket("udp4", "127.0.0.1:0")
+// attack sends a packet to the gateway from an address of its own and gives that address and what comes back within a moment
+// after the gateway has handled it, which fence proves.
+func attack(t *testing.T, gateway *end, pkt []byte) (from netip.AddrPort, answers int) {
+	t.Helper()
+	attacker, err := net.ListenUDP("udp4", net.UDPAddrFromAddrPort(loopback(0)))
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer attacker.Close()
-	if _, err := attacker.WriteTo(<-captured, net.UDPAddrFromAddrPort(loopback(gateway.Port()))); err != nil {
-		t.Fatal(err)
+	t.Cleanup(func() { attacker.Close() })
+	to := loopback(gateway.Port())
+	before := gateway.bind.counts.junk.Load()
+	for _, b := range [][]byte{pkt, []byte("junk that is counted")} {
+		if _, err := attacker.WriteToUDPAddrPort(b, to); err != nil {
+			t.Fatal(err)
+		}
 	}
-	addr := attacker.LocalAddr().(*net.UDPAddr).AddrPort()
-	within(t, 5*time.Second, "the check is taken as authentic", func() bool { return gateway.bind.table.lookup(unmap(addr)) != nil })
-	before := gateway.bind.counts.stranger.Load()
+	within(t, 10*time.Second, "the packet is handled", func() bool { return gateway.bind.counts.junk.Load() > before })
+	_ = attacker.SetReadDeadline(time.Now().Add(20 * time.Millisecond))
+	for buf := make([]byte, 2048); ; answers++ {
+		if _, err := attacker.Read(buf); err != nil {
+			return unmap(attacker.LocalAddr().(*net.UDPAddr).AddrPort()), answers
+		}
+	}
+}
+
+// A check that was listened to and is sent again from elsewhere draws nothing, and makes no path.
+func TestReplayedCheckDrawsNothing(t *testing.T) {
+	_, gateway, g, check := captureCheck(t, true)
+	from, answers := attack(t, gateway, check)
+	if answers > 0 {
+		t.Errorf("a replayed check drew %d packets", answers)
+	}
+	if gateway.bind.table.lookup(spot{remote: from}) != nil {
+		t.Error("a replayed check made a path")
+	}
+	if g.Status().Path.Remote == from {
+		t.Error("traffic moved to the attacker")
+	}
+}
+
+// A check that was caught on its way and comes from elsewhere opens no path: the answer to our own check never comes.
+func TestCaughtCheckOpensNoPath(t *testing.T) {
+	_, gateway, g, check := captureCheck(t, false)
+	from, _ := attack(t, gateway, check)
+	if p := gateway.bind.table.lookup(spot{remote: from}); p != nil && p.open.Load() {
+		t.Fatal("the attacker's path is open")
+	}
 	transport := make([]byte, 100)
 	transport[0] = device.MessageTransportType
-	if _, err := attacker.WriteTo(transport, net.UDPAddrFromAddrPort(loopback(gateway.Port()))); err != nil {
-		t.Fatal(err)
+	before := gateway.bind.counts.stranger.Load()
+	if _, answers := attack(t, gateway, transport); answers > 0 {
+		t.Error("an answer to a stranger")
 	}
-	within(t, 5*time.Second, "the attacker's packet is dropped", func() bool { return gateway.bind.counts.stranger.Load() > before })
-	if got := g.Status().Path.Remote; got == unmap(addr) {
+	within(t, 10*time.Second, "the attacker's packet is dropped", func() bool { return gateway.bind.counts.stranger.Load() > before })
+	if got := g.Status().Path.Remote; got == from {
 		t.Fatal("traffic moved to the attacker")
 	}
 }
@@ -441,8 +483,8 @@ func TestHearsayIsBounded(t *testing.T) {
 		}
 		g.mu.Lock()
 		for _, p := range g.engine.paths {
-			if p.kind == wire.Observed || p.remote.Port() >= 20000+maxPaths {
-				t.Errorf("%s candidate %s is checked", p.kind, p.remote)
+			if p.kind == wire.Observed || p.spot.remote.Port() >= 20000+maxPaths {
+				t.Errorf("%s candidate %s is checked", p.kind, p.spot.remote)
 			}
 		}
 		g.mu.Unlock()
@@ -460,4 +502,9 @@ func TestOnlyWholeHandshakeMessagesCount(t *testing.T) {
 			}
 		}
 	}
+}
+
+// natCheck is a check as a peer would send it.
+func natCheck(p *Peer, seq uint64) ([]byte, error) {
+	return nat.AppendCheck(nil, nat.Check{ID: randomID(), Username: p.name, Seq: seq}, p.key, 0)
 }

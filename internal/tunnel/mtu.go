@@ -1,0 +1,118 @@
+package tunnel
+
+import (
+	"time"
+)
+
+// DefaultMTU is the largest packet inside the tunnel, in bytes, where 1,500 fit outside: WireGuard adds 32, UDP 8, IPv6 40. Over
+// IPv4 there are 20 to spare, of which a relay takes 4.
+const DefaultMTU = 1420
+
+// MinMTU is the smallest that is looked for. Below it a path carries small packets only.
+const MinMTU = 576
+
+// overhead is what WireGuard adds to a packet: type, receiver, counter, and the tag. Its padding never exceeds the MTU.
+const overhead = 32
+
+// mtus are the sizes that are tried, in bytes inside the tunnel, largest first. Between them lie the links that exist: relays
+// over IPv6, PPPoE, tunnels in tunnels, overlay networks of clusters, mobile networks.
+var mtus = [...]int{
+	1420, 1416, 1412, 1404, 1400, 1396, 1392, 1388, 1384, 1372, 1360, 1348, 1332, 1316, 1300, 1280, 1240, 1200, 1100, 1000, 800, MinMTU,
+}
+
+// Timing of the search for the MTU.
+const (
+	sizeWait    = 150 * time.Millisecond // for the answers of a round, at least
+	sizeRounds  = 4                      // rounds before what has been found stands
+	sizeRaise   = 10 * time.Minute       // a path that takes less than the most is tried anew after this
+	sizeMissing = 2                      // full-sized checks in a row that go missing where small ones come back
+)
+
+// sizer finds how large a packet a path takes, both ways, by checks that are padded to a packet's size and are answered in the
+// same size. It waits for no ICMP message and believes none. The leading side searches:
+//
+//	most ──answered──► stands
+//	  │ nothing comes back
+//	  ▼
+//	all sizes, in a few rounds ──► the largest that came back stands ──(sizeRaise)──► all that are larger
+//
+// From then on the checks of a busy path are as large as its packets. When those alone go missing, the search begins anew.
+type sizer struct {
+	most    int       // what is hoped for
+	stands  int       // what is relied upon; 0 while nothing is known
+	found   int       // the largest that came back in this search
+	round   int       // of this search
+	next    time.Time // when the next round is due; zero means none
+	missing int
+}
+
+// search begins a search.
+func (s *sizer) search(most int, now time.Time) {
+	*s = sizer{most: min(most, mtus[0]), stands: s.stands, next: now}
+}
+
+// due gives the sizes to be tried now; rtt is the path's.
+func (s *sizer) due(rtt time.Duration, now time.Time) []int {
+	if s.next.IsZero() || now.Before(s.next) {
+		return nil
+	}
+	s.round++
+	switch {
+	case s.round == 1:
+		s.next = now.Add(max(2*rtt, sizeWait))
+		return []int{s.most}
+	case s.round <= sizeRounds:
+		if s.round > 2 && s.found > 0 {
+			s.stands = s.found // so far: two rounds have tried the larger ones
+		}
+		s.next = now.Add(max(2*rtt, sizeWait) << (s.round - 2))
+		return s.larger()
+	}
+	if s.stands = s.found; s.found == 0 {
+		s.stands = MinMTU
+	}
+	s.round = 1 // and all that are larger once more
+	s.next = now.Add(sizeRaise)
+	return nil
+}
+
+// larger are the sizes above what has come back.
+func (s *sizer) larger() []int {
+	var sizes []int
+	for _, mtu := range mtus {
+		if mtu > s.found && mtu <= s.most {
+			sizes = append(sizes, mtu)
+		}
+	}
+	return sizes
+}
+
+// answered notes that a check of this size has come back.
+func (s *sizer) answered(mtu int) {
+	s.missing = 0
+	if mtu <= s.found {
+		return
+	}
+	s.found = mtu
+	if mtu >= s.most {
+		s.stands, s.next = mtu, time.Time{}
+	} else if mtu > s.stands && s.stands > 0 {
+		s.stands = mtu
+	}
+}
+
+// missed notes that a full-sized check went missing while a small one came back.
+func (s *sizer) missed(now time.Time) {
+	if s.searching(now) {
+		return
+	}
+	if s.missing++; s.missing >= sizeMissing {
+		s.search(s.most, now)
+		s.round = 1 // all sizes at once: the most has just been tried
+	}
+}
+
+// searching reports whether a search is under way.
+func (s *sizer) searching(now time.Time) bool {
+	return !s.next.IsZero() && s.next.Sub(now) < sizeRaise/2
+}

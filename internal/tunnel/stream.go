@@ -1,0 +1,150 @@
+package tunnel
+
+import (
+	"context"
+	"errors"
+	"math/rand/v2"
+	"sync"
+	"time"
+
+	"github.com/culvertnet/culvert/internal/relay"
+)
+
+// stream is an open WebSocket to a relay, shared by all sessions that use it there.
+type stream struct {
+	node *node
+	conn RelayStream
+	quit chan struct{} // closed when it is to be used no more
+	once sync.Once
+}
+
+var _ door = (*stream)(nil)
+
+// send queues packets, or without a header messages for the relay itself; what there is no room for is dropped.
+func (s *stream) send(packets [][]byte, header uint32) error {
+	if header == 0 {
+		for _, msg := range packets {
+			s.conn.SendSTUN(msg)
+		}
+		return nil
+	}
+	s.conn.Send(channel(header), packets)
+	return nil
+}
+
+// close ends the stream, and with it its reader.
+func (s *stream) close() {
+	s.once.Do(func() { close(s.quit) })
+	_ = s.conn.Close()
+}
+
+// isOpen reports whether the stream may still be of use.
+func (s *stream) isOpen() bool {
+	select {
+	case <-s.quit:
+		return false
+	default:
+		return true
+	}
+}
+
+// read hands what comes in to the device until the stream ends.
+func (s *stream) read(r *relays) error {
+	var blocks relay.Blocks
+	var frames relay.Frames
+	p := &parcel{from: spot{via: s}, done: make(chan struct{}, 1)}
+	p.next = func() ([]byte, uint32, bool) {
+		for !frames.Next() {
+			if !blocks.Next() {
+				return nil, 0, false
+			}
+			if frames = blocks.Frames(); blocks.Segment == 0 {
+				r.take(blocks.Data, p.from.remote)
+			}
+		}
+		return frames.Packet, header(frames.Channel), true
+	}
+	for {
+		msg, err := s.conn.Receive()
+		if err != nil {
+			return err
+		}
+		blocks, frames = relay.WalkBlocks(msg), relay.Frames{}
+		if !r.t.bind.side.hand(p, s.quit) {
+			return errClosed
+		}
+		if blocks.Err != nil {
+			return blocks.Err
+		}
+	}
+}
+
+var errClosed = errors.New("closed")
+
+// streams dials the WebSockets that are needed and gives those that have not been for a while. mu is held.
+func (r *relays) streams(now time.Time) (idle []*stream) {
+	if r.opts.Dial == nil {
+		return nil
+	}
+	early := now.Before(r.early)
+	for _, n := range r.nodes {
+		switch needed := n.needs(r.opts.Keep, early); {
+		case needed && n.stream == nil && !n.dialing && !now.Before(n.redial):
+			n.dialing, n.redial, n.needed = true, time.Time{}, time.Time{}
+			r.tasks.Go(func() { r.run(n) })
+		case needed:
+			n.needed = time.Time{}
+		case n.stream == nil:
+			n.redial = time.Time{}
+		case n.needed.IsZero():
+			n.needed = now
+		case now.Sub(n.needed) >= unusedFor:
+			idle = append(idle, n.stream)
+			n.needed = now
+		}
+	}
+	return idle
+}
+
+// run dials a relay's WebSocket and serves it until it ends.
+func (r *relays) run(n *node) {
+	ctx, cancel := context.WithTimeout(r.ctx, dialLimit)
+	start := time.Now()
+	conn, err := r.opts.Dial(ctx, n.URL)
+	cancel()
+	if err != nil {
+		r.t.log.Info("no websocket to a relay", "relay", n.Name, "err", err)
+		r.ended(n, err)
+		return
+	}
+	s := &stream{node: n, conn: conn, quit: make(chan struct{})}
+	defer s.close()
+	r.act(func(now time.Time) {
+		n.stream, n.dialing, n.dialed, n.err, n.failed = s, false, now.Sub(start), nil, 0
+		n.version.Add(1)
+	})
+	if r.ctx.Err() != nil {
+		s.close() // close may not have seen it
+	}
+	r.t.log.Debug("websocket to a relay", "relay", n.Name, "rtt", time.Since(start))
+	r.stir(n)
+	err = s.read(r)
+	s.once.Do(func() { close(s.quit) })
+	if !errors.Is(err, errClosed) && r.ctx.Err() == nil {
+		r.t.log.Debug("the websocket to a relay ended", "relay", n.Name, "err", err)
+	}
+	r.ended(n, err)
+	r.stir(n)
+}
+
+// ended notes that a relay's WebSocket is gone, or could not be had.
+func (r *relays) ended(n *node, err error) {
+	r.act(func(now time.Time) {
+		n.dialing, n.stream, n.err = false, nil, err
+		n.version.Add(1)
+		wait := min(redialFirst<<min(n.failed, 10), redialMost)
+		n.failed++
+		n.redial = now.Add(wait + time.Duration(rand.Int64N(int64(wait/4))))
+		r.answers(n, false)
+	})
+}
