@@ -36,12 +36,13 @@ type common struct {
 type commands struct {
 	common
 
-	Up      upCommand      `cmd:"" help:"Join a network and return when it is usable."`
-	Down    downCommand    `cmd:"" help:"End the tunnel and wait until it is gone."`
-	Status  statusCommand  `cmd:"" help:"Show the tunnel: its path, addresses, routes and lease."`
-	Exec    execCommand    `cmd:"" help:"Run a program with its traffic going through the tunnel."`
-	Check   checkCommand   `cmd:"" help:"Ask the gateway whether targets can be reached, and why not."`
-	Version versionCommand `cmd:"" help:"Show this program's version."`
+	Up       upCommand       `cmd:"" help:"Join a network and return when it is usable."`
+	Down     downCommand     `cmd:"" help:"End the tunnel and wait until it is gone."`
+	Status   statusCommand   `cmd:"" help:"Show the tunnel: its path, addresses, routes and lease."`
+	Exec     execCommand     `cmd:"" help:"Run a program with its traffic going through the tunnel."`
+	Netcheck netcheckCommand `cmd:"" help:"Say what the network here is, and what that means for a tunnel. Needs no tunnel."`
+	Check    checkCommand    `cmd:"" help:"Ask the gateway whether targets can be reached, and why not."`
+	Version  versionCommand  `cmd:"" help:"Show this program's version."`
 }
 
 // command is what every command's struct does.

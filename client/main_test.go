@@ -55,6 +55,7 @@ func TestScripts(t *testing.T) {
 				},
 				Cmds: map[string]func(*testscript.TestScript, bool, []string){
 					"world":      func(ts *testscript.TestScript, _ bool, args []string) { world(t, ts, args) },
+					"cloud":      func(ts *testscript.TestScript, _ bool, args []string) { cloud(t, ts, args) },
 					"exitcode":   exitCode,
 					"jsonfield":  jsonField,
 					"interface":  interfaces,

@@ -21,8 +21,11 @@ var version = "dev"
 
 type cli struct {
 	Serve   serveCmd   `cmd:"" help:"Run a coordinator until SIGTERM or SIGINT; SIGHUP reads the configuration again."`
+	Relay   relayCmd   `cmd:"" help:"Run a relay by itself until SIGTERM or SIGINT; SIGHUP reads the configuration again."`
 	Check   checkCmd   `cmd:"" help:"Check a configuration file: every error and warning, with line, column and what to do."`
 	Explain explainCmd `cmd:"" help:"Show how a configuration judges a job."`
+	Audit   auditCmd   `cmd:"" help:"Read and verify the audit log."`
+	Suggest suggestCmd `cmd:"" help:"Write the smallest allow list that covers what jobs did."`
 	Policy  policyCmd  `cmd:"" help:"Hold the rules against cases."`
 	Schema  schemaCmd  `cmd:"" help:"Print the JSON Schema of a file, for editors."`
 	Version versionCmd `cmd:"" help:"Print the version."`
@@ -42,16 +45,18 @@ func (c *serveCmd) Run() error {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	defer stop()
-	s, err := server.New(server.Options{Config: cfg, Reload: server.DefaultReload, Logger: c.logger()})
+	s, err := server.New(server.Options{
+		Config: cfg, Reload: server.DefaultReload, Logger: logger(c.LogFormat, c.LogLevel), Stdout: os.Stdout,
+	})
 	if err != nil {
 		return err
 	}
 	return s.Run(ctx, c.Grace)
 }
 
-func (c *serveCmd) logger() *slog.Logger {
-	opts := &slog.HandlerOptions{Level: c.LogLevel, ReplaceAttr: problem.LogAttr}
-	if c.LogFormat == "text" {
+func logger(format string, level slog.Level) *slog.Logger {
+	opts := &slog.HandlerOptions{Level: level, ReplaceAttr: problem.LogAttr}
+	if format == "text" {
 		return slog.New(slog.NewTextHandler(os.Stderr, opts))
 	}
 	return slog.New(slog.NewJSONHandler(os.Stderr, opts))

@@ -95,13 +95,13 @@ func (c *policyTestCmd) Run() error {
 }
 
 type schemaCmd struct {
-	File string `arg:"" enum:"config,policy,cases" default:"config" help:"Of which file: config (culvert.yaml), policy (a gateway's own, or an included one), cases."`
+	File string `arg:"" enum:"config,policy,cases,relay" default:"config" help:"Of which file: config (culvert.yaml), policy (a gateway's own, or an included one), cases, relay (relay.yaml)."`
 }
 
 func (c *schemaCmd) Run() error {
 	text, ok := config.Schema(c.File)
 	if !ok {
-		return problem.New(problem.Usage, fmt.Sprintf("there is no schema of %q", c.File), "name config, policy or cases")
+		return problem.New(problem.Usage, fmt.Sprintf("there is no schema of %q", c.File), "name config, policy, cases or relay")
 	}
 	_, err := os.Stdout.Write(text)
 	return err

@@ -43,6 +43,7 @@ type runCmd struct {
 	Name              string            `help:"Name in logs and answers; default the host's."`
 	Issuer            []string          `placeholder:"URL" help:"Issuer of jobs' tokens; default GitHub's. --owner is about GitHub's own, or about the only one."`
 	JWKSFile          map[string]string `name:"jwks-file" placeholder:"URL=FILE" help:"Read this issuer's keys from a file instead of fetching them."`
+	Resolver          []netip.AddrPort  `placeholder:"IP:PORT" help:"DNS server for granted names; may be repeated; default the host's."`
 	MaxSessions       int               `default:"20000" help:"Sessions held at once."`
 	InsecureHTTP      bool              `name:"insecure-http" help:"Accept plain HTTP beyond loopback."`
 	LogFormat         string            `enum:"json,text" default:"json" help:"Logs on stderr: json or text."`
@@ -54,7 +55,7 @@ func (c *runCmd) Run() error {
 		Coordinator: c.Coordinator, Network: c.Network, Owners: c.Owner, PolicyFile: c.Policy,
 		IdentityTokenFile: c.IdentityTokenFile, EnrolTokenFile: c.EnrolTokenFile, Listen: c.Listen,
 		PublicAddress: c.PublicAddress, PortMapping: c.PortMapping == "auto", StateDir: c.StateDir, Metrics: c.Metrics, Name: c.Name,
-		InsecureHTTP: c.InsecureHTTP, Program: "culvert-gateway/" + version,
+		InsecureHTTP: c.InsecureHTTP, Resolvers: c.Resolver, Program: "culvert-gateway/" + version,
 		Limits: agent.Limits{Sessions: c.MaxSessions}, Logger: c.logger(),
 	}
 	if len(c.Issuer) == 0 {

@@ -30,6 +30,7 @@ type Sessions interface {
 	Reconcile(ctx context.Context, g session.Gateway, held []wire.Held) (over []string, err error)
 	Renewed(ctx context.Context, g session.Gateway, r wire.Renewed) error
 	Ended(ctx context.Context, g session.Gateway, e wire.End) error
+	Flows(ctx context.Context, g session.Gateway, f wire.Flows) error
 	Held(instance string) int
 }
 
@@ -38,6 +39,7 @@ type Presences interface {
 	Ready(ctx context.Context) error
 	PutPresence(ctx context.Context, p state.Presence, ttl time.Duration) error
 	DropPresence(ctx context.Context, instance string) error
+	RememberGateway(ctx context.Context, network, name string, key wire.Key) (before wire.Key, err error)
 	Serve(instance string, handle func(ctx context.Context, msg []byte) []byte) (stop func(), err error)
 }
 
@@ -64,6 +66,7 @@ func (r *Rules) tellTheSame(other *Rules) bool {
 type Options struct {
 	Sessions Sessions
 	Store    Presences
+	Audit    Auditor // nil: nothing is recorded
 	Rules    Rules
 	Logger   *slog.Logger
 	// TicketKey is the public key of relay tickets as relay.yaml takes it.
@@ -77,20 +80,25 @@ type Options struct {
 	MaxAddresses   int            // addresses remembered for that; default 65536
 	MaxJoins       int            // joins in progress at once; default 2048
 
-	BodyTimeout   time.Duration // for a request's body to arrive; default 10 s
-	JoinTimeout   time.Duration // for a join in all; default 20 s
-	HelloTimeout  time.Duration // for a gateway to introduce itself; default 10 s
-	AnswerTimeout time.Duration // for a gateway to answer an offer or a renewal; default 5 s
-	PingEvery     time.Duration // and as long to answer it; default 10 s
-	PresenceEvery time.Duration // how often a gateway is said to be live; default 5 s
-	PresenceTTL   time.Duration // and how long that holds; default 15 s
-	Queue         int           // frames that may wait for a slow gateway before its stream is dropped; default 256
+	BodyTimeout   time.Duration    // for a request's body to arrive; default 10 s
+	JoinTimeout   time.Duration    // for a join in all; default 20 s
+	HelloTimeout  time.Duration    // for a gateway to introduce itself; default 10 s
+	AnswerTimeout time.Duration    // for a gateway to answer an offer or a renewal; default 5 s
+	PingEvery     time.Duration    // and as long to answer it; default 10 s
+	PresenceEvery time.Duration    // how often a gateway is said to be live; default 5 s
+	PresenceTTL   time.Duration    // and how long that holds; default 15 s
+	ExpiryLeeway  time.Duration    // for a gateway to prove again who it is after its identity token has expired; default 60 s
+	Now           func() time.Time // for a credential's expiry; default time.Now
+	Queue         int              // frames that may wait for a slow gateway before its stream is dropped; default 256
 }
 
 // Validate fills defaults and reports what is missing.
 func (o *Options) Validate() error {
 	if o.Sessions == nil || o.Store == nil || o.Rules.Config == nil || o.Rules.Identities == nil {
 		return errors.New("the API needs sessions, a store, a configuration and a verifier of identities")
+	}
+	if o.Audit == nil {
+		o.Audit = noAudit{}
 	}
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
@@ -106,6 +114,10 @@ func (o *Options) Validate() error {
 	orElse(&o.PingEvery, 10*time.Second)
 	orElse(&o.PresenceEvery, 5*time.Second)
 	orElse(&o.PresenceTTL, 15*time.Second)
+	orElse(&o.ExpiryLeeway, time.Minute)
+	if o.Now == nil {
+		o.Now = time.Now
+	}
 	orElse(&o.Queue, 256)
 	return nil
 }
@@ -203,7 +215,7 @@ func (a *API) SetRules(rules Rules) {
 	defer a.mu.Unlock()
 	for s := range a.all {
 		switch {
-		case !enrolledIn(rules.Config, s.network, s.enrolment):
+		case !s.enrolledIn(rules.Config):
 			s.end(unenrolled)
 		case !rules.tellTheSame(before):
 			s.end(changed)

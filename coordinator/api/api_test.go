@@ -121,7 +121,7 @@ func TestCredential(t *testing.T) {
 
 // bare is an API without parts, for its middleware.
 func bare(trusted ...netip.Prefix) *API {
-	a := &API{opts: Options{TrustedProxies: trusted}, log: slog.New(slog.DiscardHandler), limits: newLimiter(1, 1, 10)}
+	a := &API{opts: Options{TrustedProxies: trusted, Audit: noAudit{}}, log: slog.New(slog.DiscardHandler), limits: newLimiter(1, 1, 10)}
 	a.rules.Store(&Rules{Config: &config.Config{URL: "http://127.0.0.1"}})
 	return a
 }

@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/culvertnet/culvert/coordinator/config"
 	"github.com/culvertnet/culvert/internal/problem"
@@ -16,25 +17,38 @@ import (
 // maxEnrolSecret bounds an enrolment secret, in bytes.
 const maxEnrolSecret = 1024
 
+// enrolment is by what a gateway may serve a network, and until when it may unless it proves so again.
+type enrolment struct {
+	config.Enrolment
+	expires time.Time // of its identity token; zero for a secret
+}
+
 // enrolled finds out by which enrolment a gateway may serve the network that it names. Everything that is wrong gets the
 // same answer, except for what is wrong with a token: that is its owner's business.
-func (a *API) enrolled(r *http.Request) (network string, e config.Enrolment, err error) {
-	rules := *a.rules.Load()
+func (a *API) enrolled(r *http.Request) (network string, e enrolment, err error) {
 	network = r.Header.Get(wire.HeaderNetwork)
-	if names := rules.Config.NetworkNames(); network == "" && len(names) == 1 {
+	if names := a.rules.Load().Config.NetworkNames(); network == "" && len(names) == 1 {
 		network = names[0]
 	}
-	scheme, secret := credential(r)
+	e, err = a.enrolledBy(r.Context(), network, r.Header.Get("Authorization"))
+	return network, e, err
+}
+
+// enrolledBy is enrolled for a credential as it stands in a header.
+func (a *API) enrolledBy(ctx context.Context, network, authorization string) (e enrolment, err error) {
+	rules := *a.rules.Load()
+	scheme, secret, _ := strings.Cut(authorization, " ")
+	secret = strings.TrimSpace(secret)
 	candidates := rules.Config.Networks[network].Gateways
 	switch {
 	case strings.EqualFold(scheme, wire.SchemeEnrol):
-		e, err = bySecret(candidates, secret)
+		e.Enrolment, err = bySecret(candidates, wire.Secret(secret))
 	case strings.EqualFold(scheme, wire.SchemeBearer):
-		e, err = byIdentity(r.Context(), rules, candidates, secret)
+		e, err = byIdentity(ctx, rules, candidates, wire.Secret(secret))
 	default:
 		err = problem.New(problem.Unauthorized, "the gateway carries no credential", "give it --identity-token-file or --enrol-token-file")
 	}
-	return network, e, err
+	return e, err
 }
 
 // bySecret compares with every enrolment secret of the network, always all of them and in constant time.
@@ -56,20 +70,20 @@ func bySecret(list []config.Enrolment, secret wire.Secret) (config.Enrolment, er
 }
 
 // byIdentity verifies a workload identity token for this coordinator and looks for its subject.
-func byIdentity(ctx context.Context, rules Rules, list []config.Enrolment, token wire.Secret) (config.Enrolment, error) {
+func byIdentity(ctx context.Context, rules Rules, list []config.Enrolment, token wire.Secret) (enrolment, error) {
 	if len(token) > wire.MaxToken {
-		return config.Enrolment{}, problem.New(problem.TooLarge, "the identity token is larger than 16 KiB", "ask the issuer for fewer claims")
+		return enrolment{}, problem.New(problem.TooLarge, "the identity token is larger than 16 KiB", "ask the issuer for fewer claims")
 	}
 	c, err := rules.Identities.Verify(ctx, token.Reveal(), rules.Config.URL)
 	if err != nil {
-		return config.Enrolment{}, err
+		return enrolment{}, err
 	}
 	for _, e := range list {
 		if e.Issuer != "" && e.Issuer == c.Issuer && e.Subject == c.Subject {
-			return e, nil
+			return enrolment{e, c.Expiry}, nil
 		}
 	}
-	return config.Enrolment{}, notEnrolled()
+	return enrolment{}, notEnrolled()
 }
 
 func notEnrolled() error {

@@ -30,6 +30,7 @@ func (a *API) gateway(w http.ResponseWriter, r *http.Request) {
 	if err != nil {
 		a.log.Warn("gateway refused", "network", clip(printable(network), 64), "addr", middleware.GetClientIP(r.Context()),
 			"code", problem.CodeOf(err), "err", err)
+		a.opts.Audit.Refused(err, middleware.GetClientIPAddr(r.Context()))
 		a.fail(w, err)
 		return
 	}
@@ -160,12 +161,16 @@ func (s *stream) welcome(ctx context.Context, h wire.Hello) error {
 	rules := s.api.rules.Load()
 	cfg := rules.Config
 	network, ok := cfg.Networks[s.network]
-	if !ok || !enrolledIn(cfg, s.network, s.enrolment) { // reloaded since the upgrade
+	if !ok || !s.enrolledIn(cfg) { // reloaded since the upgrade
 		return unenrolled
+	}
+	if err := s.enrol(ctx, h); err != nil {
+		return err
 	}
 	body := wire.Welcome{
 		Version: wire.Version, Network: s.network, Addresses: network.Gateway(), Overlay: network.Overlay(),
-		STUN: rules.STUN, Relays: rules.Relays, End: over,
+		Services: network.Services,
+		STUN:     rules.STUN, Relays: rules.Relays, End: over,
 	}
 	raw, err := json.Marshal(body)
 	if err != nil {
@@ -175,12 +180,28 @@ func (s *stream) welcome(ctx context.Context, h wire.Hello) error {
 		return fmt.Errorf("send the welcome: %w", err)
 	}
 	s.load.Store(int64(len(h.Sessions) - len(over)))
+	s.compareKey(ctx)
 	s.log.Info("gateway connected", "addr", s.addr, "program", h.Program, "sessions", len(h.Sessions), "over", len(over))
 	return nil
 }
 
+// compareKey says loudly when a gateway has another WireGuard key than when it was last here. It is no reason to refuse it:
+// one that keeps no state has a new key with every start. But runners that pin the old one will not talk to it, and a key that
+// changes though the gateway keeps its state may be somebody else's.
+func (s *stream) compareKey(ctx context.Context) {
+	before, err := s.api.opts.Store.RememberGateway(ctx, s.network, s.who.Name, s.presence.Key)
+	switch {
+	case err != nil:
+		s.log.Warn("the gateway's key cannot be compared with its last one", "err", err)
+	case !before.IsZero() && before != s.presence.Key:
+		s.recordKeyChange(ctx, before)
+		s.log.Warn("the gateway's key has changed", "addr", s.addr, "was", before.String(), "key", s.presence.Key.String())
+	}
+}
+
 // logEnd says why a stream is over. A gateway that said that it leaves, or that closed in good order, has not failed.
 func (s *stream) logEnd(err error) {
+	s.left(err)
 	s.mu.Lock()
 	leaving := s.presence.Leaving
 	s.mu.Unlock()

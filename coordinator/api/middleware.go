@@ -62,7 +62,9 @@ func (a *API) limited(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if addr := middleware.GetClientIPAddr(r.Context()); !a.limits.allow(addr) {
 			a.warned.Do(func() { a.log.Warn("rate limited", "addr", addr.String(), "path", clip(r.URL.Path, 64)) })
-			a.fail(w, problem.New(problem.RateLimited, "too many requests from this address", "wait a few seconds and try again"))
+			err := problem.New(problem.RateLimited, "too many requests from this address", "wait a few seconds and try again")
+			a.opts.Audit.Refused(err, addr)
+			a.fail(w, err)
 			return
 		}
 		next.ServeHTTP(w, r)

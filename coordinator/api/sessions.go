@@ -62,6 +62,7 @@ func (a *API) join(w http.ResponseWriter, r *http.Request) {
 	}
 	j := session.Join{From: middleware.GetClientIPAddr(r.Context())}
 	if err := a.read(w, r, &j.JoinRequest); err != nil { // before a place is taken: a body that dawdles must hold none
+		a.opts.Audit.Refused(err, j.From)
 		a.fail(w, err)
 		return
 	}

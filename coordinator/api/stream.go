@@ -11,8 +11,8 @@ import (
 	"time"
 
 	"github.com/coder/websocket"
+	"golang.org/x/time/rate"
 
-	"github.com/culvertnet/culvert/coordinator/config"
 	"github.com/culvertnet/culvert/coordinator/session"
 	"github.com/culvertnet/culvert/coordinator/state"
 	"github.com/culvertnet/culvert/internal/problem"
@@ -41,7 +41,9 @@ var (
 	replaced   = &closing{websocket.StatusPolicyViolation, "replaced by a newer connection of the same gateway", true}
 	unenrolled = &closing{websocket.StatusPolicyViolation, "no longer enrolled", false}
 	tooSlow    = &closing{websocket.StatusTryAgainLater, "the gateway does not keep up", true}
+	expired    = &closing{websocket.StatusServiceRestart, "the credential has run out; prove again who you are", false}
 	silent     = &closing{websocket.StatusPolicyViolation, "no answer to pings", true}
+	unrecorded = &closing{websocket.StatusTryAgainLater, "flow records cannot be stored", false}
 	changed    = &closing{websocket.StatusServiceRestart, "the network's relays or STUN servers have changed", false}
 	resync     = &closing{websocket.StatusServiceRestart, "say again what you hold", false}
 )
@@ -55,36 +57,40 @@ var (
 //
 // Whatever ends it first says why; the others follow, and run waits for them.
 type stream struct {
-	api       *API
-	conn      *websocket.Conn
-	network   string
-	enrolment config.Enrolment
-	addr      string
-	log       *slog.Logger
+	api     *API
+	conn    *websocket.Conn
+	network string
+	addr    string
+	log     *slog.Logger
 
 	// Set by open, before any goroutine starts; the presence is the keeper's after that, by way of mu.
-	who session.Gateway
+	who      session.Gateway
+	onRecord bool   // that it was let in
+	flows    uint64 // the last batch of flow records that is stored; the worker's
 
-	queue chan wire.Frame // to the writer
-	work  chan wire.Frame // to the worker
-	kick  chan struct{}   // to the keeper: say again that we are live, something changed
-	load  atomic.Int64    // sessions that the gateway holds, roughly
-	over  chan struct{}   // closed by end
-	gone  chan struct{}   // closed when run is through
+	queue  chan wire.Frame // to the writer
+	work   chan wire.Frame // to the worker
+	kick   chan struct{}   // to the keeper: say again that we are live, something changed
+	proofs *rate.Limiter   // of credentials
+	load   atomic.Int64    // sessions that the gateway holds, roughly
+	over   chan struct{}   // closed by end
+	gone   chan struct{}   // closed when run is through
 
 	mu       sync.Mutex
+	enrolled enrolment // proven when the stream was opened, and again since
 	presence state.Presence
 	why      error
 	nextID   uint64
 	calls    map[uint64]chan json.RawMessage
 }
 
-func newStream(a *API, conn *websocket.Conn, network string, e config.Enrolment, addr string) *stream {
+func newStream(a *API, conn *websocket.Conn, network string, e enrolment, addr string) *stream {
 	conn.SetReadLimit(wire.MaxState) // until the hello is there
 	return &stream{
-		api: a, conn: conn, network: network, enrolment: e, addr: addr, log: a.log,
+		api: a, conn: conn, network: network, enrolled: e, addr: addr, log: a.log,
 		queue: make(chan wire.Frame, a.opts.Queue), work: make(chan wire.Frame, inbox), kick: make(chan struct{}, 1),
-		over: make(chan struct{}), gone: make(chan struct{}), calls: map[uint64]chan json.RawMessage{},
+		proofs: rate.NewLimiter(rate.Every(10*time.Second), 4),
+		over:   make(chan struct{}), gone: make(chan struct{}), calls: map[uint64]chan json.RawMessage{},
 	}
 }
 
@@ -188,7 +194,7 @@ func (s *stream) readAll(ctx context.Context) error {
 		switch f.Type {
 		case wire.FrameAnswer:
 			s.settle(f.ID, f.Body)
-		case wire.FrameRenewed, wire.FrameEnd, wire.FrameCandidates, wire.FrameLeaving:
+		case wire.FrameRenewed, wire.FrameEnd, wire.FrameCandidates, wire.FrameCredential, wire.FrameLeaving, wire.FrameFlows:
 			select {
 			case s.work <- f:
 			case <-s.over:

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"time"
 
+	"github.com/culvertnet/culvert/coordinator/config"
 	"github.com/culvertnet/culvert/coordinator/session"
 	"github.com/culvertnet/culvert/internal/problem"
 	"github.com/culvertnet/culvert/internal/wire"
@@ -21,6 +22,8 @@ func (s *stream) workAll(ctx context.Context) {
 		case f := <-s.work:
 			if err := s.workOne(ctx, f); errors.Is(err, session.ErrResync) {
 				s.end(resync)
+			} else if f.Type == wire.FrameFlows && problem.Temporary(err) {
+				s.end(unrecorded) // it sends them again on its next stream
 			} else if err != nil {
 				s.log.Warn("gateway's message refused", "type", f.Type, "code", problem.CodeOf(err), "err", err)
 			}
@@ -53,6 +56,18 @@ func (s *stream) workOne(ctx context.Context, f wire.Frame) error {
 			return err
 		}
 		s.moved(t)
+	case wire.FrameFlows:
+		var batch wire.Flows
+		if err := parse(f, &batch); err != nil {
+			return err
+		}
+		return s.recordFlows(ctx, batch)
+	case wire.FrameCredential:
+		var c wire.Credential
+		if err := parse(f, &c); err != nil {
+			return err
+		}
+		return s.prove(ctx, c)
 	case wire.FrameLeaving:
 		s.mu.Lock()
 		s.presence.Leaving = true
@@ -63,11 +78,57 @@ func (s *stream) workOne(ctx context.Context, f wire.Frame) error {
 	return nil
 }
 
+// prove takes a gateway's fresh credential. One that is refused changes nothing: the last one holds until it runs out.
+func (s *stream) prove(ctx context.Context, c wire.Credential) error {
+	if !s.proofs.Allow() {
+		return problem.New(problem.RateLimited, "the gateway proves too often who it is", "send a credential when its file has changed")
+	}
+	e, err := s.api.enrolledBy(ctx, s.network, c.Authorization.Reveal())
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	s.enrolled = e
+	s.mu.Unlock()
+	s.log.Debug("gateway has proven again who it is", "expires", e.expires)
+	return nil
+}
+
+// enrolledIn reports whether a configuration still knows the enrolment.
+func (s *stream) enrolledIn(c *config.Config) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return enrolledIn(c, s.network, s.enrolled.Enrolment)
+}
+
+// runOut reports whether the credential has expired, and the time to send another one is over.
+func (s *stream) runOut(now time.Time) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return !s.enrolled.expires.IsZero() && now.After(s.enrolled.expires.Add(s.api.opts.ExpiryLeeway))
+}
+
 func parse(f wire.Frame, v any) error {
 	if err := json.Unmarshal(f.Body, v); err != nil {
 		return problem.Wrap(err, problem.BadRequest, "a frame's body does not parse", "update the gateway")
 	}
 	return nil
+}
+
+// recordFlows stores a batch of flow records and lets the gateway forget it. What came already on this stream is only
+// acknowledged.
+func (s *stream) recordFlows(ctx context.Context, f wire.Flows) error {
+	if f.Seq > s.flows {
+		if err := s.api.opts.Sessions.Flows(ctx, s.who, f); err != nil {
+			return err
+		}
+		s.flows = f.Seq
+	}
+	raw, err := json.Marshal(wire.FlowsAck{Seq: s.flows})
+	if err != nil {
+		return err
+	}
+	return s.enqueue(wire.Frame{Type: wire.FrameFlowsAck, Body: raw})
 }
 
 // moved takes the gateway's new candidates and mapping; joins from now on are told these.
@@ -105,6 +166,9 @@ func (s *stream) keep(ctx context.Context) error {
 		case <-s.kick:
 			s.announce(ctx)
 		case <-presences.C:
+			if s.runOut(s.api.opts.Now()) {
+				return expired
+			}
 			s.load.Store(int64(s.api.opts.Sessions.Held(s.who.Instance)))
 			s.announce(ctx)
 		case <-pings.C:

@@ -13,10 +13,12 @@ package audit
 import (
 	"context"
 	"crypto/ed25519"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
+	"net/netip"
 	"sync"
 	"time"
 
@@ -77,6 +79,7 @@ func (o *Options) Validate() error {
 type Log struct {
 	opts  Options
 	keys  []ed25519.PublicKey // ours and the former ones
+	node  []byte              // its name as JSON
 	queue chan *entry
 	copy  *copier
 	tally Tally
@@ -127,6 +130,7 @@ func Open(ctx context.Context, opts Options) (*Log, error) {
 		return nil, err
 	}
 	l := &Log{opts: opts, queue: make(chan *entry, opts.Queue)}
+	l.node, _ = json.Marshal(opts.Node) // a string always encodes
 	l.keys = append(l.keys, opts.Key.Public().(ed25519.PublicKey))
 	l.keys = append(l.keys, opts.Former...)
 	l.life, l.end = context.WithCancel(context.WithoutCancel(ctx))
@@ -230,8 +234,8 @@ func (l *Log) takeLost() uint64 {
 	return n
 }
 
-// Tally counts requests that are refused before anybody has proven anything.
-func (l *Log) Tally() *Tally { return &l.tally }
+// Refused counts a request that was refused before its sender had proven anything: see [Tally].
+func (l *Log) Refused(err error, from netip.Addr) { l.tally.Add(err, from) }
 
 // PublicKey is the key by which this log's seals are verified.
 func (l *Log) PublicKey() ed25519.PublicKey { return l.keys[0] }

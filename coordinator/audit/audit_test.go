@@ -82,7 +82,7 @@ func sound(t testing.TB, store Store) Report {
 func verified(t testing.TB, store Store) Report {
 	t.Helper()
 	r := Reader{Store: store, Keys: []ed25519.PublicKey{testKey.Public().(ed25519.PublicKey)}}
-	rep, err := r.Verify(t.Context())
+	rep, err := r.Verify(t.Context(), Anchor{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -425,10 +425,10 @@ func TestTally(t *testing.T) {
 		store := audittest.New()
 		l := open(t, store)
 		for range 1000 {
-			l.Tally().Add(problem.New(problem.TokenInvalid, "m", "n"), addr("192.0.2.1"))
+			l.Refused(problem.New(problem.TokenInvalid, "m", "n"), addr("192.0.2.1"))
 		}
-		l.Tally().Add(problem.New(problem.TokenInvalid, "m", "n"), addr("192.0.2.2"))
-		l.Tally().Add(problem.New(problem.TokenExpired, "m", "n"), addr("192.0.2.2"))
+		l.Refused(problem.New(problem.TokenInvalid, "m", "n"), addr("192.0.2.2"))
+		l.Refused(problem.New(problem.TokenExpired, "m", "n"), addr("192.0.2.2"))
 		time.Sleep(tallyEvery + time.Second)
 		if all := texts(store); !strings.Contains(all, `[{"code":"token-expired","from":"192.0.2.2","count":1},{"code":"token-invalid","from":"192.0.2.1","count":1001}]`) ||
 			!strings.Contains(all, `"count":1002`) {
@@ -439,9 +439,9 @@ func TestTally(t *testing.T) {
 			t.Error("nothing was refused, and it is said")
 		}
 		for i := range 100_000 {
-			l.Tally().Add(problem.New(problem.TokenInvalid, "m", "n"), addr(fmt.Sprintf("10.%d.%d.%d", i>>16, i>>8&255, i&255)))
+			l.Refused(problem.New(problem.TokenInvalid, "m", "n"), addr(fmt.Sprintf("10.%d.%d.%d", i>>16, i>>8&255, i&255)))
 		}
-		if n := len(l.Tally().counts[problem.TokenInvalid].source); n > tallySources {
+		if n := len(l.tally.counts[problem.TokenInvalid].source); n > tallySources {
 			t.Errorf("%d addresses are remembered", n)
 		}
 		shut(t, l)

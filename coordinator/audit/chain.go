@@ -60,12 +60,14 @@ func encode(r Record, now time.Time) ([]byte, error) {
 	return body, nil
 }
 
-// link appends a record's line to block and gives the chain's new head. body comes from encode.
-func link(block []byte, at head, event Event, body []byte) ([]byte, head) {
+// link appends a record's line to block and gives the chain's new head. body comes from encode, node is JSON.
+func link(block []byte, at head, event Event, node, body []byte) ([]byte, head) {
 	start := len(block)
 	block = append(block, `{"prev":"`...)
 	block = append(block, at.hash...)
-	block = append(block, `","metadata":{"version":"`+schemaVersion+`","product":{"name":"Culvert","vendor_name":"Culvert"},"event_code":"`...)
+	block = append(block, `","metadata":{"version":"`+schemaVersion+`","product":{"name":"Culvert","vendor_name":"Culvert"},"log_provider":`...)
+	block = append(block, node...)
+	block = append(block, `,"event_code":"`...)
 	block = append(block, event...)
 	block = append(block, `","sequence":`...)
 	block = strconv.AppendUint(block, at.seq+1, 10)

@@ -66,6 +66,6 @@ func (l *Log) resume(mark []byte, empty bool) []Record {
 		return nil
 	}
 	l.opts.Logger.Error("the audit log has lost its end", "last", found.seq, "should_be", marked.seq)
-	return []Record{{Event: Broken, Severity: High, Status: statusFailure, Unmapped: Unmapped{Node: l.opts.Node},
+	return []Record{{Event: Broken, Severity: High, Status: statusFailure,
 		Message: fmt.Sprintf("records %d to %d were stored once and are gone", found.seq+1, marked.seq)}}
 }

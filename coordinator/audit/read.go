@@ -19,6 +19,11 @@ type Reader struct {
 	Now   func() time.Time    // default time.Now
 }
 
+// NewReader gives a reader of a store whose log key signs, and whose former keys are believed too.
+func NewReader(store Store, key ed25519.PrivateKey, former ...ed25519.PublicKey) *Reader {
+	return &Reader{Store: store, Key: key, Keys: append([]ed25519.PublicKey{key.Public().(ed25519.PublicKey)}, former...)}
+}
+
 // Reader gives a reader of the log that l writes.
 func (l *Log) Reader() *Reader {
 	return &Reader{Store: l.opts.Store, Key: l.opts.Key, Keys: l.keys, Now: l.opts.Now}
@@ -40,9 +45,11 @@ func (r *Reader) last(ctx context.Context) (uint64, state.LogInfo, error) {
 	return info.Last, info, nil
 }
 
-// Verify holds the whole log as it is stored now against its chain, its mark and its retention.
-func (r *Reader) Verify(ctx context.Context) (Report, error) {
+// Verify holds the whole log as it is stored now against its chain, its mark, its retention and a record that is known
+// from elsewhere.
+func (r *Reader) Verify(ctx context.Context, known Anchor) (Report, error) {
 	v := NewVerifier(r.Keys...)
+	v.anchor = known
 	marked, _, err := r.Store.Mark(ctx) // before the log is read: what is marked by now has to be there
 	if err != nil {
 		return Report{}, err

@@ -123,25 +123,25 @@ type Entity struct {
 
 // Unmapped is what OCSF has no field for.
 type Unmapped struct {
-	Network   string          `json:"network,omitempty"`
-	Job       *Job            `json:"job,omitempty"`
-	Gateway   string          `json:"gateway,omitempty"`
-	Instance  string          `json:"instance,omitempty"` // of the gateway's process
-	Key       string          `json:"key,omitempty"`      // a WireGuard public key
-	Addresses []netip.Addr    `json:"addresses,omitempty"`
-	Grants    []wire.Grant    `json:"grants,omitempty"`
-	Denial    *problem.Denial `json:"denial,omitempty"` // the rule that came closest
-	Client    string          `json:"client,omitempty"` // the client's own word on its version
-	Ends      int64           `json:"ends,omitempty"`   // the session's longest end, milliseconds since 1970
-	By        string          `json:"by,omitempty"`     // whose word it is: client, gateway, coordinator
-	Change    *Change         `json:"change,omitempty"` // of the policy
-	Refusals  []Refusal       `json:"refusals,omitempty"`
-	Flows     any             `json:"flows,omitempty"` // a gateway's batch, as it reported them
-	Node      string          `json:"node,omitempty"`
-	Keep      string          `json:"keep,omitempty"`     // retention by age
-	MaxSize   int64           `json:"max_size,omitempty"` // retention by size, bytes
-	Instead   string          `json:"instead,omitempty"`  // SHA-256 of what stands in the log and is not ours
-	Program   string          `json:"program,omitempty"`  // version and platform
+	Network   string            `json:"network,omitempty"`
+	Job       *Job              `json:"job,omitempty"`
+	Gateway   string            `json:"gateway,omitempty"`
+	Instance  string            `json:"instance,omitempty"` // of the gateway's process
+	Key       string            `json:"key,omitempty"`      // a WireGuard public key
+	Addresses []netip.Addr      `json:"addresses,omitempty"`
+	Grants    []wire.Grant      `json:"grants,omitempty"`
+	Denial    *problem.Denial   `json:"denial,omitempty"` // the rule that came closest
+	Client    string            `json:"client,omitempty"` // the client's own word on its version
+	Ends      int64             `json:"ends,omitempty"`   // the session's longest end, milliseconds since 1970
+	By        string            `json:"by,omitempty"`     // whose word it is: client, gateway, coordinator
+	Change    *Change           `json:"change,omitempty"` // of the policy
+	Refusals  []Refusal         `json:"refusals,omitempty"`
+	Flows     []wire.FlowRecord `json:"flows,omitempty"`    // as the gateway reported them
+	Batch     uint64            `json:"batch,omitempty"`    // the gateway's number for these; with instance, it tells what came twice
+	Keep      string            `json:"keep,omitempty"`     // retention by age
+	MaxSize   int64             `json:"max_size,omitempty"` // retention by size, bytes
+	Instead   string            `json:"instead,omitempty"`  // SHA-256 of what stands in the log and is not ours
+	Program   string            `json:"program,omitempty"`  // version and platform
 }
 
 // Job is who a job is, by the claims of its token.

@@ -69,10 +69,10 @@ func (t *Tally) take() []Refusal {
 }
 
 // record is the tally's record, if there is anything to say.
-func (t *Tally) record(node string) (Record, bool) {
+func (t *Tally) record() (Record, bool) {
 	refusals := t.take()
 	r := Record{Event: Refused, Status: statusFailure, Action: actionDenied, Message: "requests refused before a token was verified",
-		Unmapped: Unmapped{Refusals: refusals, Node: node}}
+		Unmapped: Unmapped{Refusals: refusals}}
 	for _, one := range refusals {
 		r.Count += one.Count
 	}
@@ -101,7 +101,7 @@ func (l *Log) periodic() {
 }
 
 func (l *Log) noteTally() {
-	if r, any := l.tally.record(l.opts.Node); any {
+	if r, any := l.tally.record(); any {
 		l.Note(r)
 	}
 }

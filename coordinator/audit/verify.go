@@ -44,9 +44,16 @@ func (r *Report) find(record uint64, format string, args ...any) {
 	r.Findings = append(r.Findings, Finding{record, fmt.Sprintf(format, args...)})
 }
 
+// Anchor is a record that is known from elsewhere, such as an earlier export's end. The zero Anchor is none.
+type Anchor struct {
+	Record uint64
+	Hash   string
+}
+
 // Verifier holds a log's lines, in their order, against the chain.
 type Verifier struct {
 	keys   []ed25519.PublicKey
+	anchor Anchor
 	report Report
 
 	at      head
@@ -99,6 +106,9 @@ func (v *Verifier) record(l line, text []byte) {
 	v.open++
 	v.skipped = false
 	v.at = now
+	if l.seq == v.anchor.Record && now.hash != v.anchor.Hash {
+		v.report.find(l.seq, "record %d is another one than it was", l.seq)
+	}
 	v.report.Records++
 	v.report.Last, v.report.Head, v.report.Until = l.seq, now.hash, time.UnixMilli(l.time).UTC()
 }
@@ -153,6 +163,9 @@ func (v *Verifier) unsealed() {
 // Finish gives the report. An export has to end with its end.
 func (v *Verifier) Finish(export bool) Report {
 	v.unsealed()
+	if v.anchor.Record > v.at.seq {
+		v.report.find(v.at.seq+1, "the log once reached to record %d: its end is gone", v.anchor.Record)
+	}
 	if export && !v.report.Ended {
 		v.report.find(v.at.seq, "the export does not end with its end: its tail was cut off after record %d", v.at.seq)
 	}

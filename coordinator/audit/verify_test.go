@@ -36,7 +36,7 @@ func exported(first uint64, blocks ...int) [][]byte {
 			if err != nil {
 				panic(err)
 			}
-			text, at = link(text, at, Join, body)
+			text, at = link(text, at, Join, []byte(`"n1"`), body)
 		}
 		text = seal(text, from, at, "n1", now, testKey)
 	}
@@ -93,7 +93,7 @@ func TestTampering(t *testing.T) {
 		}, "not signed: appended by hand"},
 		"appended by hand, without an end": {func(l [][]byte) [][]byte { return append(l[:9:9], appended(l[7])) }, "not signed: appended by hand"},
 		"appended and sealed with another key": {func(l [][]byte) [][]byte {
-			line, at := link(nil, head{6, hashOf(l[7])}, Join, []byte(`{"time":1}`))
+			line, at := link(nil, head{6, hashOf(l[7])}, Join, []byte(`"n1"`), []byte(`{"time":1}`))
 			forged := bytes.Split(bytes.TrimSpace(seal(line, 7, at, "n1", time.Now(), other)), []byte{'\n'})
 			return append(append(l[:9:9], forged...), bytes.TrimSpace(end(1, at, time.Now(), other)))
 		}, "not signed by the coordinator"},
@@ -140,7 +140,7 @@ func swap(a, b int) func([][]byte) [][]byte {
 
 // appended is record 7 with a right hash of what is before it, as anybody can compute it.
 func appended(last []byte) []byte {
-	line, _ := link(nil, head{6, hashOf(last)}, Join, []byte(`{"time":1}`))
+	line, _ := link(nil, head{6, hashOf(last)}, Join, []byte(`"n1"`), []byte(`{"time":1}`))
 	return bytes.TrimSpace(line)
 }
 

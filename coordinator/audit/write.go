@@ -80,8 +80,7 @@ func (l *Log) gather(first *entry) []*entry {
 		}
 	}
 	if n := l.takeLost(); n > 0 {
-		body, _ := encode(Record{Event: Lost, Severity: High, Count: n, Message: "records of what nobody waited for found no room",
-			Unmapped: Unmapped{Node: l.opts.Node}}, l.opts.Now()) // of our own making: it encodes
+		body, _ := encode(Record{Event: Lost, Severity: High, Count: n, Message: "records of what nobody waited for found no room"}, l.opts.Now()) // of our own making: it encodes
 		add(&entry{event: Lost, body: body})
 	}
 	add(first)
@@ -141,7 +140,7 @@ func (l *Log) build(batch []*entry) ([]byte, head) {
 	var block []byte
 	next := l.at
 	for _, e := range batch {
-		block, next = link(block, next, e.event, e.body)
+		block, next = link(block, next, e.event, l.node, e.body)
 	}
 	return seal(block, l.at.seq+1, next, l.opts.Node, l.opts.Now(), l.opts.Key), next
 }
@@ -222,7 +221,7 @@ func (l *Log) takeIn(seq uint64, block []byte) {
 
 func (l *Log) foreign(seq uint64, block []byte) Record {
 	return Record{Event: Broken, Severity: High, Status: statusFailure, Message: fmt.Sprintf("message %d of the log is not a coordinator's and is passed over", seq),
-		Unmapped: Unmapped{Node: l.opts.Node, Instead: hashOf(block)}}
+		Unmapped: Unmapped{Instead: hashOf(block)}}
 }
 
 // findHead goes back from the log's end to the last block that a coordinator wrote. What stands behind that is passed over; records
@@ -241,7 +240,7 @@ func (l *Log) findHead(ctx context.Context) (broken []Record, err error) {
 		block, err := l.opts.Store.Get(ctx, seq)
 		if errors.Is(err, state.ErrNotFound) {
 			broken = append(broken, Record{Event: Broken, Severity: High, Status: statusFailure,
-				Message: fmt.Sprintf("message %d of the log is gone", seq), Unmapped: Unmapped{Node: l.opts.Node}})
+				Message: fmt.Sprintf("message %d of the log is gone", seq)})
 		} else if err != nil {
 			return nil, err
 		} else if l.at, err = checkBlock(block, nil, l.keys); err == nil {

@@ -50,6 +50,8 @@ type Config struct {
 	Relay          Relay          // this node's own
 	Relays         []wire.Relay   // other relays
 	State          State
+	Audit          Audit
+	Private        Private
 	Issuers        []claims.Issuer // whose tokens may admit jobs
 	Networks       map[string]Network
 	STUN           []string // what clients are told to ask instead of this coordinator, "host:port"

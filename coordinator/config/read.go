@@ -44,6 +44,10 @@ type document struct {
 	Relays []relayDoc `yaml:"relays"`
 	// State is where leases live.
 	State State `yaml:"state" jsonschema:"required"`
+	// Audit says how long the audit log is kept and where it goes besides.
+	Audit auditDoc `yaml:"audit"`
+	// Private is the listener for operators: metrics, health, profiles and the audit log.
+	Private privateDoc `yaml:"private"`
 	// Issuers whose tokens may admit jobs; default GitHub's public one.
 	Issuers []issuerDoc `yaml:"issuers"`
 	// Networks that jobs get into, by name.
@@ -121,6 +125,8 @@ func (r *reader) read(d *document) *Config {
 	c.Relay = r.relay(d.Relay)
 	c.Relays = r.relays(d.Relays, d.InsecureHTTP)
 	c.State = r.state(d.State)
+	c.Audit = r.audit(d.Audit)
+	c.Private = r.private(d.Private, c.Listen)
 	c.Issuers = r.issuers(d.Issuers, d.InsecureHTTP)
 	c.Networks = r.networks(d.Networks, d.InsecureHTTP)
 	r.oneKeySet(c)
@@ -253,7 +259,9 @@ func (r *reader) issuers(list []issuerDoc, insecure bool) []claims.Issuer {
 	names := map[string]bool{}
 	for i, d := range list {
 		path := fmt.Sprintf("$.issuers[%d]", i)
-		r.webURL(path+".url", d.URL, insecure)
+		if r.webURL(path+".url", d.URL, insecure) != nil {
+			r.githubIssuer(path+".url", d.URL)
+		}
 		if slices.ContainsFunc(out, func(other claims.Issuer) bool { return other.URL == d.URL }) {
 			r.fail(path+".url", "the issuer is listed twice", "keep one of them")
 		}
@@ -268,6 +276,23 @@ func (r *reader) issuers(list []issuerDoc, insecure bool) []claims.Issuer {
 		out = append(out, claims.Issuer{URL: d.URL, JWKSFile: r.path(d.JWKSFile)})
 	}
 	return out
+}
+
+// githubIssuer refuses URLs of GitHub's that none of its tokens carries as iss.
+func (r *reader) githubIssuer(path, s string) {
+	u, err := url.Parse(s)
+	if err != nil {
+		return
+	}
+	host := strings.ToLower(u.Host)
+	switch ours := strings.HasSuffix(host, ".githubusercontent.com") || strings.HasSuffix(host, ".ghe.com") || strings.HasSuffix(u.Path, "/_services/token/"); {
+	case host == "github.com" || host == "www.github.com" || host == "api.github.com":
+		r.fail(path, strconv.Quote(s)+" signs no tokens for jobs", "write "+claims.GitHub+", or that with your enterprise's slug behind it")
+	case strings.HasSuffix(host, ".ghe.com") && !strings.HasPrefix(host, "token.actions."):
+		r.fail(path, strconv.Quote(s)+" signs no tokens for jobs", "write https://token.actions."+host)
+	case ours && (strings.HasSuffix(s, "/") || host != u.Host):
+		r.fail(path, strconv.Quote(s)+" is not spelt as GitHub's tokens spell it, so none would be taken", "write "+strings.ToLower(strings.TrimRight(s, "/")))
+	}
 }
 
 // networkName is what a network may be called: it stands in flags, headers and log lines.

@@ -19,7 +19,27 @@ type Relay struct {
 	Off bool `yaml:"-"`
 	// Name lists it; default [DefaultRelay]. Nodes that share their state need names of their own, and list each other in relays.
 	Name string `yaml:"name"`
+	// Rate is what it forwards from one side of one session at most, in Mbit/s; default 5000.
+	Rate int `yaml:"rate_mbit"`
+	// Queue is how much of one session may wait on a WebSocket before packets are dropped, in KiB; default 512.
+	Queue int `yaml:"queue_kib"`
+	// Sessions is how many it carries at once; default 100000.
+	Sessions int `yaml:"sessions"`
 }
+
+// BytesPerSecond is the rate in bytes; 0 for the default.
+func (r Relay) BytesPerSecond() uint64 { return uint64(r.Rate) * 1e6 / 8 }
+
+// QueueBytes is the queue in bytes; 0 for the default.
+func (r Relay) QueueBytes() int { return r.Queue << 10 }
+
+// Bounds on what a relay may be given.
+const (
+	maxRelayRate     = 1_000_000 // Mbit/s
+	minRelayQueue    = 64        // KiB: as much as the kernel hands over at a time
+	maxRelayQueue    = 64 << 10
+	maxRelaySessions = 10_000_000
+)
 
 // relayDoc is another relay as it is written.
 type relayDoc struct {
@@ -71,13 +91,28 @@ func nextPort(addr string) string {
 }
 
 func (r *reader) relay(d yamlfile.OrOff[Relay]) Relay {
-	own := d.Value
+	own := r.limits("$.relay", "$.relay", d.Value, DefaultRelay)
 	own.Off = d.Off
-	own.Name = cmp.Or(own.Name, DefaultRelay)
-	if !networkName.MatchString(own.Name) {
-		r.fail("$.relay.name", strconv.Quote(own.Name)+" is no name for a relay", "use up to 63 lower-case letters, digits and inner hyphens")
-	}
 	return own
+}
+
+// limits checks a relay's name, which stands below one place of the file, and its limits, which stand below another.
+func (r *reader) limits(name, limits string, own Relay, otherwise string) Relay {
+	own.Name = cmp.Or(own.Name, otherwise)
+	if !networkName.MatchString(own.Name) {
+		r.fail(name+".name", strconv.Quote(own.Name)+" is no name for a relay", "use up to 63 lower-case letters, digits and inner hyphens")
+	}
+	r.bounds(limits+".rate_mbit", own.Rate, 1, maxRelayRate)
+	r.bounds(limits+".queue_kib", own.Queue, minRelayQueue, maxRelayQueue)
+	r.bounds(limits+".sessions", own.Sessions, 1, maxRelaySessions)
+	return own
+}
+
+// bounds checks a number that may be left out.
+func (r *reader) bounds(path string, value, least, most int) {
+	if value != 0 && (value < least || value > most) {
+		r.fail(path, fmt.Sprintf("%d is not between %d and %d", value, least, most), "choose another number, or leave it out")
+	}
 }
 
 func (r *reader) relays(docs []relayDoc, insecure bool) []wire.Relay {

@@ -43,6 +43,16 @@ func TestListedRelays(t *testing.T) {
 	}
 }
 
+func TestRelayLimits(t *testing.T) {
+	c := parse(t, minimal+"relay: {rate_mbit: 80, queue_kib: 128, sessions: 7}")
+	if c.Relay.BytesPerSecond() != 10_000_000 || c.Relay.QueueBytes() != 131072 || c.Relay.Sessions != 7 {
+		t.Errorf("relay %+v", c.Relay)
+	}
+	if c = parse(t, minimal); c.Relay.BytesPerSecond() != 0 || c.Relay.QueueBytes() != 0 {
+		t.Errorf("relay %+v: want what the relay itself takes for default", c.Relay)
+	}
+}
+
 func TestListedSTUN(t *testing.T) {
 	ports := []net.Addr{&net.UDPAddr{Port: 3478}, nil, &net.UDPAddr{Port: 3479}}
 	if d := cmp.Diff([]string{":3478", ":3479"}, parse(t, minimal).ListedSTUN(ports...)); d != "" {

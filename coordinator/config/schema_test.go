@@ -35,11 +35,11 @@ func generated(t *testing.T) map[string][]byte {
 		comments.CommentMap[name] = strings.Join(strings.Fields(text), " ")
 	}
 	out := map[string][]byte{}
-	for name, root := range map[string]any{"config": document{}, "policy": policy.Document{}, "cases": policy.Cases{}} {
+	for name, root := range map[string]any{"config": document{}, "policy": policy.Document{}, "cases": policy.Cases{}, "relay": standaloneDoc{}} {
 		r := &jsonschema.Reflector{Anonymous: true, ExpandedStruct: true, FieldNameTag: "yaml", RequiredFromJSONSchemaTags: true, CommentMap: comments.CommentMap}
 		r.Mapper = func(t reflect.Type) *jsonschema.Schema { return custom(r, t) }
 		s := r.Reflect(root)
-		s.Title = map[string]string{"config": "culvert.yaml", "policy": "rules of Culvert", "cases": "cases for culvert-coordinator policy test"}[name]
+		s.Title = map[string]string{"config": "culvert.yaml", "policy": "rules of Culvert", "cases": "cases for culvert-coordinator policy test", "relay": "relay.yaml"}[name]
 		data, err := json.MarshalIndent(s, "", "  ")
 		if err != nil {
 			t.Fatal(err)

@@ -38,7 +38,7 @@ func twoNodes(t *testing.T, opts Options) (a, b *rig) {
 	t.Helper()
 	url := natsServer(t)
 	a = newRigOf(t, opts, func(doc string) string {
-		return strings.Replace(doc, "state: {dir: state}", "state: {nats: ['"+url+"']}", 1)
+		return strings.Replace(doc, "state: {dir: state}", "audit: {max_size: 64MiB}\nstate: {nats: ['"+url+"']}", 1)
 	})
 	twin := *a
 	b = &twin
@@ -65,9 +65,7 @@ func TestPolicyReachesSessionsOfOtherNodes(t *testing.T) {
 	began := time.Now()
 	a.write(narrower) // b's file stays as it is
 	a.eventually("both sessions are over", func() bool { return len(g.Frames(wire.FrameEnd)) == 2 })
-	if took := time.Since(began); took > 5*time.Second {
-		t.Logf("it took %s; more than 5 s would be too long on a machine at rest", took)
-	}
+	t.Logf("it took %s with a file that is looked at every 50 ms", time.Since(began).Round(time.Millisecond))
 	for _, id := range []string{joined.ID, stays.ID} {
 		l, err := b.server.store.Lease(t.Context(), id)
 		if err != nil || l.Over == "" {

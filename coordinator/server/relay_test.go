@@ -2,6 +2,8 @@ package server
 
 import (
 	"crypto/ed25519"
+	"encoding/json"
+	"errors"
 	"net/http"
 	"slices"
 	"strings"
@@ -12,6 +14,7 @@ import (
 	"github.com/nats-io/nats-server/v2/server"
 
 	"github.com/culvertnet/culvert/coordinator/api/apitest"
+	"github.com/culvertnet/culvert/internal/nat"
 	"github.com/culvertnet/culvert/internal/relay"
 	"github.com/culvertnet/culvert/internal/wire"
 )
@@ -168,5 +171,92 @@ func TestGatewaysHearOfNewRelays(t *testing.T) {
 	case <-g.Done():
 		t.Error("a reload that changes nothing ended the stream")
 	default:
+	}
+}
+
+// side is one side of a session on the coordinator's relay over a WebSocket.
+type side struct {
+	t       *testing.T
+	stream  *relay.Stream
+	channel relay.Channel
+}
+
+// bind opens a WebSocket to a rig's relay and binds it with a ticket.
+func (r *rig) bind(t *testing.T, session string, g wire.RelayGrant, key wire.PrivateKey) *side {
+	t.Helper()
+	s, err := relay.Dial(t.Context(), relay.DialOptions{URL: r.url() + wire.PathRelay, HTTP: &http.Client{Transport: r.client.Transport}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = s.Close() })
+	ticket, err := relay.DecodeTicket(g.Ticket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	secret, err := relay.DeriveBindKey(key, s.Offer().Key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.SendSTUN(relay.AppendBind(nil, relay.Bind{ID: nat.TxID{1}, Nonce: s.Offer().Nonce, Ticket: ticket}, &secret))
+	channel, err := relay.ChannelOf(session)
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := &side{t, s, channel}
+	if a, ok := relay.ParseAnswer(out.receive()); !ok || a.Code != 0 {
+		t.Fatalf("the bind is answered with %d, %t", a.Code, ok)
+	}
+	return out
+}
+
+// receive gives the next STUN message or packet.
+func (s *side) receive() []byte {
+	s.t.Helper()
+	msg, err := s.stream.Receive()
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	blocks := relay.WalkBlocks(msg)
+	if !blocks.Next() {
+		s.t.Fatal("an empty message")
+	}
+	if frames := blocks.Frames(); frames.Next() {
+		return slices.Clone(frames.Packet)
+	}
+	return blocks.Data
+}
+
+// TestRelaysASession: with the tickets that a join gives, both sides meet on the coordinator's own relay, and with those of
+// before a restart as well.
+func TestRelaysASession(t *testing.T) {
+	r := newRig(t, Options{})
+	ours, err1 := wire.NewPrivateKey()
+	theirs, err2 := wire.NewPrivateKey()
+	if err := errors.Join(err1, err2); err != nil {
+		t.Fatal(err)
+	}
+	g := r.gateway(func(o *apitest.Options) { o.Hello.Key = theirs.Public() })
+	j := r.job()
+	j.key = ours.Public()
+	s := j.mustJoin()
+	var offer wire.Offer
+	if err := json.Unmarshal(g.Frames(wire.FrameOffer)[0].Body, &offer); err != nil {
+		t.Fatal(err)
+	}
+	for _, when := range []string{"at first", "after a restart"} {
+		client, gateway := r.bind(t, s.ID, s.Relays[0], ours), r.bind(t, s.ID, offer.Relays[0], theirs)
+		client.stream.Send(client.channel, [][]byte{[]byte("up")})
+		if got := gateway.receive(); string(got) != "up" {
+			t.Errorf("%s: the gateway got %q", when, got)
+		}
+		gateway.stream.Send(gateway.channel, [][]byte{[]byte("down")})
+		if got := client.receive(); string(got) != "down" {
+			t.Errorf("%s: the client got %q", when, got)
+		}
+		r.stop()
+		if _, err := client.stream.Receive(); err == nil {
+			t.Errorf("%s: a WebSocket outlives the coordinator", when)
+		}
+		r.start()
 	}
 }

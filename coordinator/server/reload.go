@@ -103,6 +103,7 @@ func (s *Server) reloadLoop(ctx context.Context) {
 	for {
 		select {
 		case <-hangup:
+			s.reopenCopy()
 			s.watch.changed() // so that the next tick does not do it again
 			_ = s.Reload(ctx)
 		case <-tick.C:
@@ -172,6 +173,7 @@ func (s *Server) take(ctx context.Context, next *config.Config) error {
 			return err
 		}
 	}
+	s.recordPolicy(ctx, policyRecord(s.config, next))
 	s.config, s.jobs, s.identities = next, jobs, ids
 	s.api.SetRules(s.apiRules())
 	s.sessions.SetRules(ctx, s.sessionRules())
@@ -196,6 +198,7 @@ func needRestart(a, b *config.Config) []string {
 	}{
 		{"url", a.URL, b.URL}, {"listen", a.Listen, b.Listen}, {"udp", a.UDP, b.UDP}, {"probe", a.Probe, b.Probe}, {"relay", a.Relay, b.Relay}, {"tls", a.TLS, b.TLS},
 		{"trusted_proxies", a.TrustedProxies, b.TrustedProxies}, {"state", a.State, b.State},
+		{"audit", a.Audit, b.Audit}, {"private", a.Private, b.Private},
 	} {
 		if !reflect.DeepEqual(c.a, c.b) {
 			out = append(out, c.key)

@@ -16,12 +16,15 @@ import (
 	"time"
 
 	"github.com/culvertnet/culvert/coordinator/api"
+	"github.com/culvertnet/culvert/coordinator/audit"
+	"github.com/culvertnet/culvert/coordinator/certs"
 	"github.com/culvertnet/culvert/coordinator/config"
 	"github.com/culvertnet/culvert/coordinator/session"
 	"github.com/culvertnet/culvert/coordinator/state"
 	"github.com/culvertnet/culvert/internal/claims"
 	"github.com/culvertnet/culvert/internal/nat"
 	"github.com/culvertnet/culvert/internal/problem"
+	"github.com/culvertnet/culvert/internal/relay"
 	"github.com/culvertnet/culvert/internal/wire"
 )
 
@@ -40,6 +43,7 @@ type Options struct {
 	Config *config.Config
 	Reload time.Duration // how often Config.File is looked at for changes; 0 never, [DefaultReload] is usual
 	Logger *slog.Logger
+	Stdout io.Writer   // where audit records go besides the log, unless the configuration says otherwise; nil: nowhere
 	API    api.Options // limits and timings; what the server itself provides is filled in
 }
 
@@ -60,10 +64,18 @@ type Server struct {
 	api      *api.API
 	http     *http.Server
 	listener net.Listener
-	stun     *nat.Server // nil without UDP
-	probe    *nat.Server // the second port; nil without one
+	relay    *relay.Server      // this node's own; nil where it has none
+	stun     *nat.Server        // on the UDP port where the relay is not; nil without UDP
+	probe    *nat.Server        // the second port; nil without one
+	tickets  ed25519.PrivateKey // signs relay tickets
 	watch    *watcher
+	private  *private
 	fatal    chan error // buffered
+
+	audit        *audit.Log
+	auditStore   *state.Log
+	auditFile    *copyFile // nil where no file is written
+	auditMetrics *audit.Metrics
 
 	mu         sync.Mutex // guards what a reload replaces
 	config     *config.Config
@@ -82,7 +94,7 @@ func New(opts Options) (*Server, error) {
 	if opts.Logger == nil {
 		opts.Logger = slog.New(slog.DiscardHandler)
 	}
-	return &Server{opts: opts, log: opts.Logger, config: opts.Config, fatal: make(chan error, 1)}, nil
+	return &Server{opts: opts, log: opts.Logger, config: opts.Config, fatal: make(chan error, 1), auditMetrics: audit.NewMetrics()}, nil
 }
 
 // Start opens state and listeners and serves. After an error nothing is left open.
@@ -103,12 +115,19 @@ func (s *Server) Start(ctx context.Context) (err error) {
 	if err := s.listen(ctx); err != nil {
 		return err
 	}
-	if err := s.build(ctx); err != nil {
+	if err := s.build(); err != nil {
+		return err
+	}
+	if err := s.recordStart(ctx); err != nil {
+		return err
+	}
+	if err := s.openPrivate(ctx); err != nil {
 		return err
 	}
 	s.wg.Go(func() { _ = s.jobs.Prefetch(run) })   // failures are logged there; the first token tries again
 	s.wg.Go(func() { s.sessions.Reevaluate(run) }) // the rules may have changed while we were away
 	s.wg.Go(func() { s.expireLoop(run) })
+	s.wg.Go(func() { s.sessions.Expire(run) })
 	s.wg.Go(s.serve)
 	if s.opts.Reload > 0 && s.config.File != "" {
 		s.watch = newWatcher(s.config.File)
@@ -166,7 +185,13 @@ func (s *Server) openState(ctx context.Context) (err error) {
 		return problem.Wrap(err, problem.Failed, fmt.Sprintf("cannot open the state: %v", err),
 			"check that the folder is writable and that the disk has room")
 	}
-	return err
+	if err != nil {
+		return err
+	}
+	if s.tickets, err = s.store.TicketKey(ctx); err != nil {
+		return err
+	}
+	return s.openAudit(ctx)
 }
 
 func (s *Server) listen(ctx context.Context) (err error) {
@@ -175,41 +200,7 @@ func (s *Server) listen(ctx context.Context) (err error) {
 	if s.listener, err = lc.Listen(ctx, "tcp", s.config.Listen); err != nil {
 		return problem.Wrap(err, problem.Failed, fmt.Sprintf("cannot listen on TCP %s: %v", s.config.Listen, err), next)
 	}
-	if s.config.UDP == "" {
-		return nil
-	}
-	if s.stun, err = nat.Listen(ctx, nat.ServerOptions{Addr: s.config.UDP, Logger: s.log}); err != nil {
-		return problem.Wrap(err, problem.Failed, fmt.Sprintf("cannot listen on UDP %s: %v", s.config.UDP, err), next)
-	}
-	return s.listenProbe(ctx)
-}
-
-// listenProbe opens the second STUN port. Unless it was asked for, the coordinator does without.
-func (s *Server) listenProbe(ctx context.Context) (err error) {
-	if s.config.Probe == "" {
-		return nil
-	}
-	s.probe, err = nat.Listen(ctx, nat.ServerOptions{Addr: s.config.Probe, Logger: s.log})
-	switch {
-	case err == nil:
-	case s.config.ProbeChosen:
-		return problem.Wrap(err, problem.Failed, fmt.Sprintf("cannot listen on UDP %s: %v", s.config.Probe, err),
-			"give probe another address, or set probe: off")
-	default:
-		s.log.Warn("no second STUN port, so jobs learn less about their NAT", "addr", s.config.Probe, "err", err)
-	}
-	return nil
-}
-
-// ports are the UDP ports that answer STUN.
-func (s *Server) ports() []net.Addr {
-	var out []net.Addr
-	for _, server := range []*nat.Server{s.stun, s.probe} {
-		if server != nil {
-			out = append(out, server.Addr())
-		}
-	}
-	return out
+	return s.openUDP(ctx)
 }
 
 // relays are those that clients and gateways are told of.
@@ -226,18 +217,17 @@ func (s *Server) apiRules() api.Rules {
 }
 
 // build puts sessions, API and HTTP server together.
-func (s *Server) build(ctx context.Context) (err error) {
-	key, err := s.store.TicketKey(ctx)
-	if err != nil {
-		return err
-	}
-	s.sessions, err = session.New(session.Options{Store: s.store, Rules: s.sessionRules(), TicketKey: key, Logger: s.log})
+func (s *Server) build() (err error) {
+	s.sessions, err = session.New(session.Options{Store: s.store, Rules: s.sessionRules(), TicketKey: s.tickets, Audit: s.audit, Logger: s.log})
 	if err != nil {
 		return err
 	}
 	o := s.opts.API
-	o.Sessions, o.Store, o.Logger = s.sessions, s.store, s.log
-	o.Rules, o.TicketKey = s.apiRules(), base64.RawURLEncoding.EncodeToString(key.Public().(ed25519.PublicKey))
+	o.Sessions, o.Store, o.Audit, o.Logger = s.sessions, s.store, s.audit, s.log
+	o.Rules, o.TicketKey = s.apiRules(), base64.RawURLEncoding.EncodeToString(s.tickets.Public().(ed25519.PublicKey))
+	if s.relay != nil {
+		o.Relay = s.relay
+	}
 	o.TrustedProxies = s.config.TrustedProxies
 	if s.api, err = api.New(o); err != nil {
 		return err
@@ -250,12 +240,12 @@ func (s *Server) build(ctx context.Context) (err error) {
 	if s.config.TLS == nil {
 		return nil
 	}
-	certs, err := loadCertificates(s.config.TLS.Cert, s.config.TLS.Key, s.log)
+	files, err := certs.Load(s.config.TLS.Cert, s.config.TLS.Key, s.log)
 	if err != nil {
 		return err
 	}
 	s.http.TLSConfig = &tls.Config{
-		MinVersion: tls.VersionTLS12, GetCertificate: certs.get, NextProtos: []string{"h2", "http/1.1"},
+		MinVersion: tls.VersionTLS12, GetCertificate: files.Get, NextProtos: []string{"h2", "http/1.1"},
 	}
 	return nil
 }
@@ -275,14 +265,6 @@ func (s *Server) serve() {
 // Addr is the HTTP listener's address.
 func (s *Server) Addr() net.Addr { return s.listener.Addr() }
 
-// STUNAddr is the UDP address on which STUN is answered; nil without UDP.
-func (s *Server) STUNAddr() net.Addr {
-	if s.stun == nil {
-		return nil
-	}
-	return s.stun.Addr()
-}
-
 // Failed tells of the first thing that broke for good.
 func (s *Server) Failed() <-chan error { return s.fatal }
 
@@ -296,6 +278,7 @@ func (s *Server) Close(ctx context.Context) error {
 	}
 	s.api.Close()
 	s.stop()
+	err = errors.Join(err, s.private.close())
 	s.wg.Wait()
 	return errors.Join(err, s.closeAll())
 }
@@ -306,6 +289,8 @@ func (s *Server) abandon() {
 	if s.listener != nil {
 		_ = s.listener.Close()
 	}
+	_ = s.private.close()
+	s.wg.Wait()
 	_ = s.closeAll()
 }
 
@@ -319,8 +304,14 @@ func (s *Server) closeAll() error {
 	if s.stun != nil {
 		add("STUN", s.stun)
 	}
+	if s.relay != nil {
+		add("the relay", s.relay)
+	}
 	if s.probe != nil {
 		add("the second STUN port", s.probe)
+	}
+	if err := s.closeLog(); err != nil {
+		errs = append(errs, fmt.Errorf("close the audit log: %w", err))
 	}
 	if s.store != nil {
 		add("the state", s.store)

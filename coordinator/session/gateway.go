@@ -7,6 +7,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/culvertnet/culvert/coordinator/audit"
 	"github.com/culvertnet/culvert/coordinator/config"
 	"github.com/culvertnet/culvert/coordinator/state"
 	"github.com/culvertnet/culvert/internal/policy"
@@ -137,6 +138,10 @@ func (m *Manager) adopt(ctx context.Context, g Gateway, rules Rules, n config.Ne
 	if err != nil {
 		return false, err
 	}
+	r := recordOf(audit.Adopted, l)
+	r.Allowed(l.Rules)
+	r.Unmapped.By = byGateway
+	m.audited(ctx, r)
 	m.logOf(l).Info("session adopted from its gateway", "expires", l.Expires)
 	return true, nil
 }
@@ -154,13 +159,27 @@ func (m *Manager) buryPredecessor(ctx context.Context, g Gateway) {
 		}
 		return true
 	})
+	var ending errgroup.Group
+	ending.SetLimit(64)
 	for _, l := range dead {
-		if err := m.opts.Store.EndLease(ctx, l.Session); err != nil {
-			m.logOf(l).Warn("lease not freed; it will expire", "err", err)
-			continue
-		}
-		m.logOf(l).Info("session ended", "reason", "its gateway was restarted")
+		ending.Go(func() error {
+			m.bury(ctx, l)
+			return nil
+		})
 	}
+	_ = ending.Wait()
+}
+
+// bury ends a session whose gateway is gone.
+func (m *Manager) bury(ctx context.Context, l state.Lease) {
+	if l.Over == "" {
+		m.auditEnd(ctx, l, endedByRestart, byCoordinator)
+	}
+	if err := m.opts.Store.EndLease(ctx, l.Session); err != nil {
+		m.logOf(l).Warn("lease not freed; it will expire", "err", err)
+		return
+	}
+	m.logOf(l).Info("session ended", "reason", endedByRestart)
 }
 
 // Renewed takes a gateway's word that it renewed a session in the tunnel. The token is judged here as well: a session
@@ -180,6 +199,7 @@ func (m *Manager) Renewed(ctx context.Context, g Gateway, r wire.Renewed) error 
 	}
 	l, err = m.extend(ctx, l.Session, c, rules)
 	if err == nil {
+		m.audited(ctx, renewed(l, byGateway))
 		m.logOf(l).Info("session renewed", "by", "gateway", "expires", l.Expires)
 	}
 	return err
@@ -228,6 +248,9 @@ func (m *Manager) Ended(ctx context.Context, g Gateway, e wire.End) error {
 	if err != nil && first {
 		return err
 	}
+	if first { // before the lease is gone: what it says of the job is gone with it
+		m.auditEnd(ctx, l, clip(e.Reason, 200), byGateway)
+	}
 	if err := m.opts.Store.EndLease(ctx, e.Session); err != nil {
 		return storeAway(err)
 	}
@@ -264,7 +287,7 @@ func (m *Manager) Reevaluate(ctx context.Context) {
 	m.opts.Store.Leases(func(l state.Lease) bool {
 		if l.Over == "" && len(l.Claims) > 0 {
 			if reason := m.outgrown(rules, l, remembered(l.Claims)); reason != "" {
-				ending.Go(func() error { return m.finish(ctx, l, reason) }) // logged there
+				ending.Go(func() error { return m.finish(ctx, l, reason, byCoordinator) }) // logged there
 			}
 		}
 		return ctx.Err() == nil

@@ -315,7 +315,7 @@ func TestEndIsKeptForAbsentGateway(t *testing.T) {
 		t.Fatal(err)
 	}
 	l, _ := b.store.Lease(t.Context(), h.Session)
-	if err := b.m.finish(t.Context(), l, endedByPolicy); err != nil {
+	if err := b.m.finish(t.Context(), l, endedByPolicy, byCoordinator); err != nil {
 		t.Fatal(err)
 	}
 	l, err := b.store.Lease(t.Context(), h.Session)

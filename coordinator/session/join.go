@@ -50,27 +50,26 @@ func (m *Manager) Join(ctx context.Context, j Join) (wire.Session, error) {
 	id := j.Key.SessionID()
 	a := &admission{join: &j, log: m.log.With("session", id, "addr", j.From.String())}
 	if err := m.admit(ctx, a); err != nil {
-		logRefusal(a.log, "join refused", err)
-		return wire.Session{}, err
+		return wire.Session{}, m.refused(ctx, a, err)
 	}
 	gateways := m.opts.Store.Gateways(a.join.Network)
 	if len(gateways) == 0 {
-		err := problem.New(problem.NoGateway, fmt.Sprintf("no gateway of network %q is connected", a.join.Network),
-			"start one, or look at its log for why it cannot connect")
-		logRefusal(a.log, "join refused", err)
-		return wire.Session{}, err
+		return wire.Session{}, m.refused(ctx, a, problem.New(problem.NoGateway,
+			fmt.Sprintf("no gateway of network %q is connected", a.join.Network), "start one, or look at its log for why it cannot connect"))
 	}
 	if err := m.createLease(ctx, a); err != nil {
-		logRefusal(a.log, "join refused", err)
-		return wire.Session{}, err
+		return wire.Session{}, m.refused(ctx, a, err)
 	}
 	m.beginOffer(id)
 	defer m.dropOffer(id)
+	if err := m.recordJoin(ctx, a, gateways[0]); err != nil {
+		m.free(ctx, id)
+		return wire.Session{}, m.unrecorded(a, err)
+	}
 	s, err := m.place(ctx, a, gateways)
 	if err != nil {
 		m.free(ctx, id)
-		logRefusal(a.log, "join failed", err)
-		return wire.Session{}, err
+		return wire.Session{}, m.refused(ctx, a, err)
 	}
 	return s, nil
 }

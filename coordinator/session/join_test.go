@@ -10,7 +10,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/culvertnet/culvert/coordinator/config"
 	"github.com/culvertnet/culvert/coordinator/state"
+	"github.com/culvertnet/culvert/internal/claims"
 	"github.com/culvertnet/culvert/internal/claims/claimstest"
 	"github.com/culvertnet/culvert/internal/problem"
 	"github.com/culvertnet/culvert/internal/wire"
@@ -341,5 +343,41 @@ func TestPolicyChangesWhileOffered(t *testing.T) {
 	wantCode(t, err, problem.SessionOver)
 	if n := len(got[wire.End](g, wire.FrameEnd)); n != 1 {
 		t.Errorf("the gateway was told %d times", n)
+	}
+}
+
+// Another issuer's token with the same claims is another job's, though its signature is as good.
+func TestJoinOfAnotherIssuer(t *testing.T) {
+	b := newBench(t, Options{})
+	b.gateway("a")
+	other := claimstest.Start(t)
+	doc := fmt.Sprintf(`
+url: https://culvert.test
+tls: {cert: c, key: k}
+state: {dir: d}
+issuers: [{name: ours, url: "%s"}, {name: theirs, url: "%s"}]
+networks: {corp: {gateways: [{enrol_sha256: %s}]}}
+rules:
+  - {name: deploy, match: {iss: ours, repository_owner_id: 9919}, allow: ["tcp 10.20.0.5:5432"]}
+  - {name: elsewhere, match: {iss: theirs, repository_owner_id: 1}, allow: ["tcp 10.20.0.6:5432"]}
+`, b.issuer.URL(), other.URL(), strings.Repeat("ab", 32))
+	cfg, err := config.Parse("culvert.yaml", []byte(doc))
+	if err != nil {
+		t.Fatal(err)
+	}
+	v, err := claims.New(claims.Options{Issuers: cfg.Issuers})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = v.Close() })
+	b.m.SetRules(t.Context(), Rules{Config: cfg, Verifier: v})
+	b.job().mustJoin()
+	j := b.job()
+	req := j.request()
+	req.Token = wire.Secret(other.Sign(wire.Audience("https://culvert.test", j.key), j.claims))
+	_, err = b.m.Join(t.Context(), req)
+	wantCode(t, err, problem.Denied)
+	if d := problem.From(err).Denial; d != nil {
+		t.Errorf("a stranger of another issuer is told %+v", d)
 	}
 }

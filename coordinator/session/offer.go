@@ -8,6 +8,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/culvertnet/culvert/coordinator/audit"
 	"github.com/culvertnet/culvert/coordinator/state"
 	"github.com/culvertnet/culvert/internal/problem"
 	"github.com/culvertnet/culvert/internal/relay"
@@ -26,10 +27,16 @@ func (m *Manager) place(ctx context.Context, a *admission, gateways []state.Pres
 		return wire.Session{}, problem.Wrap(err, problem.Cancelled, "the client went away", "join again")
 	}
 	var refusal error
-	for _, g := range gateways {
+	for i, g := range gateways {
 		answer, err := m.offer(ctx, a, g)
 		if err == nil {
-			return m.settle(ctx, a, g, answer)
+			s, err := m.settle(ctx, a, g, answer)
+			if err == nil && i > 0 {
+				r := a.record(audit.Placed)
+				r.Succeeded()
+				m.opts.Audit.Note(r)
+			}
+			return s, err
 		}
 		m.tell(ctx, g.Instance, wire.FrameEnd, wire.End{Session: a.lease.Session, Reason: "the offer was withdrawn"})
 		a.log.Warn("offer failed", "gateway", g.Name, "code", problem.CodeOf(err), "err", err)
@@ -109,7 +116,7 @@ func (m *Manager) settle(ctx context.Context, a *admission, g state.Presence, an
 	a.lease = l
 	if now := m.Rules(); now.Config != a.rules.Config { // a reload that did not see this lease yet
 		if reason := m.outgrown(now, l, a.claims); reason != "" {
-			_ = m.finish(ctx, l, reason)
+			_ = m.finish(ctx, l, reason, byCoordinator)
 			return wire.Session{}, problem.New(problem.SessionOver, "the session has ended: "+reason, "join again")
 		}
 	}

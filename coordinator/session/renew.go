@@ -17,9 +17,11 @@ import (
 
 // Why sessions end, as gateways and clients read it.
 const (
-	endedByClient = "ended by the client"
-	endedByPolicy = "policy no longer gives what the session holds"
-	endedByTime   = "the longest time that a session may last is over"
+	endedByClient  = "ended by the client"
+	endedByPolicy  = "policy no longer gives what the session holds"
+	endedByRestart = "its gateway was restarted"
+	endedByLease   = "its lease ran out"
+	endedByTime    = "the longest time that a session may last is over"
 )
 
 // updateTries bounds how often a lease that others write too is read again.
@@ -74,10 +76,14 @@ func (m *Manager) renew(ctx context.Context, l state.Lease, token wire.Secret) (
 	answer, err := m.ask(ctx, l.Gateway, wire.FrameRenew, wire.Renewed{Session: l.Session, Token: token})
 	if err != nil {
 		logRefusal(m.logOf(l), "renewal failed at the gateway", err)
+		m.auditRefusal(ctx, l, err)
 		return wire.Lease{}, err
 	}
 	l, err = m.extend(ctx, l.Session, c, rules)
 	if err != nil {
+		return wire.Lease{}, err
+	}
+	if err := m.opts.Audit.Record(ctx, renewed(l, byClient)); err != nil {
 		return wire.Lease{}, err
 	}
 	m.logOf(l).Info("session renewed", "by", "client", "expires", l.Expires)
@@ -94,16 +100,18 @@ func (m *Manager) rejudge(ctx context.Context, rules Rules, l state.Lease, token
 	c, err := rules.Verifier.Verify(ctx, token.Reveal(), wire.Audience(rules.Config.URL, l.Key))
 	if err != nil {
 		logRefusal(log, "renewal refused", err)
+		m.auditRefusal(ctx, l, err)
 		return nil, err
 	}
 	if !sameJob(l.Claims, c) || c.IssuedAt.Before(l.Issued) {
 		err := problem.New(problem.TokenInvalid, "the token is another job's, or older than the last one",
 			"renew with a fresh token of the job that began the session")
 		logRefusal(log, "renewal refused", err)
+		m.auditRefusal(ctx, l, err)
 		return nil, err
 	}
 	if reason := m.outgrown(rules, l, c); reason != "" {
-		_ = m.finish(ctx, l, reason) // logged there
+		_ = m.finish(ctx, l, reason, byCoordinator) // logged there
 		return nil, endedNow(rules.Config.Policy.Evaluate(m.opts.Now(), l.Network, c), reason)
 	}
 	return c, nil
@@ -183,13 +191,13 @@ func (m *Manager) End(ctx context.Context, id string, secret wire.Secret) error 
 	if err != nil {
 		return err
 	}
-	return m.finish(ctx, l, endedByClient)
+	return m.finish(ctx, l, endedByClient, byClient)
 }
 
 // finish ends a session, and its gateway is told. The lease stays as a memory of it until the gateway has surely heard: for
 // Afterlife where its stream took the word, else until the gateway's own deadline. It is marked first: a gateway is quick to
 // say that it has ended what it was told to end, and that must not look like an end of its own accord.
-func (m *Manager) finish(ctx context.Context, l state.Lease, reason string) error {
+func (m *Manager) finish(ctx context.Context, l state.Lease, reason, by string) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*cleanupTime)
 	defer cancel()
 	_, err := m.change(ctx, l.Session, func(l *state.Lease) bool {
@@ -211,6 +219,7 @@ func (m *Manager) finish(ctx context.Context, l state.Lease, reason string) erro
 			return true
 		})
 	}
+	m.auditEnd(ctx, l, reason, by)
 	m.logOf(l).Info("session ended", "reason", reason, "told", told, "lasted", m.opts.Now().Sub(l.Created).Round(time.Second))
 	return nil
 }

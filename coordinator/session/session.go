@@ -23,6 +23,8 @@ type Store interface {
 	Lease(ctx context.Context, session string) (state.Lease, error)
 	UpdateLease(ctx context.Context, l state.Lease) (state.Lease, error)
 	EndLease(ctx context.Context, session string) error
+	Expired() <-chan state.Lease
+	ClaimEnd(ctx context.Context, session string) (bool, error)
 	Leases(yield func(state.Lease) bool)
 	Gateways(network string) []state.Presence
 	Ask(ctx context.Context, instance string, msg []byte) ([]byte, error)
@@ -44,6 +46,7 @@ type Rules struct {
 type Options struct {
 	Store  Store
 	Rules  Rules
+	Audit  Auditor // nil: nothing is recorded
 	Logger *slog.Logger
 	// TicketKey signs relay tickets. Without one no session is given a relay.
 	TicketKey ed25519.PrivateKey
@@ -58,6 +61,9 @@ type Options struct {
 func (o *Options) Validate() error {
 	if o.Store == nil || o.Rules.Config == nil || o.Rules.Verifier == nil {
 		return errors.New("a session manager needs a store, a configuration and a verifier")
+	}
+	if o.Audit == nil {
+		o.Audit = noAudit{}
 	}
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
@@ -101,8 +107,10 @@ type Manager struct {
 	log   *slog.Logger
 	rules atomic.Pointer[Rules]
 
-	mu      sync.Mutex
-	offered map[string]*offered // sessions of this node's joins that no gateway has answered for yet
+	mu         sync.Mutex
+	offered    map[string]*offered // sessions of this node's joins that no gateway has answered for yet
+	ended      map[string]ended    // sessions that ended lately; see remember
+	endedOrder []string            // the oldest first
 }
 
 // offered collects what comes in for a session while it is offered.
@@ -124,7 +132,7 @@ func New(opts Options) (*Manager, error) {
 	if err := opts.Validate(); err != nil {
 		return nil, err
 	}
-	m := &Manager{opts: opts, log: opts.Logger, offered: map[string]*offered{}}
+	m := &Manager{opts: opts, log: opts.Logger, offered: map[string]*offered{}, ended: map[string]ended{}}
 	m.rules.Store(&opts.Rules)
 	return m, nil
 }

@@ -43,15 +43,18 @@ type bucket struct {
 	kv     jetstream.KeyValue // for watching
 	mirror *mirror
 	log    *slog.Logger
+
+	now     func() time.Time
+	expired chan Lease
 }
 
 // openBucket finds or makes the bucket: three replicas where there is a cluster that can, one elsewhere.
-func openBucket(ctx context.Context, conn *nats.Conn, log *slog.Logger) (*bucket, error) {
+func openBucket(ctx context.Context, conn *nats.Conn, now func() time.Time, log *slog.Logger) (*bucket, error) {
 	js, err := jetstream.New(conn)
 	if err != nil {
 		return nil, err
 	}
-	b := &bucket{js: js, mirror: newMirror(), log: log}
+	b := &bucket{js: js, mirror: newMirror(), log: log, now: now, expired: make(chan Lease, maxExpired)}
 	b.stream, err = js.Stream(ctx, streamName)
 	if errors.Is(err, jetstream.ErrStreamNotFound) {
 		b.stream, err = makeStream(ctx, js, conn.ConnectedClusterName() != "", log)
@@ -214,7 +217,9 @@ func (b *bucket) watch(ctx context.Context, reconnected <-chan struct{}) error {
 			case !ok:
 				return errors.New("the watch ended")
 			case e == nil:
-				b.mirror.settle()
+				for _, r := range b.mirror.settle() {
+					b.vanished(r)
+				}
 			default:
 				b.take(e)
 			}
@@ -231,7 +236,7 @@ func (b *bucket) take(e jetstream.KeyValueEntry) {
 		}
 		k := kind(k)
 		if e.Operation() != jetstream.KeyValuePut {
-			b.mirror.watched(k, id, nil, e.Revision())
+			b.vanished(b.mirror.watched(k, id, nil, e.Revision()))
 			return
 		}
 		if b.mirror.knows(k, id, e.Revision()) {

@@ -11,6 +11,8 @@ import (
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/culvertnet/culvert/internal/problem"
 )
 
 const (
@@ -118,7 +120,7 @@ func (l *Log) ready(ctx context.Context, opts LogOptions) (err error) {
 		return ErrNotFound
 	}
 	if err != nil {
-		return err
+		return noRoom(err, opts)
 	}
 	have := l.stream.CachedInfo().Config
 	if !have.DenyDelete || !have.DenyPurge || have.Discard != jetstream.DiscardOld || have.Storage != jetstream.FileStorage {
@@ -129,6 +131,18 @@ func (l *Log) ready(ctx context.Context, opts LogOptions) (err error) {
 	}
 	have.MaxAge, have.MaxBytes = opts.MaxAge, opts.MaxBytes
 	l.stream, err = l.js.UpdateStream(ctx, have)
+	return noRoom(err, opts)
+}
+
+// storageExceeded is NATS's code for a stream that may get larger than what the server or the account has to give.
+const storageExceeded = 10047
+
+// noRoom names the setting that is too large for a cluster: the whole of a log's size is set aside at the start.
+func noRoom(err error, opts LogOptions) error {
+	if api, ok := errors.AsType[*jetstream.APIError](err); ok && api.ErrorCode == storageExceeded {
+		return problem.Wrap(err, problem.BadConfig, fmt.Sprintf("nats has no room for an audit log of %d MiB", opts.MaxBytes>>20),
+			"give audit.max_size less, or nats more (max_file_store)")
+	}
 	return err
 }
 

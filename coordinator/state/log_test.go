@@ -193,6 +193,10 @@ func TestLogOnACluster(t *testing.T) {
 	}
 	cancel()
 	wg.Wait()
+	_, err := OpenLog(t.Context(), LogOptions{Options: Options{NATS: []string{url}, Logger: quiet}, MaxBytes: 1 << 50})
+	if problem.CodeOf(err) != problem.BadConfig {
+		t.Errorf("a log larger than the server's storage: %v", err)
+	}
 	if _, err := b.Append(t.Context(), nil, 0); !errors.Is(err, ErrConflict) {
 		t.Errorf("appended where something stands: %v", err)
 	}

@@ -56,18 +56,20 @@ func (m *mirror) begin() {
 	m.seen = 0
 }
 
-// settle ends a watch's first part: what it has not brought is gone.
-func (m *mirror) settle() {
+// settle ends a watch's first part: what it has not brought is gone, and given.
+func (m *mirror) settle() (gone []record) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for _, entries := range m.entries {
 		for id, e := range entries {
 			if e.generation != m.generation {
+				gone = append(gone, e.record)
 				delete(entries, id)
 			}
 		}
 	}
 	m.readyOnce.Do(func() { close(m.ready) })
+	return gone
 }
 
 // knows reports whether the watch need not decode a revision: the mirror has it or a later one. Only then does it count
@@ -85,8 +87,8 @@ func (m *mirror) knows(k kind, id string, revision uint64) bool {
 	return true
 }
 
-// watched takes what the watch brought; a nil record says that the key is gone.
-func (m *mirror) watched(k kind, id string, r record, revision uint64) {
+// watched takes what the watch brought; a nil record says that the key is gone. It gives the record that is gone by that.
+func (m *mirror) watched(k kind, id string, r record, revision uint64) (gone record) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.seen = max(m.seen, revision)
@@ -94,9 +96,11 @@ func (m *mirror) watched(k kind, id string, r record, revision uint64) {
 	case ok && old.revision > revision:
 	case r == nil:
 		delete(m.entries[k], id)
+		return old.record
 	default:
 		m.entries[k][id] = entry{r, revision, m.generation}
 	}
+	return nil
 }
 
 // wrote takes this node's own write, or nil for its own removal.

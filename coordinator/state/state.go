@@ -6,6 +6,7 @@
 //	session.<id>                 a lease
 //	address.<network>.<address>  which session holds an IPv4 overlay address
 //	gateway.<instance>           a live gateway
+//	ended.<session>              that somebody speaks for the end of a session whose lease ran out
 //	secret.<name>                what all nodes share and nobody else may know; never expires
 //
 // The stream's sequence numbers are the revisions that every change is fenced with. Each node watches the bucket and
@@ -117,7 +118,7 @@ func (s *Store) open(ctx context.Context, opts Options) error {
 	if s.conn, err = connect(opts, s.embedded, reconnected); err != nil {
 		return err
 	}
-	if s.bucket, err = openBucket(ctx, s.conn, s.log); err != nil {
+	if s.bucket, err = openBucket(ctx, s.conn, s.now, s.log); err != nil {
 		return fmt.Errorf("make the state's bucket ready: %w", err)
 	}
 	s.tasks.Go(func() { s.bucket.follow(s.life, reconnected) })

@@ -12,9 +12,11 @@ import (
 
 	"golang.org/x/time/rate"
 
+	"github.com/culvertnet/culvert/gateway/names"
 	"github.com/culvertnet/culvert/internal/claims"
 	"github.com/culvertnet/culvert/internal/policy"
 	"github.com/culvertnet/culvert/internal/problem"
+	"github.com/culvertnet/culvert/internal/tunnel"
 	"github.com/culvertnet/culvert/internal/wire"
 )
 
@@ -26,8 +28,15 @@ const (
 
 // opener opens a session's place in the data plane.
 type opener interface {
-	open(id string, key wire.Key, addrs []netip.Addr, c []wire.Candidate, scope *policy.Scope) (carrier, error)
+	open(id string, key wire.Key, addrs []netip.Addr, r reach, scope *policy.Scope) (carrier, error)
 	addresses() []netip.Addr // the gateway's own in the overlay
+	services() names.Ranges  // where granted names have their addresses
+}
+
+// reach is how a session's client may be reached.
+type reach struct {
+	candidates []wire.Candidate
+	relays     []tunnel.Grant
 }
 
 // door admits, renews and ends sessions.
@@ -44,8 +53,10 @@ type door struct {
 	rate    *rate.Limiter
 	told    atomic.Pointer[[]netip.Prefix] // the network's own ranges, where the coordinator has said them
 
-	// candidates are the gateway's own at this moment.
-	candidates func() []wire.Candidate
+	// candidates are the gateway's own at this moment, and what its NAT does.
+	candidates func() ([]wire.Candidate, wire.Mapping)
+	// grants are the relays of an offer that the gateway may use, with its tickets.
+	grants func(ctx context.Context, in []wire.RelayGrant, ends time.Time) []tunnel.Grant
 	// renewed passes a renewal that came through the tunnel on to the coordinator.
 	renewed func(wire.Renewed)
 }
@@ -61,10 +72,12 @@ func (d *door) admit(ctx context.Context, o wire.Offer) (wire.Answer, error) {
 	}
 	d.metrics.admitted.Add(1)
 	lease := d.table.leaseOf(s)
+	candidates, mapping := d.candidates()
 	d.log.Info("session admitted", "session", s.id, "repository", s.repo, "run_id", s.who.run, "addr", s.addrs[0],
 		"rule", s.rules, "expires", lease.Expires, "ends", lease.Ends)
+	routes, named := d.reach(s)
 	return wire.Answer{Lease: &lease, Gateway: &wire.Gateway{
-		Name: d.name, Key: d.key, Addresses: d.plane.addresses(), Candidates: d.candidates(), Routes: s.routes(),
+		Name: d.name, Key: d.key, Addresses: d.plane.addresses(), Candidates: candidates, Mapping: mapping, Routes: routes, Names: named,
 	}}, nil
 }
 
@@ -84,7 +97,8 @@ func (d *door) tryAdmit(ctx context.Context, o wire.Offer) (*session, error) {
 		return nil, err
 	}
 	s := d.newSession(o, addrs, offered, c)
-	if err := d.install(s, o); err != nil {
+	r := reach{saneCandidates(o.Candidates), d.grants(ctx, o.Relays, s.ends)}
+	if err := d.install(s, r); err != nil {
 		d.table.end(s, "refused")
 		return s, err
 	}
@@ -114,6 +128,8 @@ func (d *door) checkOffer(o wire.Offer) ([]netip.Addr, *policy.Grant, error) {
 		return nil, nil, bad("is for the gateway's own key")
 	case len(o.Candidates) > wire.MaxCandidates:
 		return nil, nil, bad(fmt.Sprintf("has more than %d candidates", wire.MaxCandidates))
+	case len(o.Relays) > wire.MaxRelays:
+		return nil, nil, bad(fmt.Sprintf("has more than %d relays", wire.MaxRelays))
 	case len(o.Grants) == 0 || len(o.Grants) > maxGrants:
 		return nil, nil, bad(fmt.Sprintf("has not between 1 and %d grants", maxGrants))
 	case slices.ContainsFunc(o.Grants, func(g wire.Grant) bool { return max(len(g.Allow), len(g.Observe), len(g.Rule)) > maxText }):
@@ -179,24 +195,24 @@ func (d *door) newSession(o wire.Offer, addrs []netip.Addr, offered *policy.Gran
 }
 
 // install holds a session against the gateway's pins and opens it.
-func (d *door) install(s *session, o wire.Offer) error {
+func (d *door) install(s *session, r reach) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	r, err := d.judge.rule(s.claims)
+	rule, err := d.judge.rule(s.claims)
 	if err != nil {
 		return err
 	}
-	s.ends = earlier(s.ends, r.end(s.admitted))
+	s.ends = earlier(s.ends, rule.end(s.admitted))
 	s.expires = earlier(s.admitted.Add(s.lease), s.ends)
-	s.policy, s.scope = r.policy, d.scope(s.offered, r.local)
-	if r.local != nil && s.scope.Empty() {
+	s.policy, s.scope = rule.policy, d.scope(s.offered, rule.local)
+	if rule.local != nil && s.scope.Empty() {
 		return problem.New(problem.GatewayRefused, "the gateway's own policy gives this job nothing of what the coordinator's gives",
 			"make the gateway's --policy file and the coordinator's rules agree")
 	}
 	if err := d.table.reserve(s); err != nil {
 		return err
 	}
-	carrier, err := d.plane.open(s.id, s.key, s.addrs, saneCandidates(o.Candidates), s.scope)
+	carrier, err := d.plane.open(s.id, s.key, s.addrs, r, s.scope)
 	if err != nil {
 		return problem.Wrap(err, problem.GatewayRefused, "the gateway cannot carry the session",
 			"look at the gateway's log for the cause")
@@ -209,7 +225,7 @@ func (d *door) install(s *session, o wire.Offer) error {
 	if len(late) > 0 {
 		carrier.AddCandidates(saneCandidates(late))
 	}
-	if r.policy != d.judge.policy.Load() { // a new file came meanwhile
+	if rule.policy != d.judge.policy.Load() { // a new file came meanwhile
 		return d.rejudge(s)
 	}
 	return nil
@@ -298,13 +314,6 @@ func (d *door) rejudgeAll() {
 			d.table.end(s, "the gateway's policy no longer admits it")
 		}
 	}
-}
-
-// routes are what the session may reach at this moment.
-func (s *session) routes() []netip.Prefix {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.scope.Routes()
 }
 
 // refusal encodes an error for an [wire.Answer].

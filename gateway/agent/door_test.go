@@ -17,10 +17,13 @@ import (
 
 	"golang.org/x/time/rate"
 
+	"github.com/culvertnet/culvert/gateway/forward"
+	"github.com/culvertnet/culvert/gateway/names"
 	"github.com/culvertnet/culvert/internal/claims"
 	"github.com/culvertnet/culvert/internal/claims/claimstest"
 	"github.com/culvertnet/culvert/internal/policy"
 	"github.com/culvertnet/culvert/internal/problem"
+	"github.com/culvertnet/culvert/internal/tunnel"
 	"github.com/culvertnet/culvert/internal/wire"
 )
 
@@ -101,7 +104,8 @@ func newRig(t testing.TB, rules string, owners ...string) *rig {
 		name: "gw", key: newKey(t), judge: j, plane: r.plane, own: own, metrics: m,
 		log:    slog.New(slog.NewJSONHandler(&lockedWriter{w: r.log}, nil)),
 		places: make(chan struct{}, opts.Limits.Offers), rate: rate.NewLimiter(rate.Inf, 1),
-		candidates: func() []wire.Candidate { return nil },
+		candidates: func() ([]wire.Candidate, wire.Mapping) { return nil, wire.MappingHard },
+		grants:     func(context.Context, []wire.RelayGrant, time.Time) []tunnel.Grant { return nil },
 		renewed:    func(w wire.Renewed) { r.renewed = append(r.renewed, w) },
 	}
 	r.door.table = newTable(opts.Limits.Sessions, m.count, func(s *session, reason string) {
@@ -190,7 +194,15 @@ type fakePlane struct {
 
 func (p *fakePlane) addresses() []netip.Addr { return gatewayAddrs }
 
-func (p *fakePlane) open(id string, key wire.Key, addrs []netip.Addr, c []wire.Candidate, scope *policy.Scope) (carrier, error) {
+func (p *fakePlane) services() names.Ranges {
+	r, err := serviceRanges(gatewayAddrs, netip.Prefix{})
+	if err != nil {
+		panic(err)
+	}
+	return r
+}
+
+func (p *fakePlane) open(id string, key wire.Key, addrs []netip.Addr, r reach, scope *policy.Scope) (carrier, error) {
 	if p.before != nil {
 		p.before(id)
 	}
@@ -199,7 +211,7 @@ func (p *fakePlane) open(id string, key wire.Key, addrs []netip.Addr, c []wire.C
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	f := &fakeCarrier{key: key, addrs: addrs, candidates: slices.Clone(c), scope: scope}
+	f := &fakeCarrier{key: key, addrs: addrs, candidates: slices.Clone(r.candidates), scope: scope}
 	p.carriers[id] = f
 	return f, nil
 }
@@ -238,12 +250,15 @@ func (c *fakeCarrier) Counts() wire.FlowCounts {
 	return c.counts
 }
 
-func (c *fakeCarrier) Reach(target netip.AddrPort) wire.ReachResult {
-	v := c.current().Decide(policy.Flow{Proto: policy.TCP, Dst: target})
-	if !v.Allowed {
-		return wire.ReachResult{Target: target.String(), Verdict: wire.FlowDenied, Reason: v.Reason}
+func (c *fakeCarrier) Reach(target forward.Target) wire.ReachResult {
+	v := c.current().OffersName(target.Name, policy.TCP, target.Port)
+	if target.Name == "" {
+		v = c.current().Decide(policy.Flow{Proto: policy.TCP, Dst: netip.AddrPortFrom(target.Addr, target.Port)})
 	}
-	return wire.ReachResult{Target: target.String(), Verdict: wire.Reachable, Rule: v.Rule}
+	if !v.Allowed {
+		return wire.ReachResult{Verdict: wire.FlowDenied, Reason: v.Reason}
+	}
+	return wire.ReachResult{Verdict: wire.Reachable, Rule: v.Rule}
 }
 
 func (c *fakeCarrier) Close() {

@@ -21,10 +21,12 @@ import (
 	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/time/rate"
 
+	"github.com/culvertnet/culvert/gateway/trace"
 	"github.com/culvertnet/culvert/internal/claims"
 	"github.com/culvertnet/culvert/internal/portmap"
 	"github.com/culvertnet/culvert/internal/problem"
@@ -48,10 +50,12 @@ type Gateway struct {
 	table    *table
 	plane    *plane
 	gather   *gatherer
+	relays   *relays
 	mapper   *portmap.Manager // nil where no router is asked
 	stream   *stream
 	out      *outbox
 	metrics  *metrics
+	traces   *trace.Log
 
 	stopAll  context.CancelFunc
 	wg       sync.WaitGroup
@@ -59,6 +63,7 @@ type Gateway struct {
 	offers   sync.WaitGroup
 	closing  sync.Once
 	closeErr error
+	acked    atomic.Bool // the coordinator acknowledges what it records of flows
 }
 
 // Run runs a gateway until ctx ends, then closes it.
@@ -127,11 +132,18 @@ func (g *Gateway) build() (err error) {
 	if err != nil {
 		return err
 	}
-	g.plane, err = newPlane(key, port, o.Limits, g.log)
+	g.traces, err = trace.New(trace.Options{Wake: g.out.poke})
 	if err != nil {
 		return err
 	}
-	g.gather = newGatherer(g.plane.tunnel.Port(), o, g.log)
+	g.out.flows = g.traces
+	g.plane, err = newPlane(key, port, o, g.client, g.traces.Add)
+	if err != nil {
+		return err
+	}
+	g.gather, g.relays = newGatherer(g.plane.tunnel.Port(), o, g.log), newRelays(o, g.log)
+	g.gather.relays, g.relays.lookup = g.relays, g.gather.lookup
+	g.relays.set, g.relays.status = g.plane.tunnel.SetRelays, g.plane.tunnel.Relays
 	g.gather.reflexive, g.gather.refresh, g.gather.changed = g.plane.tunnel.Reflexive, own.refresh, g.out.setCandidates
 	if g.mapper, err = g.newMapper(); err != nil {
 		return err
@@ -140,9 +152,9 @@ func (g *Gateway) build() (err error) {
 	g.door = &door{
 		name: o.Name, key: g.key, judge: j, table: g.table, plane: g.plane, own: own, log: g.log,
 		places: make(chan struct{}, o.Limits.Offers), rate: rate.NewLimiter(rate.Limit(o.Limits.OfferRate), 4*o.Limits.OfferRate),
-		candidates: g.gather.current, renewed: g.out.renew, metrics: g.metrics,
+		candidates: g.gather.current, grants: g.relays.grants, renewed: g.out.renew, metrics: g.metrics,
 	}
-	g.plane.handler, g.plane.known = g.door.insideHandler(), func(a netip.Addr) bool { _, ok := g.table.from(a); return ok }
+	g.plane.handler = g.door.insideHandler()
 	g.stream = &stream{
 		url: o.Coordinator + wire.PathGateway, network: o.Network, client: g.client, credential: o.credential,
 		hello: g.hello, welcome: g.welcome, handle: g.handle, join: g.offers.Wait, out: g.out, log: g.log,
@@ -167,7 +179,9 @@ func (g *Gateway) Close() error {
 		g.table.close("gateway stops")
 		ctx, cancel := context.WithTimeout(context.Background(), flushTimeout)
 		defer cancel()
+		g.traces.Flush()
 		g.out.flush(ctx)
+		g.awaitTraces(ctx)
 		g.stopAll()
 		g.wg.Wait()
 		g.closeErr = g.release()
@@ -175,11 +189,27 @@ func (g *Gateway) Close() error {
 	return g.closeErr
 }
 
+// awaitTraces waits until the coordinator has recorded what became of the last flows, if it is one that says so.
+func (g *Gateway) awaitTraces(ctx context.Context) {
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for g.acked.Load() && g.stream.up() && g.traces.Stats().Unproven > 0 {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
 // release closes what build made.
 func (g *Gateway) release() error {
 	err := g.metrics.close()
 	if g.plane != nil {
 		err = errors.Join(err, g.plane.close())
+	}
+	if g.traces != nil {
+		g.traces.Close()
 	}
 	if g.verifier != nil {
 		err = errors.Join(err, g.verifier.Close())
@@ -192,8 +222,9 @@ func (g *Gateway) release() error {
 
 // hello is the gateway's whole state.
 func (g *Gateway) hello() wire.Hello {
+	candidates, mapping := g.gather.current()
 	return wire.Hello{
-		Version: wire.Version, Instance: g.instance, Name: g.opts.Name, Key: g.key, Candidates: g.gather.current(),
+		Version: wire.Version, Instance: g.instance, Name: g.opts.Name, Key: g.key, Candidates: candidates, Mapping: mapping,
 		Sessions: g.table.held(), Program: g.opts.Program + " " + runtime.GOOS + "/" + runtime.GOARCH,
 	}
 }
@@ -212,12 +243,17 @@ func (g *Gateway) welcome(w wire.Welcome) error {
 	for _, id := range w.End {
 		g.table.cancel(id, "the coordinator says it is over")
 	}
-	if held := g.table.size(); held > 0 && !slices.Equal(addrs, g.plane.addresses()) {
-		g.log.Error("the coordinator moves the gateway's overlay addresses while sessions are held; the old ones stay",
+	ranges, err := serviceRanges(addrs, w.Services)
+	if err != nil {
+		return err
+	}
+	if held := g.table.size(); held > 0 && !g.plane.keeps(addrs, ranges) {
+		g.log.Error("the coordinator moves the gateway's overlay or service addresses while sessions are held; the old ones stay",
 			"network", g.opts.Network, "addr", addrs[0], "sessions", held, "next", "restart the gateway once its sessions are over")
-	} else if err := g.plane.setAddresses(addrs); err != nil {
+	} else if err := g.plane.setNetwork(addrs, ranges); err != nil {
 		return problem.Wrap(err, problem.Failed, "the overlay addresses cannot be set", "look at the gateway's log for the cause")
 	}
+	g.relays.list(w.Relays)
 	g.gather.setServers(w.STUN)
 	g.out.setCandidates(g.gather.current())
 	return nil
@@ -236,6 +272,12 @@ func (g *Gateway) handle(ctx context.Context, f wire.Frame) {
 		var t wire.Trickle
 		if g.parse(f, &t) && len(t.Candidates) <= wire.MaxCandidates {
 			g.trickle(t)
+		}
+	case wire.FrameFlowsAck:
+		var a wire.FlowsAck
+		if g.parse(f, &a) {
+			g.acked.Store(true)
+			g.traces.Acked(a.Seq)
 		}
 	case wire.FrameEnd:
 		var e wire.End

@@ -121,7 +121,8 @@ func (w *world) newJob() *job {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	tun, err := tunnel.New(tunnel.Options{Key: key, TUN: device})
+	dial := tunnel.DialRelay(&http.Client{Transport: &http.Transport{DisableKeepAlives: true}}, nil)
+	tun, err := tunnel.New(tunnel.Options{Key: key, TUN: device, Relays: tunnel.RelayOptions{Dial: dial}})
 	if err != nil {
 		w.t.Fatal(err)
 	}

@@ -30,14 +30,19 @@ type gatherer struct {
 	resolve   func(context.Context, string) ([]netip.Addr, error)
 	host      func(uint16) ([]wire.Candidate, error)
 	refresh   func() error // beside each round: the machine's own addresses
-	changed   func([]wire.Candidate)
+	relays    *relays
+	changed   func([]wire.Candidate, wire.Mapping)
 	log       *slog.Logger
 	kick      chan struct{} // capacity 1: gather now
 
 	mu      sync.Mutex
 	servers []string
 	seen    map[string]netip.AddrPort // by server and address family, the last that was heard
+	round   []nat.Observation         // of the servers that answered in this round
 	now     []wire.Candidate
+	mapping wire.Mapping
+	told    wire.Mapping // as [gatherer.changed] was last told
+	doubt   wire.Mapping // what the last round said, where it said otherwise
 }
 
 func newGatherer(port uint16, o *Options, log *slog.Logger) *gatherer {
@@ -52,17 +57,26 @@ func newGatherer(port uint16, o *Options, log *slog.Logger) *gatherer {
 	}
 }
 
-// current gives the candidates as last gathered.
-func (g *gatherer) current() []wire.Candidate {
+// current gives candidates and mapping as last gathered.
+func (g *gatherer) current() ([]wire.Candidate, wire.Mapping) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return g.now
+	return g.now, g.mapping
 }
 
 // setServers takes the STUN servers of a welcome and asks them at once.
 func (g *gatherer) setServers(servers []string) {
 	g.mu.Lock()
 	g.servers = slices.Clone(servers[:min(len(servers), maxSTUN)])
+	g.mu.Unlock()
+	g.again()
+}
+
+// moved forgets what was seen from where the machine was before, and gathers anew.
+func (g *gatherer) moved() {
+	g.mu.Lock()
+	clear(g.seen)
+	g.mapping, g.doubt = wire.MappingUnknown, wire.MappingUnknown
 	g.mu.Unlock()
 	g.again()
 }
@@ -90,7 +104,11 @@ func (g *gatherer) run(ctx context.Context) {
 			g.log.Warn("the machine's addresses cannot be read; the last ones stay in force", "err", err)
 		}
 		g.tell(ctx) // what is known without asking anybody
+		var wg sync.WaitGroup
+		wg.Go(func() { g.relays.refresh(ctx) })
 		g.ask(ctx)
+		wg.Wait()
+		g.classify()
 		g.tell(ctx)
 	}
 }
@@ -108,6 +126,7 @@ func (g *gatherer) ask(ctx context.Context) {
 	defer cancel()
 	g.mu.Lock()
 	servers := g.servers
+	g.round = nil
 	g.mu.Unlock()
 	var wg sync.WaitGroup
 	for _, s := range servers {
@@ -120,11 +139,32 @@ func (g *gatherer) ask(ctx context.Context) {
 				}
 				g.mu.Lock()
 				defer g.mu.Unlock()
-				g.seen[s+family(addr.Addr())] = netip.AddrPortFrom(seen.Addr().Unmap(), seen.Port())
+				seen = netip.AddrPortFrom(seen.Addr().Unmap(), seen.Port())
+				g.seen[s+family(addr.Addr())] = seen
+				g.round = append(g.round, nat.Observation{Server: addr, Mapped: seen})
 			})
 		}
 	}
 	wg.Wait()
+}
+
+// classify finds out how the NAT maps our socket. A mapping that changes between two questions looks like one that depends on
+// the destination, so another opinion than before has to come twice.
+func (g *gatherer) classify() {
+	fromRelays := g.relays.observations()
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	var own []netip.AddrPort
+	for _, c := range g.now {
+		if c.Kind == wire.Host {
+			own = append(own, c.Addr)
+		}
+	}
+	said := nat.Classify(append(fromRelays, g.round...), own).Mapping
+	if g.mapping == wire.MappingUnknown || said == g.doubt {
+		g.mapping = said
+	}
+	g.doubt = said
 }
 
 // lookup gives at most one address of each family for a server.
@@ -132,7 +172,7 @@ func (g *gatherer) lookup(ctx context.Context, server string) []netip.AddrPort {
 	host, text, err := net.SplitHostPort(server)
 	port, perr := strconv.ParseUint(text, 10, 16)
 	if err != nil || perr != nil || port == 0 {
-		g.log.Warn("the coordinator names a STUN server that is not host:port", "addr", server)
+		g.log.Warn("the coordinator names a STUN server or relay that is not host:port", "addr", server)
 		return nil
 	}
 	if host == "" {
@@ -140,12 +180,15 @@ func (g *gatherer) lookup(ctx context.Context, server string) []netip.AddrPort {
 	}
 	addrs, err := g.resolve(ctx, host)
 	if err != nil {
-		g.log.Warn("a STUN server's name does not resolve", "addr", server, "err", err)
+		g.log.Warn("the name of a STUN server or relay does not resolve", "addr", server, "err", err)
 		return nil
 	}
 	var out []netip.AddrPort
 	for _, a := range addrs {
 		a = a.Unmap()
+		if !saneUnicast(a) && !a.IsLoopback() {
+			continue // a coordinator cannot aim questions at cloud metadata or at groups of hosts
+		}
 		if !slices.ContainsFunc(out, func(o netip.AddrPort) bool { return o.Addr().Is4() == a.Is4() }) {
 			out = append(out, netip.AddrPortFrom(a, uint16(port)))
 		}
@@ -160,12 +203,13 @@ func family(a netip.Addr) string {
 	return " 6"
 }
 
-// update puts the candidates together and reports whether they differ from the last ones.
+// update puts the candidates together and reports whether they, or the mapping, differ from what was last told.
 func (g *gatherer) update() bool {
 	next, err := g.host(g.port)
 	if err != nil {
 		g.log.Warn("the interfaces cannot be listed", "err", err)
 	}
+	fromRelays := g.relays.observations()
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.public.IsValid() {
@@ -174,19 +218,36 @@ func (g *gatherer) update() bool {
 	if c, ok := g.mapped(); ok {
 		next = append(next, c)
 	}
+	next = distinct(append(next, g.reflexives(fromRelays)...))
+	if slices.Equal(next, g.now) && g.mapping == g.told {
+		return false
+	}
+	g.now, g.told = next, g.mapping
+	return true
+}
+
+// reflexives are where STUN servers and relays see us. Behind a hard NAT each sees another port, none of which is of use to
+// anybody else: one for each address is enough to say where we are. g.mu is held.
+func (g *gatherer) reflexives(fromRelays []nat.Observation) []wire.Candidate {
+	var seen []netip.AddrPort
 	for _, s := range g.servers {
 		for _, f := range []string{" 4", " 6"} {
-			if seen, ok := g.seen[s+f]; ok {
-				next = append(next, wire.Candidate{Kind: wire.Reflexive, Addr: seen})
+			if addr, ok := g.seen[s+f]; ok {
+				seen = append(seen, addr)
 			}
 		}
 	}
-	next = distinct(next)
-	if slices.Equal(next, g.now) {
-		return false
+	for _, o := range fromRelays {
+		seen = append(seen, o.Mapped)
 	}
-	g.now = next
-	return true
+	var out []wire.Candidate
+	for _, addr := range seen {
+		same := func(c wire.Candidate) bool { return c.Addr.Addr() == addr.Addr() }
+		if g.mapping != wire.MappingHard || !slices.ContainsFunc(out, same) {
+			out = append(out, wire.Candidate{Kind: wire.Reflexive, Addr: addr})
+		}
+	}
+	return out
 }
 
 // distinct keeps the first candidate at each address, at most [wire.MaxCandidates]: a host without a NAT sees its own address at

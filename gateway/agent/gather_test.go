@@ -12,6 +12,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/culvertnet/culvert/internal/tunnel"
 	"github.com/culvertnet/culvert/internal/wire"
 )
 
@@ -33,6 +34,9 @@ func testGatherer(host ...string) *gatherer {
 		return nil, errors.New("no such host")
 	}
 	g.refresh = func() error { return nil }
+	g.relays = newRelays(&Options{}, g.log)
+	g.relays.lookup, g.relays.set = g.lookup, func([]tunnel.Relay) {}
+	g.relays.status = func() []tunnel.RelayStatus { return nil }
 	return g
 }
 
@@ -53,7 +57,7 @@ func TestGathersAndTellsChanges(t *testing.T) {
 			return netip.MustParseAddrPort(seen), nil
 		}
 		var told [][]wire.Candidate
-		g.changed = func(c []wire.Candidate) { told = append(told, c) }
+		g.changed = func(c []wire.Candidate, _ wire.Mapping) { told = append(told, c) }
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan struct{})
 		go func() { defer close(done); g.run(ctx) }()
@@ -153,7 +157,7 @@ func TestGathersMappedPorts(t *testing.T) {
 			}
 		}
 		var told [][]wire.Candidate
-		g.changed = func(c []wire.Candidate) { told = append(told, c) }
+		g.changed = func(c []wire.Candidate, _ wire.Mapping) { told = append(told, c) }
 		g.setServers([]string{":3478"})
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan struct{})

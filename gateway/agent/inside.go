@@ -5,11 +5,8 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
-	"log/slog"
-	"net"
 	"net/http"
 	"net/netip"
-	"sync"
 	"time"
 
 	"github.com/culvertnet/culvert/internal/problem"
@@ -22,140 +19,6 @@ const (
 	insideWrite = 30 * time.Second // longer than a dial may take
 	insideIdle  = 2 * time.Minute
 )
-
-// stackListener is what the services ask of the network stack.
-type stackListener interface {
-	ListenTCP(netip.AddrPort) (net.Listener, error)
-	ListenUDP(netip.AddrPort) (net.PacketConn, error)
-}
-
-// services are what the gateway serves on its overlay addresses, to sessions alone.
-type services struct {
-	http  *http.Server
-	echos []net.PacketConn
-	wg    sync.WaitGroup
-}
-
-// serve starts the services on each address. known tells a live session's address.
-func serve(stack stackListener, addrs []netip.Addr, h http.Handler, known func(netip.Addr) bool, perAddr int, log *slog.Logger) (*services, error) {
-	s := &services{http: &http.Server{
-		Handler: h, ReadHeaderTimeout: insideRead, ReadTimeout: insideRead, WriteTimeout: insideWrite, IdleTimeout: insideIdle,
-		MaxHeaderBytes: 8 << 10, ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
-	}}
-	limit := &connLimit{per: perAddr, known: known, open: map[netip.Addr]int{}}
-	for _, a := range addrs {
-		l, err := stack.ListenTCP(netip.AddrPortFrom(a, wire.InsidePort))
-		if err != nil {
-			return nil, errors.Join(err, s.close())
-		}
-		s.wg.Go(func() { _ = s.http.Serve(limitListener{l, limit}) })
-		echo, err := stack.ListenUDP(netip.AddrPortFrom(a, wire.EchoPort))
-		if err != nil {
-			return nil, errors.Join(err, l.Close(), s.close())
-		}
-		s.echos = append(s.echos, echo)
-		s.wg.Go(func() { answerEcho(echo, known) })
-	}
-	return s, nil
-}
-
-// close ends the services and waits for requests under way, which the forwarder has cut off already.
-func (s *services) close() error {
-	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
-	defer cancel()
-	err := s.http.Shutdown(ctx)
-	if errors.Is(err, context.DeadlineExceeded) {
-		err = s.http.Close()
-	}
-	for _, e := range s.echos {
-		err = errors.Join(err, e.Close())
-	}
-	s.wg.Wait()
-	return err
-}
-
-// answerEcho sends every datagram of a session back to it, as it came (RFC 862). Longer ones than [wire.MaxEcho] are dropped.
-func answerEcho(c net.PacketConn, known func(netip.Addr) bool) {
-	buf := make([]byte, wire.MaxEcho+1)
-	for {
-		n, from, err := c.ReadFrom(buf)
-		if err != nil {
-			return
-		}
-		if addr, ok := addrOf(from); ok && n <= wire.MaxEcho && known(addr) {
-			_, _ = c.WriteTo(buf[:n], from) // a lost answer is as good as a lost question
-		}
-	}
-}
-
-// connLimit bounds the connections of one session to the services.
-type connLimit struct {
-	per   int
-	known func(netip.Addr) bool
-	mu    sync.Mutex
-	open  map[netip.Addr]int
-}
-
-func (l *connLimit) take(a netip.Addr) bool {
-	if !l.known(a) {
-		return false
-	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.open[a] >= l.per {
-		return false
-	}
-	l.open[a]++
-	return true
-}
-
-func (l *connLimit) give(a netip.Addr) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.open[a]--; l.open[a] <= 0 {
-		delete(l.open, a)
-	}
-}
-
-// limitListener closes connections over the limit at once.
-type limitListener struct {
-	net.Listener
-	limit *connLimit
-}
-
-// Accept waits for the next connection within the limit.
-func (l limitListener) Accept() (net.Conn, error) {
-	for {
-		c, err := l.Listener.Accept()
-		if err != nil {
-			return nil, err
-		}
-		addr, ok := addrOf(c.RemoteAddr())
-		if ok && l.limit.take(addr) {
-			return &limitedConn{Conn: c, done: sync.OnceFunc(func() { l.limit.give(addr) })}, nil
-		}
-		_ = c.Close()
-	}
-}
-
-type limitedConn struct {
-	net.Conn
-	done func()
-}
-
-// Close closes the connection and gives its place back.
-func (c *limitedConn) Close() error {
-	defer c.done()
-	return c.Conn.Close()
-}
-
-func addrOf(a net.Addr) (netip.Addr, bool) {
-	if a == nil {
-		return netip.Addr{}, false
-	}
-	p, err := netip.ParseAddrPort(a.String())
-	return p.Addr().Unmap().WithZone(""), err == nil
-}
 
 // insideHandler answers a session's questions about itself. Who asks is known by the source address, which WireGuard has
 // authenticated.
@@ -195,8 +58,9 @@ func (d *door) inside(serve func(*http.Request, *session) (any, error)) http.Han
 
 func (d *door) serveMe(_ *http.Request, s *session) (any, error) {
 	lease := d.table.leaseOf(s)
+	routes, named := d.reach(s)
 	return wire.InsideSession{
-		Session: s.id, Gateway: d.name, Addresses: s.addrs, Routes: s.routes(), Grants: s.grants,
+		Session: s.id, Gateway: d.name, Addresses: s.addrs, Routes: routes, Names: named, Grants: s.grants,
 		Expires: lease.Expires, Ends: lease.Ends, Flows: s.carrier.Counts(),
 	}, nil
 }
@@ -221,9 +85,9 @@ func (d *door) serveReach(r *http.Request, s *session) (any, error) {
 	if err := decode(r.Body, &req); err != nil {
 		return nil, err
 	}
-	target, err := netip.ParseAddrPort(req.Target)
-	if err != nil || target.Port() == 0 {
-		return nil, problem.New(problem.BadRequest, "the target is not an IP address and a port", "name the target as IP:PORT")
+	target, err := parseTarget(req.Target)
+	if err != nil {
+		return nil, err
 	}
 	busy := problem.New(problem.RateLimited, "the session tries too many targets at once", "try again in a second")
 	if !s.reaches.Allow() {
@@ -235,7 +99,9 @@ func (d *door) serveReach(r *http.Request, s *session) (any, error) {
 	default:
 		return nil, busy
 	}
-	return s.carrier.Reach(target), nil
+	res := s.carrier.Reach(target)
+	res.Target = req.Target
+	return res, nil
 }
 
 // decode reads one bounded JSON document.

@@ -6,7 +6,6 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
-	"slices"
 	"strings"
 	"testing"
 
@@ -84,7 +83,7 @@ func TestInsideRefusals(t *testing.T) {
 		"unknown path":     {"GET", "/", nil, problem.NotFound},
 		"wrong method":     {"GET", wire.PathRenew, nil, problem.NotFound},
 		"no document":      {"POST", wire.PathReach, "x", problem.BadRequest},
-		"target by name":   {"POST", wire.PathReach, wire.ReachRequest{Target: "db.internal:5432"}, problem.BadRequest},
+		"no name":          {"POST", wire.PathReach, wire.ReachRequest{Target: "d b:5432"}, problem.BadRequest},
 		"target sans port": {"POST", wire.PathReach, wire.ReachRequest{Target: "10.20.0.5"}, problem.BadRequest},
 		"port zero":        {"POST", wire.PathReach, wire.ReachRequest{Target: "10.20.0.5:0"}, problem.BadRequest},
 		"too large":        {"POST", wire.PathRenew, strings.Repeat("x", wire.MaxInsideBody), problem.TooLarge},
@@ -117,30 +116,6 @@ func TestTriesOfTargetsAreLimited(t *testing.T) {
 	}
 	if !refused {
 		t.Error("200 tries in no time are not refused")
-	}
-}
-
-func TestConnectionsOfASessionAreLimited(t *testing.T) {
-	a, b, stranger := netip.MustParseAddr("198.18.1.1"), netip.MustParseAddr("198.18.1.2"), netip.MustParseAddr("198.18.1.3")
-	l := &connLimit{per: 2, known: func(x netip.Addr) bool { return x != stranger }, open: map[netip.Addr]int{}}
-	if l.take(stranger) {
-		t.Error("a stranger got a connection")
-	}
-	if got := []bool{l.take(a), l.take(a), l.take(a)}; !slices.Equal(got, []bool{true, true, false}) {
-		t.Error("want two connections, and not a third")
-	}
-	if !l.take(b) {
-		t.Error("one session starves another")
-	}
-	l.give(a)
-	if !l.take(a) {
-		t.Error("a closed connection keeps its place")
-	}
-	l.give(a)
-	l.give(a)
-	l.give(b)
-	if len(l.open) != 0 {
-		t.Errorf("left over: %v", l.open)
 	}
 }
 

@@ -28,6 +28,7 @@ func (g *Gateway) watchNetwork(ctx context.Context) {
 		if g.mapper != nil {
 			g.mapper.Refresh()
 		}
-		g.gather.again()
+		g.plane.tunnel.Refresh()
+		g.gather.moved()
 	}
 }

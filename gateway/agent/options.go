@@ -51,6 +51,8 @@ type Options struct {
 	InsecureHTTP bool
 	// Name is the gateway's name in logs and answers; default the host's.
 	Name string
+	// Resolvers are DNS servers to ask for granted names instead of those that the host's resolv.conf names.
+	Resolvers []netip.AddrPort
 	// Metrics is the TCP address of the health and metrics page; empty serves none.
 	Metrics string
 	// Program names this program's version to the coordinator.
@@ -63,12 +65,11 @@ type Options struct {
 
 // Limits bound what a coordinator and the jobs may ask of a gateway.
 type Limits struct {
-	Sessions    int           // sessions held at once; default 20000
-	Offers      int           // offers and renewals that are being verified at once; default 256
-	OfferRate   int           // offers a second, with a burst of four times as many; default 500
-	SessionConn int           // connections of one session to the gateway's own services; default 16
-	MaxSession  time.Duration // longest session whatever anybody grants; default 120 h, the longest self-hosted job
-	Forward     forward.Limits
+	Sessions   int           // sessions held at once; default 20000
+	Offers     int           // offers and renewals that are being verified at once; default 256
+	OfferRate  int           // offers a second, with a burst of four times as many; default 500
+	MaxSession time.Duration // longest session whatever anybody grants; default 120 h, the longest self-hosted job
+	Forward    forward.Limits
 }
 
 // Bounds on a lease, whatever the coordinator offers: shorter ones would melt the renewal path, longer ones would keep a
@@ -107,12 +108,11 @@ func (l *Limits) fill() {
 	l.Sessions = cmp.Or(l.Sessions, 20000)
 	l.Offers = cmp.Or(l.Offers, 256)
 	l.OfferRate = cmp.Or(l.OfferRate, 500)
-	l.SessionConn = cmp.Or(l.SessionConn, 16)
 	l.MaxSession = cmp.Or(l.MaxSession, 120*time.Hour)
 }
 
 func (l *Limits) check() error {
-	if min(l.Sessions, l.Offers, l.OfferRate, l.SessionConn) < 0 || l.MaxSession < 0 {
+	if min(l.Sessions, l.Offers, l.OfferRate) < 0 || l.MaxSession < 0 {
 		return problem.New(problem.BadConfig, "a limit is negative", "give --max-sessions a positive number")
 	}
 	return nil

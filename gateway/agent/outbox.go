@@ -16,17 +16,24 @@ const maxAnswers = 8 << 20
 // causes it: one end and one renewal for each session, one set of candidates. What whole state will tell on the next hello
 // anyway is not kept while there is no stream; renewals are, because their tokens are nowhere else.
 type outbox struct {
-	mu         sync.Mutex
-	wake       chan struct{} // capacity 1
-	up         bool
-	answers    []wire.Frame
-	waiting    int // their size, in bytes
-	ends       []wire.End
-	renewed    map[string]wire.Renewed
-	candidates []wire.Candidate // nil when the coordinator knows them
-	leaving    bool
-	idle       chan struct{} // closed once all is written; nil when nobody waits
-	writing    bool
+	mu      sync.Mutex
+	wake    chan struct{} // capacity 1
+	up      bool
+	answers []wire.Frame
+	waiting int // their size, in bytes
+	ends    []wire.End
+	renewed map[string]wire.Renewed
+	found   *wire.Trickle // candidates and mapping; nil when the coordinator knows them
+	leaving bool
+	idle    chan struct{} // closed once all is written; nil when nobody waits
+	writing bool
+	flows   flowSource // what became of flows; nil for none
+}
+
+// flowSource gives batches of flow records.
+type flowSource interface {
+	Next() (wire.Flows, bool) // the next batch that is due
+	Again()                   // what is not acknowledged is due once more
 }
 
 func newOutbox() *outbox {
@@ -39,6 +46,17 @@ func (o *outbox) open() {
 	defer o.mu.Unlock()
 	o.up = true
 	o.clear()
+	if o.flows != nil {
+		o.flows.Again()
+	}
+}
+
+// poke says that there may be something to write. It takes no lock.
+func (o *outbox) poke() {
+	select {
+	case o.wake <- struct{}{}:
+	default:
+	}
 }
 
 // shut ends a stream.
@@ -52,7 +70,7 @@ func (o *outbox) shut() {
 
 // clear forgets what belongs to one stream alone. o.mu is held.
 func (o *outbox) clear() {
-	o.answers, o.waiting, o.ends, o.candidates, o.writing = nil, 0, nil, nil, false
+	o.answers, o.waiting, o.ends, o.found, o.writing = nil, 0, nil, nil, false
 }
 
 func (o *outbox) put(change func()) {
@@ -102,11 +120,11 @@ func (o *outbox) unsent(f wire.Frame) {
 	})
 }
 
-// setCandidates queues the gateway's own candidates.
-func (o *outbox) setCandidates(c []wire.Candidate) {
+// setCandidates queues the gateway's own candidates and its mapping.
+func (o *outbox) setCandidates(c []wire.Candidate, m wire.Mapping) {
 	o.put(func() {
 		if o.up {
-			o.candidates = c
+			o.found = &wire.Trickle{Candidates: c, Mapping: m}
 		}
 	})
 }
@@ -142,9 +160,9 @@ func (o *outbox) take() (wire.Frame, bool) {
 		o.waiting -= len(f.Body)
 		return f, true
 	}
-	if o.candidates != nil {
-		f := frame(wire.FrameCandidates, 0, wire.Trickle{Candidates: o.candidates})
-		o.candidates = nil
+	if o.found != nil {
+		f := frame(wire.FrameCandidates, 0, o.found)
+		o.found = nil
 		return f, true
 	}
 	if len(o.ends) > 0 {
@@ -155,6 +173,11 @@ func (o *outbox) take() (wire.Frame, bool) {
 	for id, r := range o.renewed {
 		delete(o.renewed, id)
 		return frame(wire.FrameRenewed, 0, r), true
+	}
+	if o.flows != nil {
+		if b, ok := o.flows.Next(); ok {
+			return frame(wire.FrameFlows, 0, b), true
+		}
 	}
 	o.writing = false
 	o.settle()
@@ -188,7 +211,7 @@ func (o *outbox) flush(ctx context.Context) {
 }
 
 func (o *outbox) pending() bool {
-	return o.leaving || o.candidates != nil || len(o.answers)+len(o.ends)+len(o.renewed) > 0
+	return o.leaving || o.found != nil || len(o.answers)+len(o.ends)+len(o.renewed) > 0
 }
 
 // frame encodes a message. The bodies are this program's own types, which always encode.

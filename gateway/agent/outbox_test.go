@@ -36,7 +36,7 @@ func TestOutboxKeepsRenewalsWithoutAStream(t *testing.T) {
 	o := newOutbox()
 	o.answer(1, wire.Answer{})
 	o.end(wire.End{Session: "a"})
-	o.setCandidates([]wire.Candidate{{}})
+	o.setCandidates([]wire.Candidate{{}}, wire.MappingEasy)
 	o.renew(wire.Renewed{Session: "a", Token: "old"})
 	o.renew(wire.Renewed{Session: "a", Token: "new"})
 	o.renew(wire.Renewed{Session: "b", Token: "b"})

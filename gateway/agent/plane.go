@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/culvertnet/culvert/gateway/forward"
+	"github.com/culvertnet/culvert/gateway/names"
 	"github.com/culvertnet/culvert/internal/netstack"
 	"github.com/culvertnet/culvert/internal/policy"
 	"github.com/culvertnet/culvert/internal/problem"
@@ -25,14 +26,15 @@ type plane struct {
 	tunnel  *tunnel.Tunnel
 	limits  forward.Limits
 	log     *slog.Logger
-	handler http.Handler          // the services' HTTP
-	known   func(netip.Addr) bool // whether an address is a live session's
-	perAddr int                   // connections of one session to the services
+	handler http.Handler // the services' HTTP
+	resolve *names.Resolver
+	trace   func(wire.FlowRecord)
 
-	mu    sync.Mutex
-	local []netip.Addr // nil before the first welcome
-	fwd   *forward.Forwarder
-	front *services
+	mu     sync.Mutex
+	local  []netip.Addr // nil before the first welcome
+	ranges names.Ranges
+	fwd    *forward.Forwarder
+	front  *services
 
 	removals sync.WaitGroup // of peers that have just been reset
 }
@@ -41,17 +43,22 @@ type plane struct {
 const resetGrace = 20 * time.Millisecond
 
 // newPlane opens the UDP socket. Nothing is admitted before the overlay addresses are set.
-func newPlane(key wire.PrivateKey, port uint16, limits Limits, log *slog.Logger) (*plane, error) {
+func newPlane(key wire.PrivateKey, port uint16, o *Options, client *http.Client, trace func(wire.FlowRecord)) (*plane, error) {
+	log := o.Logger
 	device, err := netstack.New(netstack.Options{Forward: true, Logger: log})
 	if err != nil {
 		return nil, fmt.Errorf("make the network stack: %w", err)
 	}
-	t, err := tunnel.New(tunnel.Options{Key: key, TUN: device, Port: port, Logger: log})
+	t, err := tunnel.New(tunnel.Options{Key: key, TUN: device, Port: port, Logger: log, Relays: relaying(o, client)})
 	if err != nil {
 		return nil, errors.Join(problem.Wrap(err, problem.Failed, fmt.Sprintf("the tunnel cannot listen on UDP port %d: %v", port, err),
 			"free the port, or give another with --listen"), device.Close())
 	}
-	return &plane{device: device, tunnel: t, limits: limits.Forward, perAddr: limits.SessionConn, log: log}, nil
+	resolver, err := names.NewResolver(names.ResolverOptions{Servers: o.Resolvers, Logger: log})
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("make the resolver: %w", err), t.Close())
+	}
+	return &plane{device: device, tunnel: t, limits: o.Limits.Forward, resolve: resolver, trace: trace, log: log}, nil
 }
 
 // addresses are the gateway's own in the overlay; empty before the first welcome.
@@ -61,12 +68,19 @@ func (p *plane) addresses() []netip.Addr {
 	return p.local
 }
 
-// setAddresses takes the overlay addresses of a welcome: it starts the forwarder and the services there. No session may be held
-// unless the addresses are what they were.
-func (p *plane) setAddresses(addrs []netip.Addr) error {
+// services are where granted names have their addresses.
+func (p *plane) services() names.Ranges {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if slices.Equal(p.local, addrs) {
+	return p.ranges
+}
+
+// setNetwork takes the overlay addresses and the service addresses of a welcome: it starts the forwarder and the services
+// there. No session may be held unless they are what they were.
+func (p *plane) setNetwork(addrs []netip.Addr, ranges names.Ranges) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.is(addrs, ranges) {
 		return nil
 	}
 	if err := p.stopServing(); err != nil {
@@ -75,16 +89,44 @@ func (p *plane) setAddresses(addrs []netip.Addr) error {
 	if err := p.device.SetAddresses(addrs); err != nil {
 		return fmt.Errorf("set the overlay addresses: %w", err)
 	}
-	fwd, err := forward.New(forward.Options{Device: p.device, Local: addrs, Limits: p.limits, Logger: p.log})
+	fwd, err := forward.New(forward.Options{
+		Device: p.device, Local: addrs, Ranges: ranges, Resolver: p.resolve, Trace: p.trace, Limits: p.limits, Logger: p.log,
+	})
 	if err != nil {
 		return fmt.Errorf("start the forwarder: %w", err)
 	}
-	front, err := serve(p.device, addrs, p.handler, p.known, p.perAddr, p.log)
+	front, err := p.serve(addrs, ranges, fwd)
 	if err != nil {
 		return errors.Join(fmt.Errorf("start the services inside the tunnel: %w", err), fwd.Close())
 	}
-	p.local, p.fwd, p.front = addrs, fwd, front
+	p.local, p.ranges, p.fwd, p.front = addrs, ranges, fwd, front
 	return nil
+}
+
+// is tells whether the plane serves this network already. p.mu is held.
+func (p *plane) is(addrs []netip.Addr, ranges names.Ranges) bool {
+	return slices.Equal(p.local, addrs) && p.ranges == ranges
+}
+
+// keeps tells whether a welcome changes nothing that sessions rely on.
+func (p *plane) keeps(addrs []netip.Addr, ranges names.Ranges) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.is(addrs, ranges)
+}
+
+// serve starts what the gateway serves inside the tunnel.
+func (p *plane) serve(addrs []netip.Addr, ranges names.Ranges, fwd *forward.Forwarder) (*services, error) {
+	dns, err := names.NewServer(names.ServerOptions{Resolver: p.resolve, Ranges: ranges, Logger: p.log, Session: func(a netip.Addr) names.Session {
+		if s := fwd.Find(a); s != nil {
+			return s
+		}
+		return nil
+	}})
+	if err != nil {
+		return nil, err
+	}
+	return serve(p.device, addrs, p.handler, fwd, dns, p.log)
 }
 
 // stopServing ends services and forwarder. p.mu is held.
@@ -93,12 +135,12 @@ func (p *plane) stopServing() error {
 		return nil
 	}
 	err := errors.Join(p.fwd.Close(), p.front.close()) // tries of targets end with the forwarder
-	p.local, p.fwd, p.front = nil, nil, nil
+	p.local, p.ranges, p.fwd, p.front = nil, names.Ranges{}, nil, nil
 	return err
 }
 
 // open gives a session its place. The forwarder knows it before its first packet can arrive.
-func (p *plane) open(id string, key wire.Key, addrs []netip.Addr, c []wire.Candidate, scope *policy.Scope) (carrier, error) {
+func (p *plane) open(id string, key wire.Key, addrs []netip.Addr, r reach, scope *policy.Scope) (carrier, error) {
 	p.mu.Lock()
 	fwd := p.fwd
 	p.mu.Unlock()
@@ -109,7 +151,9 @@ func (p *plane) open(id string, key wire.Key, addrs []netip.Addr, c []wire.Candi
 	if err != nil {
 		return nil, fmt.Errorf("add the session to the forwarder: %w", err)
 	}
-	peer, err := p.tunnel.AddPeer(tunnel.PeerOptions{Key: key, Session: id, AllowedIPs: hostPrefixes(addrs), Candidates: c})
+	peer, err := p.tunnel.AddPeer(tunnel.PeerOptions{
+		Key: key, Session: id, AllowedIPs: hostPrefixes(addrs), Candidates: r.candidates, Relays: r.relays,
+	})
 	if err != nil {
 		fwd.Remove(flows)
 		return nil, fmt.Errorf("add the peer: %w", err)
@@ -123,6 +167,7 @@ func (p *plane) close() error {
 	p.mu.Lock()
 	err := p.stopServing()
 	p.mu.Unlock()
+	p.resolve.Close()
 	return errors.Join(err, p.tunnel.Close())
 }
 

@@ -33,7 +33,7 @@ func fill(tb testing.TB, p *plane, from, n int) []carrier {
 		six := gatewayAddrs[1].As16()
 		copy(six[12:], four[:])
 		addrs := []netip.Addr{netip.AddrFrom4(four), netip.AddrFrom16(six)}
-		c, err := p.open(key.SessionID(), key, addrs, nil, &policy.Scope{Offered: grant})
+		c, err := p.open(key.SessionID(), key, addrs, reach{}, &policy.Scope{Offered: grant})
 		if err != nil {
 			tb.Fatal(err)
 		}

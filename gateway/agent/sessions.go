@@ -7,6 +7,7 @@ import (
 
 	"golang.org/x/time/rate"
 
+	"github.com/culvertnet/culvert/gateway/forward"
 	"github.com/culvertnet/culvert/internal/claims"
 	"github.com/culvertnet/culvert/internal/policy"
 	"github.com/culvertnet/culvert/internal/problem"
@@ -18,7 +19,7 @@ type carrier interface {
 	AddCandidates([]wire.Candidate)
 	SetScope(*policy.Scope)
 	Counts() wire.FlowCounts
-	Reach(netip.AddrPort) wire.ReachResult
+	Reach(forward.Target) wire.ReachResult
 	// Close resets the session's flows and forgets its peer: nothing of it is accepted afterwards.
 	Close()
 }

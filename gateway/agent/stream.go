@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -20,17 +21,18 @@ import (
 
 // Times of the control stream.
 const (
-	dialTimeout    = 10 * time.Second
-	welcomeTimeout = 10 * time.Second
-	writeTimeout   = 10 * time.Second
-	pingEvery      = 15 * time.Second
-	pingTimeout    = 10 * time.Second
-	offerTimeout   = 8 * time.Second // to verify and admit; the coordinator has given up by then
-	firstRetry     = 200 * time.Millisecond
-	lastRetry      = 5 * time.Second
-	refusedRetry   = time.Minute // after a refusal that only a person can lift
-	settled        = 10 * time.Second
-	goodbye        = time.Second // for the coordinator to close in good order
+	dialTimeout     = 10 * time.Second
+	welcomeTimeout  = 10 * time.Second
+	writeTimeout    = 10 * time.Second
+	pingEvery       = 15 * time.Second
+	pingTimeout     = 10 * time.Second
+	offerTimeout    = 8 * time.Second // to verify and admit; the coordinator has given up by then
+	firstRetry      = 200 * time.Millisecond
+	lastRetry       = 5 * time.Second
+	refusedRetry    = time.Minute // after a refusal that only a person can lift
+	settled         = 10 * time.Second
+	credentialEvery = 10 * time.Second // how often the credential's file is looked at
+	goodbye         = time.Second      // for the coordinator to close in good order
 )
 
 // stream keeps one WebSocket to the coordinator, dialling it again whenever it ends.
@@ -45,6 +47,7 @@ type stream struct {
 	join       func()                            // waits for what handle started
 	out        *outbox
 	log        *slog.Logger
+	refresh    time.Duration // how often the credential is looked at; [credentialEvery] is usual
 
 	state    atomic.Int32 // 1 while welcomed
 	connects atomic.Uint64
@@ -94,7 +97,11 @@ func permanent(err error) bool {
 
 // once dials one stream and serves it to its end.
 func (s *stream) once(ctx context.Context) (welcomed bool, err error) {
-	conn, err := s.dial(ctx)
+	credential, err := s.credential()
+	if err != nil {
+		return false, problem.Wrap(err, problem.Unreachable, "the credential for the coordinator cannot be read", "check the file")
+	}
+	conn, err := s.dial(ctx, credential)
 	if err != nil {
 		return false, err
 	}
@@ -109,14 +116,10 @@ func (s *stream) once(ctx context.Context) (welcomed bool, err error) {
 	s.state.Store(1)
 	defer s.state.Store(0)
 	s.log.Info("stream to the coordinator is up", "network", s.network, "addr", s.url)
-	return true, s.serve(ctx, conn)
+	return true, s.serve(ctx, conn, credential)
 }
 
-func (s *stream) dial(ctx context.Context) (*websocket.Conn, error) {
-	credential, err := s.credential()
-	if err != nil {
-		return nil, problem.Wrap(err, problem.Unreachable, "the credential for the coordinator cannot be read", "check the file")
-	}
+func (s *stream) dial(ctx context.Context, credential wire.Secret) (*websocket.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
 	defer cancel()
 	client := *s.client
@@ -170,7 +173,7 @@ func (s *stream) greet(ctx context.Context, conn *websocket.Conn) error {
 }
 
 // serve reads, writes and pings until one of them fails; it returns when all have ended. When ctx ends, the coordinator is told.
-func (s *stream) serve(ctx context.Context, conn *websocket.Conn) error {
+func (s *stream) serve(ctx context.Context, conn *websocket.Conn, credential wire.Secret) error {
 	leaving := ctx
 	// A read or write whose context ends cuts the connection, so that no word could be said any more.
 	ctx, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
@@ -190,6 +193,7 @@ func (s *stream) serve(ctx context.Context, conn *websocket.Conn) error {
 	})
 	wg.Go(func() { cancel(s.writeAll(ctx, conn)) })
 	wg.Go(func() { cancel(ping(ctx, conn)) })
+	wg.Go(func() { s.proveAgain(ctx, conn, credential) })
 	for {
 		f, err := read(ctx, conn)
 		if err != nil {
@@ -210,6 +214,33 @@ func (s *stream) writeAll(ctx context.Context, conn *websocket.Conn) error {
 			s.out.unsent(f)
 			return err
 		}
+	}
+}
+
+// proveAgain sends the credential whenever its file has changed: workload identity tokens rotate, and the coordinator ends a
+// stream whose credential has run out. A file that cannot be read at the moment is looked at again.
+func (s *stream) proveAgain(ctx context.Context, conn *websocket.Conn, sent wire.Secret) {
+	tick := time.NewTicker(cmp.Or(s.refresh, credentialEvery))
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+		now, err := s.credential()
+		if err != nil {
+			s.log.Warn("the credential for the coordinator cannot be read", "err", err)
+			continue
+		}
+		if now == sent {
+			continue
+		}
+		if write(ctx, conn, frame(wire.FrameCredential, 0, wire.Credential{Authorization: now})) != nil {
+			return // the reader notices as well
+		}
+		sent = now
+		s.log.Info("the credential has changed; the coordinator has the new one")
 	}
 }
 

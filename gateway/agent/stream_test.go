@@ -2,8 +2,12 @@ package agent
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"log/slog"
 	"net/http"
+	"os"
+	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -16,7 +20,7 @@ import (
 var testHello = wire.Hello{Version: wire.Version, Name: "gw", Key: wire.Key{1}}
 
 // testStream runs a stream to c until the test ends.
-func testStream(t *testing.T, c *coordinator) (*stream, chan wire.Frame) {
+func testStream(t *testing.T, c *coordinator, edit ...func(*stream)) (*stream, chan wire.Frame) {
 	t.Helper()
 	got := make(chan wire.Frame, 16)
 	s := &stream{
@@ -26,6 +30,9 @@ func testStream(t *testing.T, c *coordinator) (*stream, chan wire.Frame) {
 		welcome:    func(wire.Welcome) error { return nil },
 		handle:     func(_ context.Context, f wire.Frame) { got <- f },
 		join:       func() {}, log: slog.New(slog.DiscardHandler),
+	}
+	for _, f := range edit {
+		f(s)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
@@ -63,6 +70,66 @@ func TestStreamIntroducesTheGateway(t *testing.T) {
 	c.send(frame(wire.FrameEnd, 7, wire.End{Session: "y"}))
 	if f := <-got; f.Type != wire.FrameEnd || f.ID != 7 {
 		t.Errorf("frame %+v", f)
+	}
+}
+
+// projection is a folder as a kubelet fills it with a token: the file is a link through ..data, which is swapped as a whole.
+type projection struct {
+	t   *testing.T
+	dir string
+	n   int
+}
+
+func (p *projection) file() string { return filepath.Join(p.dir, "token") }
+
+func (p *projection) rotate(token string) {
+	p.t.Helper()
+	p.n++
+	version := fmt.Sprintf("..2026_%d", p.n)
+	err := errors.Join(
+		os.Mkdir(filepath.Join(p.dir, version), 0o700),
+		os.WriteFile(filepath.Join(p.dir, version, "token"), []byte(token), 0o600),
+		os.Symlink(version, filepath.Join(p.dir, "..data_tmp")),
+		os.Rename(filepath.Join(p.dir, "..data_tmp"), filepath.Join(p.dir, "..data")),
+	)
+	if p.n == 1 {
+		err = errors.Join(err, os.Symlink("..data/token", p.file()))
+	} else {
+		err = errors.Join(err, os.RemoveAll(filepath.Join(p.dir, fmt.Sprintf("..2026_%d", p.n-1))))
+	}
+	if err != nil {
+		p.t.Fatal(err)
+	}
+}
+
+// A projected token rotates on disk: the running stream brings the new one, and the next connection opens with it.
+func TestStreamFollowsARotatingToken(t *testing.T) {
+	p := &projection{t: t, dir: t.TempDir()}
+	p.rotate("first.token.here")
+	o := Options{IdentityTokenFile: p.file()}
+	c := startCoordinator(t)
+	s, _ := testStream(t, c, func(s *stream) { s.credential, s.refresh = o.credential, 5*time.Millisecond })
+	c.hello()
+	eventually(t, "the stream is up", s.up)
+	for _, token := range []string{"second.token.here", "third.token.here"} {
+		p.rotate(token)
+		if got := body[wire.Credential](t, c.expect(wire.FrameCredential)); got.Authorization != wire.Secret("Bearer "+token) {
+			t.Errorf("the stream brings %q", got.Authorization.Reveal())
+		}
+	}
+	if err := os.WriteFile(p.file(), nil, 0o600); err != nil { // unreadable for a moment: no reason to end anything
+		t.Fatal(err)
+	}
+	p.rotate("fourth.token.here")
+	if got := body[wire.Credential](t, c.expect(wire.FrameCredential)); got.Authorization != "Bearer fourth.token.here" {
+		t.Errorf("the stream brings %q", got.Authorization.Reveal())
+	}
+	c.drop()
+	c.hello()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if got := c.headers.Get("Authorization"); got != "Bearer fourth.token.here" {
+		t.Errorf("reconnects with %q", got)
 	}
 }
 

@@ -4,12 +4,15 @@
 // A packet's source address is authenticated by WireGuard, so source → session → grant is one lookup: an unknown source
 // is dropped before the network stack sees the packet, and a flow to a destination outside the grant is refused at once
 // (TCP: reset; UDP and ICMP: administratively prohibited). TCP completes the job's handshake only once the target has
-// accepted, so that a target that refuses or does not answer looks to the job as it is.
+// accepted, so that a target that refuses or does not answer looks to the job as it is. A flow to a service address leads to
+// the name behind it, see package names: the name is held against the grant, then the address that it resolves to.
 //
 // A flow's life, whatever its protocol:
 //
 //	open (counted, in its session's table) → dial → carry → close
 //	                       └── reset: Remove, SetScope, idle, Close ──┘
+//
+// Every flow is traced when it ends, and one that was turned away at once.
 package forward
 
 import (
@@ -22,51 +25,28 @@ import (
 	"sync/atomic"
 	"time"
 
-	"golang.org/x/time/rate"
-	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/icmp"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
 
+	"github.com/culvertnet/culvert/gateway/names"
 	"github.com/culvertnet/culvert/internal/netstack"
 	"github.com/culvertnet/culvert/internal/policy"
+	"github.com/culvertnet/culvert/internal/wire"
 )
-
-// Limits bound what one session and the process may do.
-type Limits struct {
-	SessionFlows int           // open flows of one session; default 4096
-	SessionRate  int           // new flows a second of one session, with a burst of as many; default 1000
-	TotalFlows   int           // open flows in all; default 65536
-	DialTimeout  time.Duration // default 10 s
-	UDPIdle      time.Duration // default 60 s; ICMP echo as well
-	TCPIdle      time.Duration // default 2 h without data, whether or not keepalive probes are answered
-}
-
-func (l *Limits) validate() error {
-	if l.SessionFlows < 0 || l.SessionRate < 0 || l.TotalFlows < 0 || l.DialTimeout < 0 || l.UDPIdle < 0 || l.TCPIdle < 0 {
-		return errors.New("a limit on flows cannot be negative")
-	}
-	setDefault(&l.SessionFlows, 4096)
-	setDefault(&l.SessionRate, 1000)
-	setDefault(&l.TotalFlows, 65536)
-	setDefault(&l.DialTimeout, 10*time.Second)
-	setDefault(&l.UDPIdle, time.Minute)
-	setDefault(&l.TCPIdle, 2*time.Hour)
-	return nil
-}
-
-func setDefault[T int | time.Duration](v *T, to T) {
-	if *v == 0 {
-		*v = to
-	}
-}
 
 // Options configure a [Forwarder].
 type Options struct {
 	Device *netstack.Device // with Forward set
 	Local  []netip.Addr     // the gateway's overlay addresses: served by the gateway, never forwarded
+	// Ranges are where services have their addresses, Resolver resolves the names behind them. Without a range no name is
+	// reached.
+	Ranges   names.Ranges
+	Resolver *names.Resolver
+	// Trace is told of every flow that ended, that lives long, or that was turned away; it must not block. Nil for nobody.
+	Trace  func(wire.FlowRecord)
 	Limits Limits
 	Logger *slog.Logger
 }
@@ -76,6 +56,12 @@ func (o *Options) Validate() error {
 	if o.Device == nil {
 		return errors.New("a forwarder needs a device")
 	}
+	if o.Ranges.Prefixes() != nil && o.Resolver == nil {
+		return errors.New("a forwarder with service addresses needs a resolver")
+	}
+	if o.Trace == nil {
+		o.Trace = func(wire.FlowRecord) {}
+	}
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
@@ -84,18 +70,22 @@ func (o *Options) Validate() error {
 
 // Forwarder forwards the flows of all sessions.
 type Forwarder struct {
-	device *netstack.Device
-	stack  *stack.Stack
-	limits Limits
-	log    *slog.Logger
-	local  map[netip.Addr]struct{}
-	tcp    *tcp.Forwarder
-	decide func(*policy.Scope, policy.Flow) policy.Verdict // (*policy.Scope).Decide, but in tests
+	device   *netstack.Device
+	stack    *stack.Stack
+	limits   Limits
+	log      *slog.Logger
+	local    map[netip.Addr]struct{}
+	ranges   names.Ranges
+	resolver *names.Resolver
+	trace    func(wire.FlowRecord)
+	tcp      *tcp.Forwarder
+	decide   func(*policy.Scope, policy.Flow) policy.Verdict // (*policy.Scope).Decide, but in tests
 
-	// sources is read for every batch of packets and copied on write.
-	sources atomic.Pointer[map[netip.Addr]*Session]
-	flows   atomic.Int64
-	wide    atomic.Int64 // flows with a large send buffer
+	sources sources
+	purse   purse
+	flows   atomic.Int64  // open in all
+	busy    atomic.Int64  // sessions with an open flow
+	numbers atomic.Uint64 // of flows
 
 	ctx    context.Context
 	cancel context.CancelFunc
@@ -117,16 +107,20 @@ func New(opts Options) (*Forwarder, error) {
 		limits:   opts.Limits,
 		log:      opts.Logger,
 		local:    make(map[netip.Addr]struct{}),
+		ranges:   opts.Ranges,
+		resolver: opts.Resolver,
+		trace:    opts.Trace,
 		decide:   (*policy.Scope).Decide,
+		purse:    purse{limit: opts.Limits.TotalBytes},
 		sessions: make(map[*Session]struct{}),
 	}
 	for _, a := range opts.Local {
 		f.local[a] = struct{}{}
 	}
-	f.sources.Store(&map[netip.Addr]*Session{})
 	f.ctx, f.cancel = context.WithCancel(context.Background())
 	f.tcp = tcp.NewForwarder(f.stack, 0, f.limits.TotalFlows+1, f.serveTCP)
 	f.device.SetFilter(func(src netip.Addr) bool { return f.session(src) != nil })
+	f.device.SetWatch(&netstack.Watch{Asked: f.clearStale, Answered: f.noteAnswer})
 	f.stack.SetTransportProtocolHandler(tcp.ProtocolNumber, f.handleTCP)
 	f.stack.SetTransportProtocolHandler(udp.ProtocolNumber, f.handleUDP)
 	f.stack.SetTransportProtocolHandler(icmp.ProtocolNumber4, f.handleICMP4)
@@ -148,51 +142,31 @@ func (f *Forwarder) Close() error {
 		f.Remove(s)
 	}
 	f.cancel()
-	done := make(chan struct{})
-	go func() {
-		f.work.Wait()
-		close(done)
-	}()
-	for {
-		select {
-		case <-done:
-			return nil
-		case <-time.After(closeRetry): // a handshake that has just begun has an endpoint only now
-			f.abortEndpoints(func(_, local netip.Addr) bool { return !f.isLocal(local) })
-		}
-	}
+	f.work.Wait()
+	f.device.SetWatch(nil)
+	return nil
 }
-
-const closeRetry = 20 * time.Millisecond
 
 // Add makes a session known: packets from its addresses are held against scope. Unknown sources are dropped.
 func (f *Forwarder) Add(id string, addrs []netip.Addr, scope *policy.Scope) (*Session, error) {
 	if scope == nil || len(addrs) == 0 {
 		return nil, fmt.Errorf("session %s needs addresses and a scope", id)
 	}
-	s := &Session{
-		id: id, addrs: append([]netip.Addr(nil), addrs...), f: f, scope: scope,
-		limiter: rate.NewLimiter(rate.Limit(f.limits.SessionRate), f.limits.SessionRate),
-		errors:  rate.NewLimiter(errorRate, errorRate),
-		denials: rate.NewLimiter(denialRate, denialBurst),
-		flows:   make(map[flowKey]*flow),
+	for _, a := range addrs {
+		if f.isLocal(a) || !a.IsValid() {
+			return nil, fmt.Errorf("session %s cannot have the address %v", id, a)
+		}
 	}
-	s.ctx, s.cancel = context.WithCancel(f.ctx)
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.closed {
-		s.cancel()
 		return nil, errors.New("the forwarder is closed")
 	}
-	next := f.copySources()
-	for _, a := range addrs {
-		if _, taken := next[a]; taken || f.isLocal(a) || !a.IsValid() {
-			s.cancel()
-			return nil, fmt.Errorf("address %v of session %s is in use", a, id)
-		}
-		next[a] = s
+	s := f.newSession(id, addrs, scope)
+	if err := f.sources.add(s); err != nil {
+		s.cancel()
+		return nil, err
 	}
-	f.sources.Store(&next)
 	f.sessions[s] = struct{}{}
 	return s, nil
 }
@@ -205,50 +179,44 @@ func (f *Forwarder) Remove(s *Session) {
 		return
 	}
 	delete(f.sessions, s)
-	next := f.copySources()
-	for _, a := range s.addrs {
-		delete(next, a)
-	}
-	f.sources.Store(&next)
+	f.sources.remove(s)
 	f.mu.Unlock()
 	s.end()
-	f.abortEndpoints(func(remote, _ netip.Addr) bool { return s.has(remote) })
 }
 
-// abortEndpoints resets what the stack still holds besides flows: handshakes under way, connections that are being
-// closed, connections to the gateway itself.
-func (f *Forwarder) abortEndpoints(gone func(remote, local netip.Addr) bool) {
-	for _, ep := range append(f.stack.RegisteredEndpoints(), f.stack.CleanupEndpoints()...) {
-		e, ok := ep.(tcpip.Endpoint)
-		if !ok {
-			continue
-		}
-		info, ok := e.Info().(*stack.TransportEndpointInfo)
-		if !ok {
-			continue
-		}
-		remote, local := endpoints(info.ID)
-		if gone(remote.Addr(), local.Addr()) {
-			e.Abort()
-		}
-	}
-}
-
-func (f *Forwarder) copySources() map[netip.Addr]*Session {
-	now := *f.sources.Load()
-	next := make(map[netip.Addr]*Session, len(now)+2)
-	for a, s := range now {
-		next[a] = s
-	}
-	return next
-}
+// Find gives the session of a source address; nil if there is none.
+func (f *Forwarder) Find(src netip.Addr) *Session { return f.session(src) }
 
 // session finds the session of a source address; nil if there is none. It takes no lock.
-func (f *Forwarder) session(src netip.Addr) *Session { return (*f.sources.Load())[src] }
+func (f *Forwarder) session(src netip.Addr) *Session { return f.sources.find(src) }
 
 func (f *Forwarder) isLocal(a netip.Addr) bool {
 	_, local := f.local[a]
 	return local
+}
+
+// room takes a place for a flow of a session that has open ones. The last quarter of the places is for sessions with less than
+// an equal share, so that a few greedy ones do not shut out the others.
+func (f *Forwarder) room(open int) bool {
+	total, n := int64(f.limits.TotalFlows), f.flows.Add(1)
+	share := total / (f.busy.Load() + 1)
+	if n <= total-total/4 || n <= total && int64(open) < share {
+		return true
+	}
+	f.flows.Add(-1)
+	return false
+}
+
+// Load is what the process's flows take at the moment.
+type Load struct {
+	Flows    int64 // open
+	Sessions int64 // with an open flow
+	Lent     int64 // bytes of buffers beyond the flows' floors
+}
+
+// Load reads what the process's flows take.
+func (f *Forwarder) Load() Load {
+	return Load{Flows: f.flows.Load(), Sessions: f.busy.Load(), Lent: f.purse.lent.Load()}
 }
 
 // sweepIdle resets flows that have been idle for too long.
@@ -273,7 +241,9 @@ func (f *Forwarder) sweep(now time.Time) {
 	}
 	f.mu.Unlock()
 	for _, s := range sessions {
-		s.resetIf(func(fl *flow) bool { return fl.idleSince(now) > fl.idle })
+		for _, fl := range s.open() {
+			fl.look(now)
+		}
 	}
 }
 

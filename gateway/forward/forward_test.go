@@ -20,7 +20,7 @@ func TestDenialsAreLogged(t *testing.T) {
 	var log bytes.Buffer
 	e.f.log = slog.New(slog.NewTextHandler(&log, nil))
 	for i := range 100 {
-		e.s.deny(flowKey{policy.TCP, netip.AddrPortFrom(job4, uint16(i)), netip.MustParseAddrPort("10.1.2.3:22")}, "not granted")
+		e.s.deny(flowKey{policy.TCP, netip.AddrPortFrom(job4, uint16(i)), netip.MustParseAddrPort("10.1.2.3:22")}, judgement{Verdict: policy.Verdict{Reason: "not granted"}})
 	}
 	if n := e.s.Counts().Denied; n != 100 {
 		t.Errorf("%d denials counted", n)
@@ -28,7 +28,7 @@ func TestDenialsAreLogged(t *testing.T) {
 	if n := strings.Count(log.String(), "\n"); n != denialBurst {
 		t.Errorf("%d lines for 100 denials", n)
 	}
-	want := `level=INFO msg="flow denied" session=session-1 code=flow-denied proto=tcp addr=10.1.2.3:22 reason="not granted" suppressed=0`
+	want := `level=INFO msg="flow denied" session=session-1 code=flow-denied proto=tcp addr=10.1.2.3:22 name="" reason="not granted" suppressed=0`
 	if !strings.Contains(log.String(), want) {
 		t.Errorf("log: %s", log.String())
 	}

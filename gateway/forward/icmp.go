@@ -1,6 +1,7 @@
 package forward
 
 import (
+	"context"
 	"encoding/binary"
 	"net"
 	"net/netip"
@@ -50,9 +51,9 @@ func (f *Forwarder) handleEcho(id stack.TransportEndpointID, pkt *stack.PacketBu
 		return true
 	}
 	key := flowKey{policy.ICMP, netip.AddrPortFrom(src.Addr(), ident), netip.AddrPortFrom(dst.Addr(), 0)}
-	fl, reason, known := s.admit(key, f.limits.UDPIdle)
+	fl, why, known := s.admit(key, f.limits.UDPIdle)
 	if fl == nil {
-		s.deny(key, reason)
+		s.deny(key, why)
 		if dst.Addr().IsGlobalUnicast() || dst.Addr().IsLoopback() {
 			s.reject(quoteOf(pkt), prohibited)
 		}
@@ -73,15 +74,20 @@ func (f *Forwarder) handleEcho(id stack.TransportEndpointID, pkt *stack.PacketBu
 // serveEcho carries the requests of one flow, and the replies of its target alone, over a ping socket of its own.
 func (f *Forwarder) serveEcho(fl *flow) {
 	defer fl.close()
-	dst := fl.key.dst.Addr()
+	target, err := f.echoTarget(fl)
+	if err != nil {
+		fl.turnAway(err)
+		<-fl.ctx.Done() // until it is idle: no new attempt for each request
+		return
+	}
 	network, listen := "udp4", "0.0.0.0"
-	if dst.Is6() {
+	if target.Is6() {
 		network, listen = "udp6", "::"
 	}
 	conn, err := icmp.ListenPacket(network, listen)
 	if err != nil {
 		fl.fail(err)
-		<-fl.ctx.Done() // until it is idle: no new attempt for each request
+		<-fl.ctx.Done()
 		return
 	}
 	stop := sync.OnceFunc(func() { _ = conn.Close() })
@@ -90,26 +96,60 @@ func (f *Forwarder) serveEcho(fl *flow) {
 		return
 	}
 	var replies sync.WaitGroup
-	replies.Go(func() { fl.echoReplies(conn) })
-	to := &net.UDPAddr{IP: dst.AsSlice()}
+	replies.Go(func() { fl.echoReplies(conn, target) })
+	fl.echoRequests(conn, target)
+	stop()
+	replies.Wait()
+}
+
+// echoTarget is where a flow's requests go: its destination, or the first address of the name behind it that policy lets
+// through, IPv4 before IPv6.
+func (f *Forwarder) echoTarget(fl *flow) (netip.Addr, error) {
+	if fl.name == "" {
+		fl.target.Store(&fl.key.dst)
+		return fl.key.dst.Addr(), nil
+	}
+	ctx, cancel := context.WithTimeout(fl.ctx, f.limits.DialTimeout)
+	defer cancel()
+	targets, verdicts, err := f.resolve(ctx, fl)
+	if err != nil {
+		return netip.Addr{}, err
+	}
+	best := 0
+	for i, to := range targets {
+		if to.Addr().Is4() && !targets[best].Addr().Is4() {
+			best = i
+		}
+	}
+	if !fl.settle(targets[best], verdicts[best]) {
+		return netip.Addr{}, context.Canceled
+	}
+	return targets[best].Addr(), nil
+}
+
+// echoRequests sends what the job asks until the flow is reset.
+func (fl *flow) echoRequests(conn *icmp.PacketConn, target netip.Addr) {
+	kind := byte(ipv4.ICMPTypeEcho)
+	if target.Is6() {
+		kind = byte(ipv6.ICMPTypeEchoRequest)
+	}
+	to := &net.UDPAddr{IP: target.AsSlice()}
 	for {
 		select {
 		case request := <-fl.echo:
-			fl.touch()
-			fl.s.up.Add(uint64(len(request)))
+			request[0] = kind // a name may lead to the other family; the kernel puts in the checksum
+			fl.carry(len(request), 0)
 			if _, err := conn.WriteTo(request, to); err != nil {
 				fl.fail(err)
 			}
 		case <-fl.ctx.Done():
-			stop()
-			replies.Wait()
 			return
 		}
 	}
 }
 
 // echoReplies passes replies on to the job, with the identifier that it chose: the socket has put in its own.
-func (fl *flow) echoReplies(conn *icmp.PacketConn) {
+func (fl *flow) echoReplies(conn *icmp.PacketConn, target netip.Addr) {
 	buf := make([]byte, 2048) // a reply is as long as its request, and that came through the tunnel's MTU
 	src, dst := fl.key.dst.Addr(), fl.key.src.Addr()
 	for {
@@ -118,11 +158,10 @@ func (fl *flow) echoReplies(conn *icmp.PacketConn) {
 			return
 		}
 		peer, ok := netip.AddrFromSlice(from.(*net.UDPAddr).IP)
-		if !ok || peer.Unmap() != src || n < header.ICMPv4MinimumSize || !isEchoReply(buf[0], dst) {
+		if !ok || peer.Unmap() != target || n < header.ICMPv4MinimumSize || !isEchoReply(buf[0], target) {
 			continue
 		}
-		fl.touch()
-		fl.s.down.Add(uint64(n))
+		fl.carry(0, n)
 		rest := uint32(fl.key.src.Port())<<16 | uint32(binary.BigEndian.Uint16(buf[6:]))
 		body := buf[header.ICMPv4MinimumSize:n]
 		if dst.Is4() {
@@ -133,8 +172,8 @@ func (fl *flow) echoReplies(conn *icmp.PacketConn) {
 	}
 }
 
-func isEchoReply(typ byte, to netip.Addr) bool {
-	if to.Is4() {
+func isEchoReply(typ byte, from netip.Addr) bool {
+	if from.Is4() {
 		return typ == byte(ipv4.ICMPTypeEchoReply)
 	}
 	return typ == byte(ipv6.ICMPTypeEchoReply)

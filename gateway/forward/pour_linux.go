@@ -105,7 +105,9 @@ func (r *relay) pour(writable <-chan struct{}) error {
 			return f.err
 		}
 		if f.full {
-			<-writable // a reset wakes it as well
+			r.await(writable)
+		} else if f.sent > 0 && !r.window.wrote(f.sent) {
+			r.choke()
 		}
 	}
 }

@@ -29,10 +29,13 @@ func (r *relay) send(b []byte, src *bytes.Reader, writable <-chan struct{}) erro
 		src.Reset(b)
 		n, terr := r.ep.Write(src, tcpip.WriteOptions{})
 		b = b[n:]
+		if n > 0 && !r.window.wrote(int(n)) {
+			r.choke()
+		}
 		switch terr.(type) {
 		case nil:
 		case *tcpip.ErrWouldBlock:
-			<-writable // a reset wakes it as well
+			r.await(writable)
 		default:
 			return netstack.Errno(terr)
 		}

@@ -2,7 +2,7 @@ package forward
 
 import (
 	"context"
-	"net"
+	"maps"
 	"net/netip"
 	"slices"
 	"sync"
@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/time/rate"
 
+	"github.com/culvertnet/culvert/gateway/names"
 	"github.com/culvertnet/culvert/internal/policy"
 	"github.com/culvertnet/culvert/internal/problem"
 	"github.com/culvertnet/culvert/internal/wire"
@@ -20,6 +21,8 @@ const (
 	errorRate   = 50  // ICMP errors a second to one session
 	denialRate  = 0.2 // log lines a second on one session's denied flows
 	denialBurst = 10
+	echoRate    = 50 // datagrams a second to the gateway's own echo port
+	maxLookups  = 32 // names that one session has resolved at once
 )
 
 // Reasons why the forwarder itself turns a flow away, next to those of [policy.Verdict].
@@ -27,7 +30,9 @@ const (
 	reasonSessionFlows = "too many open flows in this session"
 	reasonTotalFlows   = "too many open flows at this gateway"
 	reasonRate         = "too many new flows a second"
+	reasonServed       = "too many connections to the gateway itself"
 	reasonOver         = "the session has ended"
+	reasonNoName       = "no name has this service address in this session"
 )
 
 // Session is one session's side of the forwarder.
@@ -37,18 +42,29 @@ type Session struct {
 	f       *Forwarder
 	ctx     context.Context
 	cancel  context.CancelFunc
+	purse   purse
 	limiter *rate.Limiter // new flows
 	errors  *rate.Limiter // ICMP errors
 	denials *rate.Limiter // log lines
+	echoes  *rate.Limiter // datagrams to the gateway's own echo port
+	queries *rate.Limiter // DNS questions
+	lookups chan struct{} // places for names being resolved
 
-	allowed, denied, failed, up, down atomic.Uint64
-	suppressed                        atomic.Uint64 // denials since the last log line
+	counts     counters
+	suppressed atomic.Uint64 // denials since the last log line
+	scope      atomic.Pointer[policy.Scope]
 
 	// mu orders decisions and changes of scope: a flow is in the table before the next scope is looked at.
-	mu    sync.Mutex
-	scope *policy.Scope
-	flows map[flowKey]*flow
-	ended bool
+	mu     sync.Mutex
+	flows  map[flowKey]*flow // nil until the first
+	served int               // of those, connections to the gateway itself
+	book   *names.Book       // nil until the first name
+	ended  bool
+}
+
+// counters are what a session's flows have done.
+type counters struct {
+	allowed, observed, denied, limited, failed, up, down atomic.Uint64
 }
 
 // flowKey names a flow within its session. ICMP has the identifier where TCP and UDP have the source port, and no
@@ -58,59 +74,127 @@ type flowKey struct {
 	src, dst netip.AddrPort
 }
 
-// flow is one open flow.
-type flow struct {
-	s    *Session
-	key  flowKey
-	rule string
-	idle time.Duration
-	last atomic.Int64 // time of the last data, Unix nanoseconds
-	// quote is the head of the packet that opened the flow, for ICMP errors about it.
-	quote []byte
+// judgement is what is decided on a flow before it begins.
+type judgement struct {
+	policy.Verdict
+	name   string // the name behind a service address
+	served bool   // a connection to the gateway itself
+	limit  bool   // not policy but a limit refuses
+}
 
-	ctx    context.Context // ended by reset and close
-	cancel context.CancelFunc
+func (f *Forwarder) newSession(id string, addrs []netip.Addr, scope *policy.Scope) *Session {
+	l := &f.limits
+	s := &Session{
+		id: id, addrs: append([]netip.Addr(nil), addrs...), f: f,
+		purse:   purse{limit: l.SessionBytes, from: &f.purse},
+		limiter: rate.NewLimiter(rate.Limit(l.SessionRate), l.SessionRate),
+		errors:  rate.NewLimiter(errorRate, errorRate),
+		denials: rate.NewLimiter(denialRate, denialBurst),
+		echoes:  rate.NewLimiter(echoRate, 2*echoRate),
+		queries: rate.NewLimiter(rate.Limit(l.SessionQueries), l.SessionQueries),
+		lookups: make(chan struct{}, maxLookups),
+	}
+	s.scope.Store(scope)
+	s.ctx, s.cancel = context.WithCancel(f.ctx)
+	return s
+}
 
-	mu    sync.Mutex
-	abort []func() // undo what has been opened so far, at once
-	dead  bool
-
-	echo chan []byte // ICMP only: requests on their way out
+// judge holds a new flow against the scope. mu is held.
+func (s *Session) judge(key flowKey) judgement {
+	scope := s.scope.Load()
+	if !s.f.ranges.Contains(key.dst.Addr()) {
+		return judgement{Verdict: s.f.decide(scope, policy.Flow{Proto: key.proto, Dst: key.dst})}
+	}
+	if s.book != nil {
+		if name, ok := s.book.Name(key.dst.Addr()); ok {
+			return judgement{Verdict: scope.OffersName(name, key.proto, key.dst.Port()), name: name}
+		}
+	}
+	return judgement{Verdict: policy.Verdict{Reason: reasonNoName}}
 }
 
 // admit decides on a flow and, where it may, puts it into the table, with one unit of the forwarder's work that ends with
-// [flow.close]. It returns nil with a reason where not. known says that the flow is there already.
-func (s *Session) admit(key flowKey, idle time.Duration) (fl *flow, reason string, known bool) {
+// [flow.close]. Where not, it returns nil and why. known says that the flow is there already.
+func (s *Session) admit(key flowKey, idle time.Duration) (fl *flow, why judgement, known bool) {
+	return s.enter(key, idle, s.judge)
+}
+
+// enter is admit with a judge of the caller's; it is called with mu held.
+func (s *Session) enter(key flowKey, idle time.Duration, judge func(flowKey) judgement) (fl *flow, why judgement, known bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.ended {
-		return nil, reasonOver, false
+		return nil, judgement{Verdict: policy.Verdict{Reason: reasonOver}}, false
 	}
 	if fl := s.flows[key]; fl != nil {
-		return fl, "", true
+		return fl, judgement{}, true
 	}
-	v := s.f.decide(s.scope, policy.Flow{Proto: key.proto, Dst: key.dst})
-	switch {
-	case !v.Allowed:
-		return nil, v.Reason, false
-	case len(s.flows) >= s.f.limits.SessionFlows:
-		return nil, reasonSessionFlows, false
+	j := judge(key)
+	if j.Allowed {
+		if reason := s.limit(j.served); reason != "" {
+			j.Allowed, j.Reason, j.limit = false, reason, true
+		}
+	}
+	if !j.Allowed {
+		return nil, j, false
+	}
+	return s.begin(key, idle, j), j, false
+}
+
+// limit takes a new flow from the session's and the process's allowances; it says what is used up. mu is held.
+func (s *Session) limit(served bool) string {
+	switch l := &s.f.limits; {
+	case len(s.flows) >= l.SessionFlows:
+		return reasonSessionFlows
+	case served && s.served >= l.SessionServed:
+		return reasonServed
 	case !s.limiter.Allow():
-		return nil, reasonRate, false
-	case s.f.flows.Add(1) > int64(s.f.limits.TotalFlows):
-		s.f.flows.Add(-1)
-		return nil, reasonTotalFlows, false
+		return reasonRate
+	case !s.f.room(len(s.flows)):
+		return reasonTotalFlows
 	}
-	fl = &flow{s: s, key: key, rule: v.Rule, idle: idle}
+	return ""
+}
+
+// begin puts a flow that may be into the table. mu is held.
+func (s *Session) begin(key flowKey, idle time.Duration, j judgement) *flow {
+	fl := &flow{s: s, key: key, judgement: j, idle: idle, began: time.Now(), floors: floorsFor(len(s.flows))}
 	if key.proto == policy.ICMP {
 		fl.echo = make(chan []byte, echoQueue)
 	}
 	fl.ctx, fl.cancel = context.WithCancel(s.ctx)
 	fl.touch()
+	if len(s.flows) == 0 {
+		s.f.busy.Add(1)
+		if s.flows == nil {
+			s.flows = make(map[flowKey]*flow)
+		}
+	}
 	s.flows[key] = fl
-	s.allowed.Add(1)
+	if j.served {
+		s.served++
+	} else {
+		fl.number = s.f.numbers.Add(1)
+		if fl.name == "" {
+			fl.granted(j.Verdict)
+		}
+	}
 	s.f.work.Add(1)
-	return fl, "", false
+	return fl
+}
+
+// drop takes a flow out of the table.
+func (s *Session) drop(fl *flow) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.flows, fl.key)
+	if fl.served {
+		s.served--
+	}
+	if len(s.flows) == 0 {
+		s.flows = nil // a map keeps the room that it once had
+		s.f.busy.Add(-1)
+	}
 }
 
 // find gives an open flow; nil if there is none.
@@ -120,28 +204,29 @@ func (s *Session) find(key flowKey) *flow {
 	return s.flows[key]
 }
 
+// open lists the open flows.
+func (s *Session) open() []*flow {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.flows) == 0 {
+		return nil
+	}
+	return slices.Collect(maps.Values(s.flows))
+}
+
 // SetScope changes what the session may reach. Open flows that the new scope does not give are reset.
 func (s *Session) SetScope(scope *policy.Scope) {
 	s.mu.Lock()
-	s.scope = scope
-	s.mu.Unlock()
-	s.resetIf(func(fl *flow) bool {
-		return !s.f.decide(scope, policy.Flow{Proto: fl.key.proto, Dst: fl.key.dst}).Allowed
-	})
-}
-
-// resetIf resets the flows for which gone is true.
-func (s *Session) resetIf(gone func(*flow) bool) {
-	s.mu.Lock()
-	var reset []*flow
-	for _, fl := range s.flows {
-		if gone(fl) {
-			reset = append(reset, fl)
-		}
+	s.scope.Store(scope)
+	if s.book != nil {
+		exact, _ := scope.Names()
+		s.book.Fix(exact)
 	}
 	s.mu.Unlock()
-	for _, fl := range reset {
-		fl.reset()
+	for _, fl := range s.open() {
+		if !fl.allowedBy(scope) {
+			fl.reset(wire.CauseRevoked)
+		}
 	}
 }
 
@@ -150,114 +235,44 @@ func (s *Session) end() {
 	s.mu.Lock()
 	s.ended = true
 	s.mu.Unlock()
-	s.resetIf(func(*flow) bool { return true })
+	for _, fl := range s.open() {
+		fl.reset(wire.CauseSession)
+	}
 	s.cancel()
 }
-
-func (s *Session) has(a netip.Addr) bool { return slices.Contains(s.addrs, a) }
 
 // Counts gives the session's counters.
 func (s *Session) Counts() wire.FlowCounts {
 	s.mu.Lock()
 	open := len(s.flows)
 	s.mu.Unlock()
+	c := &s.counts
 	return wire.FlowCounts{
-		Open: uint64(open), Allowed: s.allowed.Load(), Denied: s.denied.Load(), Failed: s.failed.Load(),
-		BytesUp: s.up.Load(), BytesDn: s.down.Load(),
+		Open: uint64(open), Allowed: c.allowed.Load(), Observed: c.observed.Load(), Denied: c.denied.Load(), Limited: c.limited.Load(),
+		Failed: c.failed.Load(), BytesUp: c.up.Load(), BytesDn: c.down.Load(),
 	}
 }
 
-// deny counts and logs a flow that was turned away. A job that tries again and again does not fill the log.
-func (s *Session) deny(key flowKey, reason string) {
-	s.denied.Add(1)
+// deny counts, traces and logs a flow that was turned away. A job that tries again and again does not fill the log.
+func (s *Session) deny(key flowKey, why judgement) {
+	verdict, code := wire.FlowRefused, problem.FlowDenied
+	if why.limit {
+		verdict, code = wire.FlowOverLimits, problem.RateLimited
+		s.counts.limited.Add(1)
+	} else {
+		s.counts.denied.Add(1)
+	}
+	if why.served {
+		return // between the job and the gateway alone
+	}
+	s.f.trace(wire.FlowRecord{
+		Session: s.id, Proto: protoName(key.proto), Name: why.name, Addr: key.dst, Verdict: verdict,
+		Rule: why.Rule, Reason: why.Reason, Began: time.Now(), Count: 1,
+	})
 	if !s.denials.Allow() {
 		s.suppressed.Add(1)
 		return
 	}
-	s.f.log.Info("flow denied", "session", s.id, "code", problem.FlowDenied, "proto", protoName(key.proto),
-		"addr", key.dst, "reason", reason, "suppressed", s.suppressed.Swap(0))
-}
-
-// fail counts and logs a flow whose target refused or did not answer.
-func (fl *flow) fail(err error) {
-	fl.s.failed.Add(1)
-	fl.s.f.log.Debug("flow failed", "session", fl.s.id, "code", problem.FlowUnreachable, "proto", protoName(fl.key.proto),
-		"addr", fl.key.dst, "rule", fl.rule, "err", err)
-}
-
-// Reach tries a TCP target as the session would. It takes at most the dial timeout and counts as a new flow.
-func (s *Session) Reach(target netip.AddrPort) wire.ReachResult {
-	res := wire.ReachResult{Target: target.String(), Verdict: wire.FlowDenied}
-	fl, reason, known := s.admit(flowKey{proto: policy.TCP, dst: target}, s.f.limits.TCPIdle)
-	if known {
-		res.Reason = "this target is being tried already"
-		res.Verdict = wire.Unreachable
-		return res
-	}
-	if fl == nil {
-		s.deny(flowKey{proto: policy.TCP, dst: target}, reason)
-		res.Reason = reason
-		return res
-	}
-	defer fl.close()
-	res.Rule = fl.rule
-	start := time.Now()
-	conn, err := s.f.dial(fl.ctx, "tcp", target)
-	if err != nil {
-		fl.fail(err)
-		res.Verdict, res.Reason = wire.Unreachable, dialReason(err)
-		return res
-	}
-	res.Verdict, res.RTT = wire.Reachable, wire.Duration(time.Since(start))
-	_ = conn.Close()
-	return res
-}
-
-// dial opens a connected socket to a target.
-func (f *Forwarder) dial(ctx context.Context, network string, to netip.AddrPort) (net.Conn, error) {
-	d := net.Dialer{Timeout: f.limits.DialTimeout, KeepAliveConfig: net.KeepAliveConfig{
-		Enable: true, Idle: keepaliveIdle, Interval: keepaliveInterval, Count: keepaliveCount,
-	}}
-	return d.DialContext(ctx, network, to.String())
-}
-
-func (fl *flow) touch() { fl.last.Store(time.Now().UnixNano()) }
-
-func (fl *flow) idleSince(now time.Time) time.Duration {
-	return time.Duration(now.UnixNano() - fl.last.Load())
-}
-
-// onReset adds what a reset has to undo; false says that the flow has been reset already, and that undo has been called.
-func (fl *flow) onReset(undo func()) bool {
-	fl.mu.Lock()
-	if !fl.dead {
-		fl.abort = append(fl.abort, undo)
-		fl.mu.Unlock()
-		return true
-	}
-	fl.mu.Unlock()
-	undo()
-	return false
-}
-
-// reset ends a flow at once, towards both sides. Whoever carries it notices and closes it.
-func (fl *flow) reset() {
-	fl.mu.Lock()
-	undo := fl.abort
-	fl.abort, fl.dead = nil, true
-	fl.mu.Unlock()
-	fl.cancel()
-	for _, f := range undo {
-		f()
-	}
-}
-
-// close takes the flow out of its session's table. Every admitted flow is closed exactly once.
-func (fl *flow) close() {
-	fl.cancel()
-	fl.s.mu.Lock()
-	delete(fl.s.flows, fl.key)
-	fl.s.mu.Unlock()
-	fl.s.f.flows.Add(-1)
-	fl.s.f.work.Done()
+	s.f.log.Info("flow denied", "session", s.id, "code", code, "proto", protoName(key.proto),
+		"addr", key.dst, "name", why.name, "reason", why.Reason, "suppressed", s.suppressed.Swap(0))
 }

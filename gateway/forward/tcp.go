@@ -16,6 +16,7 @@ import (
 
 	"github.com/culvertnet/culvert/internal/netstack"
 	"github.com/culvertnet/culvert/internal/policy"
+	"github.com/culvertnet/culvert/internal/wire"
 )
 
 // Keepalive towards both sides: a peer that has gone is noticed after three minutes.
@@ -38,15 +39,15 @@ func (f *Forwarder) handleTCP(id stack.TransportEndpointID, pkt *stack.PacketBuf
 		return true // removed since the filter let it in
 	}
 	key := flowKey{policy.TCP, src, dst}
-	fl, reason, known := s.admit(key, f.limits.TCPIdle)
+	fl, why, known := s.admit(key, f.limits.TCPIdle)
 	switch {
-	case known, reason == reasonRate:
-		return true // being dialled, or over the rate: the job's next SYN finds out
+	case known:
+		return true // being dialled
 	case fl == nil:
-		s.deny(key, reason)
-		return false
+		s.deny(key, why)
+		return why.Reason == reasonRate // the job's next SYN finds out
 	}
-	fl.quote = quoteOf(pkt)
+	fl.quote, fl.asked = quoteOf(pkt), header.TCP(pkt.TransportHeader().Slice()).SequenceNumber()
 	if !f.tcp.HandlePacket(id, pkt) { // hands the flow to serveTCP
 		fl.close()
 		return false
@@ -66,7 +67,7 @@ func (f *Forwarder) serveTCP(r *tcp.ForwarderRequest) {
 		return
 	}
 	defer fl.close()
-	target, err := f.dial(fl.ctx, "tcp", dst)
+	target, err := f.connect(fl, "tcp")
 	if err != nil {
 		refuse(fl, r, err)
 		return
@@ -77,20 +78,20 @@ func (f *Forwarder) serveTCP(r *tcp.ForwarderRequest) {
 		return
 	}
 	var wq waiter.Queue
-	ep, terr := r.CreateEndpoint(&wq)
-	if terr != nil {
-		r.Complete(true)
-		fl.fail(netstack.Errno(terr))
+	ep := fl.handshake(r, &wq)
+	if ep == nil {
 		resetConn(conn)
 		return
 	}
-	r.Complete(false)
 	fl.quote = nil
 	if !fl.onReset(ep.Abort) {
 		return
 	}
 	keepAlive(ep)
-	(&relay{f: f, fl: fl, ep: ep, wq: &wq, conn: conn}).run()
+	w := newWindow(ep, &fl.s.purse, fl.floors)
+	defer w.close()
+	fl.onRest(w.rest)
+	(&relay{fl: fl, ep: ep, wq: &wq, conn: conn, window: w}).run()
 }
 
 // refuse shows the job what happened to the dial: a reset where the target refused, an ICMP error where it does not answer.
@@ -99,9 +100,11 @@ func refuse(fl *flow, r *tcp.ForwarderRequest, err error) {
 		r.Complete(true)
 		return
 	}
-	fl.fail(err)
-	reject := rejectFor(err)
-	sent := reject != none && fl.s.reject(fl.quote, reject)
+	why := fl.turnAway(err)
+	if why == prohibited { // like what is denied before it is dialled
+		why = none
+	}
+	sent := why != none && fl.s.reject(fl.quote, why)
 	r.Complete(!sent)
 }
 
@@ -126,22 +129,13 @@ var errTargetGone = errors.New("the target has closed the connection")
 
 // relay copies between a connection of the stack and one of the operating system, with half-close both ways.
 type relay struct {
-	f     *Forwarder
-	fl    *flow
-	ep    tcpip.Endpoint
-	wq    *waiter.Queue
-	conn  *net.TCPConn
-	total int  // bytes carried to the job
-	wide  bool // has one of the large send buffers
-	long  bool // needs none: its path is long
+	fl     *flow
+	ep     tcpip.Endpoint
+	wq     *waiter.Queue
+	conn   *net.TCPConn
+	window *window
+	total  int64 // bytes carried to the job
 }
-
-const (
-	wideAfter  = 8 << 20 // bytes
-	wideBuffer = 6 << 20 // bytes
-	maxWide    = 64      // flows of the whole process
-	longPath   = 15 * time.Millisecond
-)
 
 // run returns when both directions have ended. A direction that fails resets the flow; one that ends well closes its
 // half of the other side and lets the opposite direction run on.
@@ -149,18 +143,15 @@ func (r *relay) run() {
 	var up sync.WaitGroup
 	up.Go(func() {
 		if r.up() != nil {
-			r.fl.reset()
+			r.fl.reset(wire.CauseReset)
 		}
 	})
 	if r.down() != nil {
-		r.fl.reset()
+		r.fl.reset(wire.CauseReset)
 	}
 	up.Wait()
 	_ = r.conn.Close()
 	r.settle()
-	if r.wide {
-		r.f.wide.Add(-1)
-	}
 	r.ep.Close()
 }
 
@@ -215,12 +206,9 @@ func (r *relay) drain() error {
 		default:
 			return netstack.Errno(terr)
 		}
-		r.fl.touch()
-		if m, ok := r.ep.(interface{ ModerateRecvBuf(int) }); ok {
-			m.ModerateRecvBuf(res.Count)
-		}
+		r.window.took(res.Count)
 		n, err := r.conn.Write(buf.b[:res.Count])
-		r.fl.s.up.Add(uint64(n))
+		r.fl.carry(n, 0)
 		if errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNRESET) {
 			return errTargetGone
 		}
@@ -242,32 +230,28 @@ func (r *relay) down() error {
 	return err
 }
 
-// carried notes that n bytes have gone to the job. A flow that has proven to be a bulk transfer gets a larger send buffer, so
-// that copying and sending overlap: the stack wakes a writer only when half of the buffer is free. Few may have one, since a
-// job that stops reading pins it.
+// carried notes that n bytes have gone to the job.
 func (r *relay) carried(n int) {
-	r.fl.touch()
-	r.fl.s.down.Add(uint64(n))
-	r.total += n
-	if r.wide || r.long || r.total < wideAfter {
-		return
-	}
-	if r.long = r.isLong(); r.long {
-		return
-	}
-	if r.f.wide.Add(1) > maxWide {
-		r.f.wide.Add(-1)
-		return
-	}
-	r.wide = true
-	r.ep.SocketOptions().SetSendBufferSize(wideBuffer, true)
+	r.fl.carry(0, n)
+	r.total += int64(n)
 }
 
-// isLong reports whether the way to the job and back takes so long that the stack's own tuning, which setting a size would end,
-// goes further.
-func (r *relay) isLong() bool {
-	var info tcpip.TCPInfoOption
-	return r.ep.GetSockOpt(&info) == nil && info.RTT > longPath
+// await waits until the stack has room again. A reset wakes it as well.
+func (r *relay) await(writable <-chan struct{}) {
+	r.window.grow(r.total)
+	<-writable
+}
+
+// choke waits until the job has taken the many small pieces that wait for it. Meanwhile the target's bytes gather, so that
+// the next piece is larger.
+func (r *relay) choke() {
+	for wait := time.Millisecond; !r.window.drained(); wait = min(2*wait, 50*time.Millisecond) {
+		select {
+		case <-time.After(wait):
+		case <-r.fl.ctx.Done():
+			return
+		}
+	}
 }
 
 // shutdown ends the half of the connection towards the job. One that is gone already needs no ending.

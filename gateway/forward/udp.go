@@ -15,7 +15,7 @@ import (
 	"github.com/culvertnet/culvert/internal/policy"
 )
 
-const udpBuffer = 512 << 10 // of one flow in the stack, towards the target
+const udpBuffer = 512 << 10 // of one flow in the stack, towards the target, where its session can pay for it
 
 // handleUDP sees every datagram that belongs to no flow yet, on the goroutine that delivers packets. False leaves it to
 // the stack, which answers that the port is unreachable.
@@ -29,12 +29,12 @@ func (f *Forwarder) handleUDP(id stack.TransportEndpointID, pkt *stack.PacketBuf
 		return true
 	}
 	key := flowKey{policy.UDP, src, dst}
-	fl, reason, known := s.admit(key, f.limits.UDPIdle)
+	fl, why, known := s.admit(key, f.limits.UDPIdle)
 	if known {
 		return true // between two goroutines of WireGuard: the flow's endpoint is just being made
 	}
 	if fl == nil {
-		s.deny(key, reason)
+		s.deny(key, why)
 		if dst.Addr().IsGlobalUnicast() || dst.Addr().IsLoopback() {
 			s.reject(quoteOf(pkt), prohibited)
 		}
@@ -49,19 +49,31 @@ func (f *Forwarder) handleUDP(id stack.TransportEndpointID, pkt *stack.PacketBuf
 		fl.close()
 		return true
 	}
-	ep.SocketOptions().SetReceiveBufferSize(udpBuffer, false)
-	go f.serveUDP(fl, ep, wq)
+	loan := fl.udpBuffer(ep)
+	go func() {
+		defer fl.s.purse.give(loan)
+		f.serveUDP(fl, ep, wq)
+	}()
 	return true
+}
+
+// udpBuffer sizes a flow's buffer in the stack; it says how much of it is lent.
+func (fl *flow) udpBuffer(ep tcpip.Endpoint) (loan int64) {
+	size := fl.floors.send
+	if fl.s.purse.take(udpBuffer - size) {
+		loan, size = udpBuffer-size, udpBuffer
+	}
+	ep.SocketOptions().SetReceiveBufferSize(size, false)
+	return loan
 }
 
 // serveUDP carries one flow over a connected socket, so that only the target it was dialled to can answer.
 func (f *Forwarder) serveUDP(fl *flow, ep tcpip.Endpoint, wq *waiter.Queue) {
 	defer fl.close()
 	defer ep.Close()
-	conn, err := f.dial(fl.ctx, "udp", fl.key.dst)
+	conn, err := f.connect(fl, "udp")
 	if err != nil {
-		fl.fail(err)
-		if why := rejectFor(err); why != none {
+		if why := fl.turnAway(err); why != none && fl.ctx.Err() == nil {
 			fl.s.reject(fl.quote, why)
 		}
 		return
@@ -109,9 +121,8 @@ func (fl *flow) udpDrain(ep tcpip.Endpoint, conn net.Conn) bool {
 		if terr != nil {
 			return false
 		}
-		fl.touch()
 		n, err := conn.Write(buf.b[:res.Count])
-		fl.s.up.Add(uint64(n))
+		fl.carry(n, 0)
 		if err != nil && !fl.udpError(err) {
 			return false
 		}
@@ -122,8 +133,7 @@ func (fl *flow) udpDrain(ep tcpip.Endpoint, conn net.Conn) bool {
 func (fl *flow) udpDown(ep tcpip.Endpoint, conn socket) {
 	var reader bytes.Reader
 	src, err := newSource(conn, &datagrams, false, func(b []byte) error {
-		fl.touch()
-		fl.s.down.Add(uint64(len(b)))
+		fl.carry(0, len(b))
 		reader.Reset(b)
 		_, _ = ep.Write(&reader, tcpip.WriteOptions{}) // what does not fit is lost, as datagrams are
 		return nil
@@ -148,7 +158,7 @@ func (fl *flow) udpError(err error) bool {
 	if why == none {
 		return false
 	}
-	fl.s.failed.Add(1)
+	fl.s.counts.failed.Add(1)
 	fl.s.reject(fl.quote, why)
 	return fl.ctx.Err() == nil
 }

@@ -33,12 +33,14 @@ func CompileAll(sources []Source, opts Options) (*Policy, []Error) {
 		c.readTargets(d.Targets)
 		c.readGroups(d.Groups)
 	})
-	p := &Policy{index: index{}}
+	p := &Policy{index: index{}, pinned: index{}}
 	c.each(func(d *Document) {
 		for i := range d.Rules {
 			if r := c.rule(&d.Rules[i], i); r != nil {
 				for j := range r.ways {
-					p.index.file(len(p.rules), &r.ways[j])
+					claim, values := r.ways[j].telling()
+					p.index.file(len(p.rules), claim, values)
+					p.pinned.file(len(p.rules), r.ways[j].pin.who.claim, keysOf(&r.ways[j].pin.who))
 				}
 				p.rules = append(p.rules, *r)
 			}

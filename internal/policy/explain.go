@@ -45,7 +45,7 @@ func (w *way) countMatches(c Claims) int {
 // denial names the rule that came closest, nil for a stranger.
 func (p *Policy) denial(now time.Time, network string, c Claims) *problem.Denial {
 	var closest nearest
-	for i := range p.rules {
+	for _, i := range p.pinned.candidates(c) {
 		r := &p.rules[i]
 		if !r.inForce(now, network) {
 			continue

@@ -15,9 +15,8 @@ type indexKey struct {
 	value string // in lower case for names
 }
 
-// file adds a rule by one of its ways.
-func (x index) file(rule int, w *way) {
-	claim, values := w.telling()
+// file adds a rule under each value of a claim.
+func (x index) file(rule int, claim string, values []string) {
 	for _, v := range values {
 		k := indexKey{claim, v}
 		if list := x[k]; len(list) == 0 || list[len(list)-1] != int32(rule) {

@@ -132,8 +132,9 @@ const (
 // Policy is a compiled set of rules, safe for concurrent use.
 type Policy struct {
 	rules  []rule
-	index  index
-	lines  int // different ones
+	index  index // by what tells most about a rule's jobs
+	pinned index // by whom a rule pins, for denials
+	lines  int   // different ones
 	claims []string
 }
 

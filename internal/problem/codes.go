@@ -20,6 +20,7 @@ const (
 	Incompatible Code = "incompatible" // the two sides speak different versions
 	Cancelled    Code = "cancelled"    // the caller gave up
 	Timeout      Code = "timeout"      // a time limit ran out
+	AuditBroken  Code = "audit-broken" // the audit log is not what the coordinator wrote
 
 	TokenUnavailable Code = "token-unavailable"  // the job cannot ask for a token
 	TokenRefused     Code = "token-refused"      // the issuer refused to give one
@@ -81,6 +82,7 @@ var table = map[Code]facts{
 	Incompatible: {http.StatusBadRequest, ExitFailed, false},
 	Cancelled:    {http.StatusServiceUnavailable, ExitFailed, false},
 	Timeout:      {http.StatusGatewayTimeout, ExitTimeout, true},
+	AuditBroken:  {http.StatusInternalServerError, ExitFailed, false},
 
 	TokenUnavailable: {http.StatusUnauthorized, ExitFailed, false},
 	TokenRefused:     {http.StatusForbidden, ExitFailed, false},

@@ -308,9 +308,7 @@ func TestWebSocketsWithoutABindingAreBounded(t *testing.T) {
 		if l == nil {
 			t.Fatal("they are bounded too early")
 		}
-		defer st.running.Done()
 		defer st.drop(l)
-		defer l.leave()
 	}
 	resp, err := st.http.Client().Get(st.http.URL)
 	if err != nil {
@@ -324,9 +322,7 @@ func TestWebSocketsWithoutABindingAreBounded(t *testing.T) {
 	if other == nil {
 		t.Fatal("another source has no room")
 	}
-	other.leave()
 	st.drop(other)
-	st.running.Done()
 	if len(st.unbound) != 1 {
 		t.Fatalf("sources are kept: %v", st.unbound)
 	}

@@ -1,9 +1,12 @@
 package relay
 
 import (
+	"bufio"
+	"bytes"
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"time"
 )
@@ -44,8 +47,16 @@ func acceptSocket(w http.ResponseWriter, r *http.Request) (*socket, error) {
 		return nil, fmt.Errorf("complete the websocket handshake: %w", err)
 	}
 	_ = conn.SetDeadline(time.Time{})
-	return newSocket(conn, rw.Reader, false), nil
+	early, _ := rw.Reader.Peek(rw.Reader.Buffered())
+	var in io.Reader = conn
+	if len(early) > 0 {
+		in = io.MultiReader(bytes.NewReader(early), conn)
+	}
+	return newSocket(conn, bufio.NewReaderSize(in, acceptBuffer), false), nil
 }
+
+// acceptBuffer holds headers only: messages are read past it. There may be many thousands of them.
+const acceptBuffer = 512
 
 func refuse(w http.ResponseWriter, status int, reason string) (*socket, error) {
 	http.Error(w, reason, status)

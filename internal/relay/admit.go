@@ -98,7 +98,7 @@ func (s *Server) credential(t Ticket, from origin, now int64) (*credential, int)
 	if !s.guard.admit(source, now) {
 		return nil, codeSilent
 	}
-	claims, err := Verify(t, s.opts.Keys, time.Unix(0, now))
+	claims, err := Verify(t, *s.keys.Load(), time.Unix(0, now))
 	if err != nil {
 		return nil, CodeTicket
 	}

@@ -4,7 +4,6 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
-	"net/http"
 	"net/netip"
 	"sync"
 	"time"
@@ -43,12 +42,7 @@ func newLink(s *Server, source netip.Addr) *link {
 }
 
 // serve runs the link until it ends.
-func (l *link) serve(w http.ResponseWriter, r *http.Request) error {
-	defer l.leave()
-	socket, err := acceptSocket(w, r)
-	if err != nil {
-		return err
-	}
+func (l *link) serve(socket *socket) error {
 	defer socket.close()
 	if !l.open(socket) {
 		return socket.bye(closeGoingAway, "the relay stops")
@@ -63,7 +57,7 @@ func (l *link) serve(w http.ResponseWriter, r *http.Request) error {
 		_ = l.out.drain(socket, stop, tick.C, &l.server.counts.written)
 		_ = socket.close() // ends reading
 	})
-	err = l.read(socket)
+	err := l.read(socket)
 	close(stop)
 	_ = socket.close()
 	writer.Wait()

@@ -38,12 +38,16 @@ const (
 
 // guard bounds the work that strangers can cause with tickets that have to be verified. Its size is fixed.
 type guard struct {
+	verify  uint64 // verifyRate, and
+	source  uint64 // sourceRate, unless a test wants others
 	seed    maphash.Seed
 	all     meter
 	sources [sourceBuckets]meter
 }
 
-func newGuard() *guard { return &guard{seed: maphash.MakeSeed()} }
+func newGuard() *guard {
+	return &guard{verify: verifyRate, source: sourceRate, seed: maphash.MakeSeed()}
+}
 
 // sourceOf gives what counts as one source: an IPv4 address or an IPv6 /64.
 func sourceOf(a netip.Addr) netip.Addr {
@@ -57,5 +61,5 @@ func sourceOf(a netip.Addr) netip.Addr {
 // admit reports whether one more ticket from a source is verified.
 func (g *guard) admit(from netip.Addr, now int64) bool {
 	source := &g.sources[maphash.Comparable(g.seed, sourceOf(from))%sourceBuckets]
-	return source.take(1, sourceRate, sourceBurst, now) && g.all.take(1, verifyRate, verifyBurst, now)
+	return source.take(1, g.source, sourceBurst, now) && g.all.take(1, g.verify, verifyBurst, now)
 }

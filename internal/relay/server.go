@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/culvertnet/culvert/internal/nat"
@@ -21,7 +22,7 @@ import (
 type Options struct {
 	UDP   string              // address for STUN and relaying, such as ":3478"; empty for none: WebSockets alone
 	Probe string              // second address, on which only STUN is answered, so that a NAT's mapping shows; empty for none
-	Keys  []ed25519.PublicKey // of the coordinators whose tickets are taken; at least one
+	Keys  []ed25519.PublicKey // of the coordinators whose tickets are taken; at least one; see [Server.SetKeys]
 
 	Sockets   int    // on UDP, each with its own reader; default one for each CPU, at most 8
 	Buffer    int    // bytes that the kernel may hold for each socket in each direction; default [udpconn.DefaultBuffer]
@@ -50,13 +51,8 @@ const (
 
 // Validate fills defaults.
 func (o *Options) Validate() error {
-	if len(o.Keys) == 0 {
-		return errors.New("a relay needs the public key of a coordinator")
-	}
-	for _, k := range o.Keys {
-		if len(k) != ed25519.PublicKeySize {
-			return fmt.Errorf("a coordinator's public key has %d bytes, not %d", len(k), ed25519.PublicKeySize)
-		}
+	if err := checkKeys(o.Keys); err != nil {
+		return err
 	}
 	orElse(&o.Sockets, min(runtime.GOMAXPROCS(0), maxSockets))
 	orElse(&o.Buffer, udpconn.DefaultBuffer)
@@ -85,6 +81,18 @@ func (o *Options) Validate() error {
 	return nil
 }
 
+func checkKeys(keys []ed25519.PublicKey) error {
+	if len(keys) == 0 {
+		return errors.New("a relay needs the public key of a coordinator")
+	}
+	for _, k := range keys {
+		if len(k) != ed25519.PublicKeySize {
+			return fmt.Errorf("a coordinator's public key has %d bytes, not %d", len(k), ed25519.PublicKeySize)
+		}
+	}
+	return nil
+}
+
 func remoteAddr(r *http.Request) netip.Addr {
 	a, _ := netip.ParseAddrPort(r.RemoteAddr)
 	return a.Addr()
@@ -105,6 +113,7 @@ type Server struct {
 	log     *slog.Logger
 	private wire.PrivateKey // new at every start: a changed key tells sides that the relay has forgotten them
 	public  wire.Key
+	keys    atomic.Pointer[[]ed25519.PublicKey]
 	nonces  *nonces
 	guard   *guard
 	table   table
@@ -133,6 +142,7 @@ func New(ctx context.Context, opts Options) (_ *Server, err error) {
 		return nil, err
 	}
 	s.public = s.private.Public()
+	s.keys.Store(&opts.Keys)
 	ctx, s.stop = context.WithCancel(context.WithoutCancel(ctx))
 	if err := s.open(ctx); err != nil {
 		_ = s.Close()
@@ -164,6 +174,9 @@ func (s *Server) open(ctx context.Context) (err error) {
 // their order, and a bind comes before the frames that follow it.
 func (s *Server) openPorts(ctx context.Context) error {
 	addr := s.opts.UDP
+	if err := s.alone(ctx); err != nil {
+		return err
+	}
 	for range s.opts.Sockets {
 		c, err := udpconn.Listen(ctx, udpconn.Options{Addr: addr, ReusePort: s.opts.Sockets > 1, Buffer: s.opts.Buffer})
 		if err != nil {
@@ -178,6 +191,16 @@ func (s *Server) openPorts(ctx context.Context) error {
 			"next", fmt.Sprintf("set the sysctls net.core.rmem_max and net.core.wmem_max to %d", s.opts.Buffer))
 	}
 	return nil
+}
+
+// alone fails where another process has the port: sockets that share it would let us in beside it, and half of the packets
+// would go there.
+func (s *Server) alone(ctx context.Context) error {
+	c, err := udpconn.Listen(ctx, udpconn.Options{Addr: s.opts.UDP})
+	if err != nil {
+		return err
+	}
+	return c.Close()
 }
 
 // addrFor is where the next socket of the group is bound: what the first one got.
@@ -205,6 +228,15 @@ func (s *Server) keep(ctx context.Context) {
 	}
 }
 
+// SetKeys replaces the coordinators' public keys. Tickets that are in use stay so until they end.
+func (s *Server) SetKeys(keys []ed25519.PublicKey) error {
+	if err := checkKeys(keys); err != nil {
+		return err
+	}
+	s.keys.Store(&keys)
+	return nil
+}
+
 // Addr is the UDP address, not valid where there is none.
 func (s *Server) Addr() netip.AddrPort {
 	if len(s.ports) == 0 {
@@ -222,7 +254,8 @@ func (s *Server) ProbeAddr() netip.AddrPort {
 	return a
 }
 
-// ServeHTTP takes WebSockets on [wire.PathRelay]. It returns when the WebSocket ends, at the latest with Close.
+// ServeHTTP takes WebSockets on [wire.PathRelay]. It returns once one is open, which then lives on until it ends, at the
+// latest with Close: so nothing of the request is kept as long as that.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	l := s.newLink(s.opts.Remote(r))
 	if l == nil {
@@ -230,14 +263,21 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "this relay takes no more connections", http.StatusServiceUnavailable)
 		return
 	}
-	defer s.running.Done()
-	defer s.drop(l)
-	if err := l.serve(w, r); err != nil {
-		s.log.Debug("relay websocket ended", "remote", r.RemoteAddr, "err", err)
+	socket, err := acceptSocket(w, r)
+	if err != nil {
+		s.log.Debug("relay websocket refused", "remote", r.RemoteAddr, "err", err)
+		s.drop(l)
+		return
 	}
+	go func() {
+		defer s.drop(l)
+		if err := l.serve(socket); err != nil {
+			s.log.Debug("relay websocket ended", "source", l.source, "err", err)
+		}
+	}()
 }
 
-// newLink makes room for a WebSocket, nil where there is none. The caller ends what is counted as running.
+// newLink makes room for a WebSocket, nil where there is none. It counts as running until drop.
 func (s *Server) newLink(remote netip.Addr) *link {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -264,7 +304,10 @@ func (s *Server) countUnbound(source netip.Addr, n int) {
 	}
 }
 
+// drop takes a WebSocket that has ended out of the count.
 func (s *Server) drop(l *link) {
+	defer s.running.Done()
+	l.leave()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.links, l)

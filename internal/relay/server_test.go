@@ -279,3 +279,33 @@ func TestSecretsDoNotPrint(t *testing.T) {
 		t.Fatal(got)
 	}
 }
+
+// Two relays on one port would take half of each other's packets.
+func TestAPortIsNotShared(t *testing.T) {
+	st := newStage(t, nil)
+	if s, err := New(t.Context(), Options{UDP: st.Addr().String(), Keys: signers()}); err == nil {
+		_ = s.Close()
+		t.Fatal("a second relay serves on the same port")
+	}
+}
+
+func TestKeysCanBeReplaced(t *testing.T) {
+	st, before, after := newStage(t, nil), newTalk(t), newTalk(t)
+	client := newUDP(t, st.Addr())
+	known := before.ticket(t, Client, nil)
+	use := func(b *Bind) { b.Ticket = known }
+	bind(t, client, before, Client, use)
+	other := ed25519.NewKeyFromSeed(bytes.Repeat([]byte{8}, ed25519.SeedSize)).Public().(ed25519.PublicKey)
+	if err := st.SetKeys(nil); err == nil {
+		t.Fatal("no key at all is taken")
+	}
+	if err := st.SetKeys([]ed25519.PublicKey{other}); err != nil {
+		t.Fatal(err)
+	}
+	if a := bind(t, client, after, Client, nil); a.Code != CodeTicket {
+		t.Fatalf("a ticket of a coordinator that is gone gets %d", a.Code)
+	}
+	if a := bind(t, client, before, Client, use); a.Code != 0 {
+		t.Fatalf("a ticket in use gets %d", a.Code)
+	}
+}

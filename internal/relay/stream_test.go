@@ -1,11 +1,15 @@
 package relay
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"errors"
+	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -16,7 +20,13 @@ import (
 	"github.com/culvertnet/culvert/internal/nat"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	if os.Getenv(childVar) != "" {
+		child()
+		return
+	}
+	goleak.VerifyTestMain(m)
+}
 
 // echo is a server that greets like a relay and sends every message back.
 func echo(t *testing.T, start func(http.Handler) *httptest.Server) *httptest.Server {
@@ -272,4 +282,32 @@ func TestAcceptRefuses(t *testing.T) {
 			t.Errorf("not the key of RFC 6455, section 1.3: %q", resp.Header.Get("Sec-WebSocket-Accept"))
 		}
 	}
+}
+
+// A ping that comes while a message is being written is answered once that is done.
+func TestPingDuringAWriteIsAnswered(t *testing.T) {
+	here, there := net.Pipe() // a write waits until the other end has read it
+	s := newSocket(there, bufio.NewReader(there), false)
+	var wait sync.WaitGroup
+	wait.Go(func() { _, _ = s.readMessage(nil) })
+	wait.Go(func() { _ = s.writeMessage(make([]byte, headroom+1000)) })
+	first := make([]byte, 1)
+	if _, err := io.ReadFull(here, first); err != nil { // the message is on its way, and stuck
+		t.Fatal(err)
+	}
+	ping := []byte{finBit | opPing, maskBit | 4, 0, 0, 0, 0, 'w', 'o', 'r', 'd'}
+	if _, err := here.Write(ping); err != nil {
+		t.Fatal(err)
+	}
+	rest := make([]byte, 3+1000)
+	if _, err := io.ReadFull(here, rest); err != nil {
+		t.Fatal(err)
+	}
+	_ = here.SetReadDeadline(time.Now().Add(30 * time.Second))
+	pong := make([]byte, 6)
+	if _, err := io.ReadFull(here, pong); err != nil || string(pong) != string([]byte{finBit | opPong, 4})+"word" {
+		t.Errorf("got %q, %v", pong, err)
+	}
+	_, _ = here.Close(), s.close()
+	wait.Wait()
 }

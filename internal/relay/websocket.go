@@ -2,6 +2,7 @@ package relay
 
 import (
 	"bufio"
+	"bytes"
 	"crypto/rand"
 	"crypto/sha1" //nolint:gosec // the handshake of RFC 6455 wants it; nothing rests on it
 	"crypto/subtle"
@@ -11,6 +12,7 @@ import (
 	"fmt"
 	"io"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -25,7 +27,8 @@ type socket struct {
 	in     *bufio.Reader
 	client bool // masks what it sends and takes unmasked frames; a server does the opposite (section 5.1)
 
-	write sync.Mutex // keeps frames whole
+	write sync.Mutex             // keeps frames whole
+	owed  atomic.Pointer[[]byte] // what the last ping held that has not been answered
 	dead  *time.Timer
 	once  sync.Once
 	err   error // of closing
@@ -89,15 +92,39 @@ func (s *socket) bye(code uint16, reason string) error {
 // writeMessage writes one binary message: buf without its first headroom bytes. It overwrites buf.
 func (s *socket) writeMessage(buf []byte) error {
 	s.write.Lock()
-	defer s.write.Unlock()
-	return s.frameInPlace(opBinary, buf)
+	err := s.frameInPlace(opBinary, buf)
+	s.write.Unlock()
+	if err != nil {
+		return err
+	}
+	return s.pong()
 }
 
 // ping asks for a sign of life.
 func (s *socket) ping() error {
 	s.write.Lock()
-	defer s.write.Unlock()
-	return s.frame(opPing, nil)
+	err := s.frame(opPing, nil)
+	s.write.Unlock()
+	if err != nil {
+		return err
+	}
+	return s.pong()
+}
+
+// pong answers the last ping, unless a frame is being written, which may take long: then whoever writes it answers afterwards
+// (section 5.5.3).
+func (s *socket) pong() error {
+	for s.owed.Load() != nil && s.write.TryLock() {
+		var err error
+		if payload := s.owed.Swap(nil); payload != nil {
+			err = s.frame(opPong, *payload)
+		}
+		s.write.Unlock()
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // frame writes a control frame.
@@ -284,11 +311,9 @@ func (s *socket) control(h frameHeader) error {
 	case opClose:
 		return errClosed
 	case opPing:
-		// Not while a message is being written, which may take long: what is written shows life as well.
-		if s.write.TryLock() {
-			defer s.write.Unlock()
-			return s.frame(opPong, payload)
-		}
+		owed := bytes.Clone(payload)
+		s.owed.Store(&owed)
+		return s.pong()
 	}
 	return nil
 }

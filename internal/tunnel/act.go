@@ -6,7 +6,6 @@ import (
 	"encoding/binary"
 	"time"
 
-	"golang.zx2c4.com/wireguard/conn"
 	"golang.zx2c4.com/wireguard/device"
 
 	"github.com/culvertnet/culvert/internal/nat"
@@ -78,7 +77,7 @@ func (p *Peer) messages(now time.Time) []outgoing {
 			continue // only a name that is too long; AddPeer has refused it
 		}
 		o.booked(c.ID, o.mtu, now)
-		out = append(out, outgoing{pkt, routeTo(o.spot)})
+		out = append(out, outgoing{pkt, &route{spot: o.spot}})
 	}
 	return out
 }
@@ -225,23 +224,23 @@ func (p *Peer) answered(from *route, id nat.TxID) (validated *path) {
 }
 
 // accept judges a WireGuard packet from path: what the device shall see of it.
-func (p *Peer) accept(from *path, pkt []byte) (conn.Endpoint, int) {
+func (p *Peer) accept(from *path, pkt []byte) (*Peer, []byte) {
 	if !from.open.Load() {
 		p.park(from, pkt)
-		return nil, 0
+		return nil, nil
 	}
 	p.rx.Add(uint64(len(pkt)))
 	if messageType(pkt) == device.MessageTransportType {
-		return p, len(pkt)
+		return p, pkt
 	}
 	repeated, response := p.handshake.receiving(pkt)
 	if !repeated {
-		return p, len(pkt)
+		return p, pkt
 	}
 	if to := p.current.Load(); to != nil && response != nil {
 		_ = p.tunnel.bind.sendTo(bytes.Clone(response), to)
 	}
-	return nil, 0
+	return nil, nil
 }
 
 // park keeps one handshake message that came from a spot whose checks are authentic but whose path is not validated
@@ -256,15 +255,14 @@ func (p *Peer) park(from *path, pkt []byte) {
 	from.parked = append(from.parked[:0], pkt...)
 }
 
-// unpark moves the message that was parked for a path, now validated, into buf and gives its size; 0 if there is none.
-func (p *Peer) unpark(from *path, buf []byte) int {
+// unpark gives the message that was parked for a path, now validated, if the device shall see it.
+func (p *Peer) unpark(from *path) (*Peer, []byte) {
 	p.mu.Lock()
-	n := copy(buf, from.parked)
+	parked := from.parked
 	from.parked = nil
 	p.mu.Unlock()
-	if n == 0 {
-		return 0
+	if len(parked) == 0 {
+		return nil, nil
 	}
-	_, n = p.accept(from, bytes.Clone(buf[:n]))
-	return n
+	return p.accept(from, parked)
 }

@@ -1,25 +1,27 @@
 package tunnel
 
 import (
+	"context"
 	"encoding/binary"
 	"fmt"
+	"net"
 	"net/netip"
+	"strconv"
 	"sync/atomic"
 	"time"
 
 	"golang.zx2c4.com/wireguard/conn"
 	"golang.zx2c4.com/wireguard/device"
+
+	"github.com/culvertnet/culvert/internal/udpconn"
 )
 
-// maxBatch is the most that may go into one UDP GSO send, in bytes of payload. The kernel segments a batch in software as soon
-// as the packet with all its headers reaches 65,536 bytes, link header included (gso_features_check), which costs more
-// than half of the throughput. 42 bytes are Ethernet, IPv4 and UDP; 48 more leave room for IPv6 and a VLAN tag.
-const maxBatch = 1<<16 - 42 - 48 - 1
-
-// bind puts path choice under wireguard-go: a conn.Bind around the standard one, whose batching and offloads it keeps. Towards
-// wireguard-go a peer has one endpoint, the [Peer] itself, whatever path is behind it at the moment.
+// bind puts path choice under wireguard-go. Towards it a peer has one endpoint, the [Peer] itself, whatever path is behind it at the
+// moment.
+//
+// It is not made of wireguard-go's standard bind, which allocates for each packet that it receives, copies each packet of a relay twice, and
+// lets the kernel fragment what a forged ICMP message says is too large.
 type bind struct {
-	*conn.StdNetBind
 	table  table
 	side   *sideEntrance
 	stun   func(pkt []byte, from *route) *path
@@ -27,7 +29,7 @@ type bind struct {
 	in     *window // packets from the socket to the TUN
 	out    *window // and from the TUN to the socket
 	counts bindCounts
-	bound  atomic.Uint32 // the UDP port
+	socket atomic.Pointer[socket] // nil while closed
 }
 
 // bindCounts counts what the bind dropped, in packets.
@@ -37,27 +39,43 @@ type bindCounts struct {
 	noPath   atomic.Uint64 // sent to a peer without a path
 }
 
-// Open opens the socket and wraps what receives from it.
+// Open opens the socket, for both families where there are two.
 func (b *bind) Open(port uint16) ([]conn.ReceiveFunc, uint16, error) {
-	fns, port, err := b.StdNetBind.Open(port)
+	c, err := udpconn.Listen(context.Background(), udpconn.Options{Addr: ":" + strconv.Itoa(int(port))})
 	if err != nil {
 		return nil, 0, err
 	}
-	for i, fn := range fns {
-		fns[i] = b.receive(fn)
-	}
-	b.bound.Store(uint32(port))
-	return append(fns, b.side.open(b)), port, nil
+	b.socket.Store(newSocket(c))
+	return []conn.ReceiveFunc{b.receive(c), b.side.open(b)}, c.LocalAddr().Port(), nil
 }
 
 // Close closes the socket and ends what receives.
 func (b *bind) Close() error {
 	b.side.close()
-	return b.StdNetBind.Close()
+	if s := b.socket.Swap(nil); s != nil {
+		return s.conn.Close()
+	}
+	return nil
 }
 
+// BatchSize is how many packets are received and sent at a time.
+func (*bind) BatchSize() int {
+	if batched {
+		return conn.IdealBatchSize
+	}
+	return 1
+}
+
+// SetMark does nothing: our packets are kept out of the tunnel by routes.
+func (*bind) SetMark(uint32) error { return nil }
+
 // port is the UDP port that is open, 0 if none is.
-func (b *bind) port() uint16 { return uint16(b.bound.Load()) }
+func (b *bind) port() uint16 {
+	if s := b.socket.Load(); s != nil {
+		return s.conn.LocalAddr().Port()
+	}
+	return 0
+}
 
 // Send sends WireGuard packets to a peer over its chosen path. Without one, a handshake is kept for the first path that
 // comes up and all else is dropped: nothing waits here.
@@ -89,16 +107,12 @@ func (b *bind) Send(bufs [][]byte, endpoint conn.Endpoint) error {
 // transmit sends packets over a route. It may write into them and behind them, up to their capacity.
 func (b *bind) transmit(bufs [][]byte, r *route) error {
 	if r.via != nil {
-		return r.via.send(bufs, r.header)
+		return r.via.send(bufs, r)
 	}
-	if r.header != 0 {
-		frame(bufs, r.header)
+	if s := b.socket.Load(); s != nil {
+		return s.send(bufs, r)
 	}
-	for i, buf := range bufs {
-		// The standard bind coalesces into the first buffer of a batch as far as its capacity goes.
-		bufs[i] = buf[:len(buf):min(cap(buf), max(len(buf), maxBatch))]
-	}
-	return b.StdNetBind.Send(bufs, r.ep)
+	return net.ErrClosed
 }
 
 // sendTo sends one datagram that is not the device's.

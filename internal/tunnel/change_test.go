@@ -54,7 +54,7 @@ func (d *drive) live(dur time.Duration, links map[*path]*link, flow func() (rx, 
 			if w.at.After(d.now) {
 				rest = append(rest, w)
 			} else if l := links[w.p]; l != nil && !l.blocked {
-				d.answered(w.p, w.id, routeTo(w.p.spot), d.now)
+				d.answered(w.p, w.id, &route{spot: w.p.spot}, d.now)
 			}
 		}
 		waiting = rest
@@ -67,7 +67,7 @@ func never() bool { return false }
 // flows of traffic, a tick's bytes.
 func bulk() (uint64, uint64)   { return 20_000, 1_000 }
 func silent() (uint64, uint64) { return 0, 0 }
-func sender() (uint64, uint64) { return 0, 20_000 }
+func upload() (uint64, uint64) { return 0, 20_000 }
 
 // trickle is what is left of a download whose acknowledgements are lost: the sender repeats itself ever more slowly.
 func trickle() func() (uint64, uint64) {
@@ -111,11 +111,11 @@ func TestBlockedPathIsLeftAndTakenAgain(t *testing.T) {
 		rtt  time.Duration
 		left func() func() (uint64, uint64) // what still flows over the blocked path
 	}{
-		"both ways":           {20 * time.Millisecond, func() func() (uint64, uint64) { return sender }},
+		"both ways":           {20 * time.Millisecond, func() func() (uint64, uint64) { return upload }},
 		"acknowledgements":    {20 * time.Millisecond, trickle},
 		"datagrams come in":   {20 * time.Millisecond, func() func() (uint64, uint64) { return func() (uint64, uint64) { return 20_000, 0 } }},
 		"far away":            {250 * time.Millisecond, trickle},
-		"nothing flowed then": {20 * time.Millisecond, func() func() (uint64, uint64) { return sender }},
+		"nothing flowed then": {20 * time.Millisecond, func() func() (uint64, uint64) { return upload }},
 	} {
 		t.Run(name, func(t *testing.T) {
 			for _, blocked := range []time.Duration{5 * time.Second, time.Minute} {
@@ -173,7 +173,7 @@ func TestTrafficMovesToLivingPathsOnly(t *testing.T) {
 	links := map[*path]*link{relay: {rtt: 30 * time.Millisecond}, direct: {rtt: 20 * time.Millisecond}}
 	d.live(10*time.Second, links, bulk, never)
 	links[direct].blocked, links[relay].blocked = true, true
-	took := d.live(10*time.Second, links, sender, func() bool { return d.chosen == nil })
+	took := d.live(10*time.Second, links, upload, func() bool { return d.chosen == nil })
 	if took > 4*time.Second {
 		t.Errorf("the loss of everything is told after %v", took)
 	}

@@ -85,7 +85,7 @@ func maxTime(a, b time.Time) time.Time {
 func (d *drive) answer(p *path, rtt time.Duration) bool {
 	d.now = d.now.Add(rtt)
 	ids := d.sent[p]
-	return d.answered(p, ids[len(ids)-1], routeTo(p.spot), d.now)
+	return d.answered(p, ids[len(ids)-1], &route{spot: p.spot}, d.now)
 }
 
 // request is a check from the other side.

@@ -297,7 +297,7 @@ func (l *leg) due(now time.Time) *outgoing {
 	r.book(l, id)
 	l.id = id
 	pkt := relay.AppendBind(nil, relay.Bind{ID: id, Nonce: l.at.offer.Nonce, Ticket: l.ticket}, &l.key)
-	return &outgoing{pkt: pkt, to: routeTo(l.relay())}
+	return &outgoing{pkt: pkt, to: &route{spot: l.relay()}}
 }
 
 // relay is where the relay itself is spoken to.
@@ -352,5 +352,5 @@ func (l *leg) close() *outgoing {
 		return nil
 	}
 	bind := relay.Bind{ID: randomID(), Unbind: true, Nonce: l.at.offer.Nonce, Ticket: l.ticket}
-	return &outgoing{pkt: relay.AppendBind(nil, bind, &l.key), to: routeTo(l.relay())}
+	return &outgoing{pkt: relay.AppendBind(nil, bind, &l.key), to: &route{spot: l.relay()}}
 }

@@ -125,7 +125,7 @@ func (p *Peer) Refresh() {
 		p.engine.refresh(now)
 		for _, q := range p.engine.paths {
 			if q.spot.via == nil {
-				q.route = routeTo(q.spot)
+				q.route = &route{spot: q.spot}
 			}
 		}
 		if c := p.engine.chosen; c != nil {

@@ -2,99 +2,142 @@ package tunnel
 
 import (
 	"encoding/binary"
+	"errors"
 	"net"
 	"sync"
+	"time"
 
 	"golang.zx2c4.com/wireguard/conn"
 	"golang.zx2c4.com/wireguard/device"
 
 	"github.com/culvertnet/culvert/internal/nat"
 	"github.com/culvertnet/culvert/internal/relay"
+	"github.com/culvertnet/culvert/internal/udpconn"
 )
 
-// receive filters what comes in: WireGuard packets from validated paths go on to the device, STUN is handled here, all
-// else is dropped. The device skips packets of size 0.
-func (b *bind) receive(fn conn.ReceiveFunc) conn.ReceiveFunc {
-	var last *path // packets come in runs from one spot
-	timer := stoppedTimer()
-	return func(bufs [][]byte, sizes []int, eps []conn.Endpoint) (int, error) {
-		for {
-			b.in.wait(timer)
-			n, err := fn(bufs, sizes, eps)
-			if err != nil {
-				return n, err
-			}
-			data, live := 0, false
-			for i := range n {
-				if sizes[i] == 0 {
-					continue
-				}
-				ep := eps[i].(*conn.StdNetEndpoint)
-				ep.AddrPort = unmap(ep.AddrPort)
-				from := spot{remote: ep.AddrPort}
-				sizes[i], from.header = unframe(bufs[i], sizes[i])
-				last = b.pathOf(last, from)
-				eps[i], sizes[i] = b.accept(bufs[i], sizes[i], last, from, ep)
-				if sizes[i] == 0 {
-					continue
-				}
-				live = true
-				data += isData(bufs[i], sizes[i])
-			}
-			if live {
-				b.in.take(data)
-				return n, nil
-			}
+// reads is how many datagrams one system call takes at most, each a run of up to 64 packets.
+const reads = 8
+
+// arrivals are what one read has brought, packet by packet. A packet is valid until the next read.
+type arrivals interface {
+	// next gives the next packet and where it comes from; false when there are no more.
+	next() (packet []byte, from *route, ok bool)
+}
+
+// inbox hands packets to the device: WireGuard packets from validated paths. STUN is handled on the way, all else is dropped. One goroutine
+// uses it.
+type inbox struct {
+	*bind
+	last  *path // packets come in runs from one spot
+	timer *time.Timer
+}
+
+// fill copies packets out until there are no more, or no room. It gives how many the device gets, and whether there may be more.
+func (in *inbox) fill(a arrivals, bufs [][]byte, sizes []int, eps []conn.Endpoint) (n int, more bool) {
+	data := 0
+	defer func() { in.in.take(data) }()
+	for n < len(bufs) {
+		packet, from, ok := a.next()
+		if !ok {
+			return n, false
 		}
+		if in.last == nil || in.last.spot != from.spot || in.last.gone.Load() {
+			in.last = in.table.lookup(from.spot)
+		}
+		p, packet := in.accept(packet, in.last, from)
+		if p == nil || len(packet) > len(bufs[n]) {
+			continue
+		}
+		sizes[n], eps[n] = copy(bufs[n], packet), p
+		if len(packet) > device.MessageKeepaliveSize && messageType(packet) == device.MessageTransportType {
+			data++ // it will come out at the TUN, if all goes well
+		}
+		n++
 	}
-}
-
-// isData counts a packet that will come out at the TUN, if all goes well.
-func isData(buf []byte, size int) int {
-	if size > device.MessageKeepaliveSize && messageType(buf) == device.MessageTransportType {
-		return 1
-	}
-	return 0
-}
-
-// unframe takes the header off a frame, 0 for what is none.
-func unframe(buf []byte, size int) (int, uint32) {
-	if !relay.IsFrame(buf[:size]) {
-		return size, 0
-	}
-	header := binary.BigEndian.Uint32(buf)
-	return copy(buf, buf[relay.FrameHeader:size]), header
-}
-
-// pathOf gives the path of a spot, nil if no authentic check has ever come from there. last is what it gave before.
-func (b *bind) pathOf(last *path, from spot) *path {
-	if last != nil && last.spot == from && !last.gone.Load() {
-		return last
-	}
-	return b.table.lookup(from)
+	return n, true
 }
 
 // accept judges one packet from a spot, whose path is p if an authentic check has ever come from there. It gives
-// what the device shall see of it: a size of 0 for nothing.
-func (b *bind) accept(buf []byte, size int, p *path, from spot, ep *conn.StdNetEndpoint) (conn.Endpoint, int) {
-	pkt := buf[:size]
+// what the device shall see, and of which peer; nil for nothing.
+func (b *bind) accept(pkt []byte, p *path, from *route) (*Peer, []byte) {
 	switch {
 	case isWireGuard(pkt):
 		if p == nil {
 			b.counts.stranger.Add(1)
-			return nil, 0
+			return nil, nil
 		}
 		return p.peer.accept(p, pkt)
 	case nat.IsSTUN(pkt):
-		if p := b.stun(pkt, &route{spot: from, ep: ep}); p != nil {
-			if parked := p.peer.unpark(p, buf); parked > 0 {
-				return p.peer, parked
-			}
+		origin := *from
+		if p := b.stun(pkt, &origin); p != nil {
+			return p.peer.unpark(p)
 		}
-		return nil, 0
+		return nil, nil
 	}
 	b.counts.junk.Add(1)
-	return nil, 0
+	return nil, nil
+}
+
+// datagrams are the arrivals of a socket.
+type datagrams struct {
+	batch *udpconn.Batch
+	via   door // where the socket belongs to one peer
+
+	i    int    // the datagram after the one that rest belongs to
+	rest []byte // packets of it that have not been given
+	size int    // of each
+	from route
+}
+
+// reset starts over after a read.
+func (d *datagrams) reset() { d.i, d.rest = 0, nil }
+
+// next takes the header off a frame.
+func (d *datagrams) next() ([]byte, *route, bool) {
+	for len(d.rest) == 0 {
+		if d.i >= d.batch.Len() {
+			return nil, nil, false
+		}
+		one := d.batch.Datagram(d.i)
+		d.i++
+		d.rest, d.size = one.Data, one.Segment
+		d.from = route{spot: spot{via: d.via, remote: one.From}, local: one.Local}
+	}
+	n := min(d.size, len(d.rest))
+	packet := d.rest[:n:n]
+	d.rest = d.rest[n:]
+	d.from.header = 0
+	if relay.IsFrame(packet) {
+		d.from.header = binary.BigEndian.Uint32(packet)
+		packet = packet[relay.FrameHeader:]
+	}
+	return packet, &d.from, true
+}
+
+// readPause is how long a socket is left alone after an error.
+const readPause = 10 * time.Millisecond
+
+// receive gives the function by which the device receives from a socket.
+func (b *bind) receive(c *udpconn.Conn) conn.ReceiveFunc {
+	in := &inbox{bind: b, timer: stoppedTimer()}
+	d := &datagrams{batch: c.NewBatch(reads)}
+	more := false
+	return func(bufs [][]byte, sizes []int, eps []conn.Endpoint) (n int, err error) {
+		for n == 0 {
+			if !more {
+				b.in.wait(in.timer)
+				if err := d.batch.Read(); errors.Is(err, net.ErrClosed) {
+					return 0, net.ErrClosed
+				} else if err != nil {
+					time.Sleep(readPause) // the next one may succeed; an error would end the device
+					continue
+				}
+				d.reset()
+			}
+			n, more = in.fill(d, bufs, sizes, eps)
+		}
+		return n, nil
+	}
 }
 
 // sideEntrance is how packets that come in through doors get to the device: one more function that it receives from. Whoever reads
@@ -106,13 +149,13 @@ type sideEntrance struct {
 	closed chan struct{} // of this opening; nil while closed
 }
 
-// parcel is what one read from a door has brought: runs of packets from one spot, or from spots that differ in their headers.
+// parcel is what one read from a door has brought.
 type parcel struct {
-	from spot
-	// next gives the next packet and its header; false when there are no more.
-	next func() (packet []byte, header uint32, ok bool)
+	arrivals
 	done chan struct{} // has a token when all is copied
 }
+
+func newParcel(a arrivals) *parcel { return &parcel{arrivals: a, done: make(chan struct{}, 1)} }
 
 func newSideEntrance() *sideEntrance { return &sideEntrance{parcels: make(chan *parcel)} }
 
@@ -122,43 +165,25 @@ func (s *sideEntrance) open(b *bind) conn.ReceiveFunc {
 	s.closed = make(chan struct{})
 	closed := s.closed
 	s.mu.Unlock()
+	in := &inbox{bind: b, timer: stoppedTimer()}
 	var now *parcel
-	var last *path
-	timer := stoppedTimer()
-	return func(bufs [][]byte, sizes []int, eps []conn.Endpoint) (int, error) {
-		for {
+	return func(bufs [][]byte, sizes []int, eps []conn.Endpoint) (n int, err error) {
+		for n == 0 {
 			if now == nil {
 				select {
 				case now = <-s.parcels:
 				case <-closed:
 					return 0, net.ErrClosed
 				}
+				b.in.wait(in.timer)
 			}
-			b.in.wait(timer)
-			n, more := 0, true
-			data := 0
-			for n < len(bufs) && more {
-				var packet []byte
-				from := now.from
-				if packet, from.header, more = now.next(); !more || len(packet) > len(bufs[n]) {
-					continue
-				}
-				sizes[n] = copy(bufs[n], packet)
-				last = b.pathOf(last, from)
-				if eps[n], sizes[n] = b.accept(bufs[n], sizes[n], last, from, nil); sizes[n] > 0 {
-					data += isData(bufs[n], sizes[n])
-					n++
-				}
-			}
-			if !more {
+			more := false
+			if n, more = in.fill(now, bufs, sizes, eps); !more {
 				now.done <- struct{}{}
 				now = nil
 			}
-			if n > 0 {
-				b.in.take(data)
-				return n, nil
-			}
 		}
+		return n, nil
 	}
 }
 

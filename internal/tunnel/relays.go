@@ -245,7 +245,7 @@ func (r *relays) questions(now time.Time, down *[]*node) []outgoing {
 				delete(r.asks, old)
 			}
 			r.asks[id] = n
-			out = append(out, outgoing{relay.WantRequest(id), routeTo(spot{remote: addr})})
+			out = append(out, outgoing{relay.WantRequest(id), &route{spot: spot{remote: addr}}})
 		}
 	}
 	return out

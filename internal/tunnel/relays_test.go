@@ -265,9 +265,7 @@ func TestForeignFramesAreDropped(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	framed := [][]byte{append([]byte(nil), check...)}
-	frame(framed, h)
-	from, answers := attack(t, gateway, framed[0])
+	from, answers := attack(t, gateway, framed(check, h))
 	if answers > 0 {
 		t.Errorf("a framed check from elsewhere drew %d packets", answers)
 	}

@@ -4,8 +4,6 @@ import (
 	"encoding/binary"
 	"net/netip"
 
-	"golang.zx2c4.com/wireguard/conn"
-
 	"github.com/culvertnet/culvert/internal/relay"
 )
 
@@ -13,21 +11,13 @@ import (
 type door interface {
 	// send sends packets without blocking; what there is no room for is dropped. It may write into them and behind them, up to
 	// their capacity.
-	send(packets [][]byte, header uint32) error
+	send(packets [][]byte, r *route) error
 }
 
 // route is how a path's packets leave: to which spot, from which local address. It never changes.
 type route struct {
 	spot
-	ep *conn.StdNetEndpoint // nil through a door
-}
-
-// routeTo gives the route to a spot from whatever local address the system picks.
-func routeTo(s spot) *route {
-	if s.via != nil {
-		return &route{spot: s}
-	}
-	return &route{spot: s, ep: &conn.StdNetEndpoint{AddrPort: s.remote}}
+	local netip.Addr // not valid where the system is to choose
 }
 
 // mapped is the address that is told to whoever asks from here.
@@ -47,19 +37,3 @@ func header(c relay.Channel) uint32 {
 
 // channel is the channel that a header names.
 func channel(header uint32) relay.Channel { return relay.Channel(header &^ (0xF << 28)) }
-
-// frame puts a header before each packet. It shifts them within their own buffers, where there is room: wireguard-go's hold 64 KiB.
-func frame(bufs [][]byte, header uint32) {
-	for i, buf := range bufs {
-		n := len(buf) + relay.FrameHeader
-		framed := buf
-		if cap(buf) >= n {
-			framed = buf[:n]
-		} else {
-			framed = make([]byte, n) // a handshake
-		}
-		copy(framed[relay.FrameHeader:], buf)
-		binary.BigEndian.PutUint32(framed, header)
-		bufs[i] = framed
-	}
-}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"math/rand/v2"
+	"net/netip"
 	"sync"
 	"time"
 
@@ -21,14 +22,14 @@ type stream struct {
 var _ door = (*stream)(nil)
 
 // send queues packets, or without a header messages for the relay itself; what there is no room for is dropped.
-func (s *stream) send(packets [][]byte, header uint32) error {
-	if header == 0 {
+func (s *stream) send(packets [][]byte, r *route) error {
+	if r.header == 0 {
 		for _, msg := range packets {
 			s.conn.SendSTUN(msg)
 		}
 		return nil
 	}
-	s.conn.Send(channel(header), packets)
+	s.conn.Send(channel(r.header), packets)
 	return nil
 }
 
@@ -48,33 +49,42 @@ func (s *stream) isOpen() bool {
 	}
 }
 
+// messages are the arrivals of a stream: the frames of one WebSocket message. What the relay itself says is handled on the way.
+type messages struct {
+	relays *relays
+	blocks relay.Blocks
+	frames relay.Frames
+	from   route
+}
+
+func (m *messages) next() ([]byte, *route, bool) {
+	for !m.frames.Next() {
+		if !m.blocks.Next() {
+			return nil, nil, false
+		}
+		if m.frames = m.blocks.Frames(); m.blocks.Segment == 0 {
+			m.relays.take(m.blocks.Data, netip.AddrPort{})
+		}
+	}
+	m.from.header = header(m.frames.Channel)
+	return m.frames.Packet, &m.from, true
+}
+
 // read hands what comes in to the device until the stream ends.
 func (s *stream) read(r *relays) error {
-	var blocks relay.Blocks
-	var frames relay.Frames
-	p := &parcel{from: spot{via: s}, done: make(chan struct{}, 1)}
-	p.next = func() ([]byte, uint32, bool) {
-		for !frames.Next() {
-			if !blocks.Next() {
-				return nil, 0, false
-			}
-			if frames = blocks.Frames(); blocks.Segment == 0 {
-				r.take(blocks.Data, p.from.remote)
-			}
-		}
-		return frames.Packet, header(frames.Channel), true
-	}
+	m := &messages{relays: r, from: route{spot: spot{via: s}}}
+	p := newParcel(m)
 	for {
 		msg, err := s.conn.Receive()
 		if err != nil {
 			return err
 		}
-		blocks, frames = relay.WalkBlocks(msg), relay.Frames{}
+		m.blocks, m.frames = relay.WalkBlocks(msg), relay.Frames{}
 		if !r.t.bind.side.hand(p, s.quit) {
 			return errClosed
 		}
-		if blocks.Err != nil {
-			return blocks.Err
+		if m.blocks.Err != nil {
+			return m.blocks.Err
 		}
 	}
 }

@@ -52,7 +52,7 @@ func (t *Tunnel) Reflexive(ctx context.Context, server netip.AddrPort) (netip.Ad
 		delete(t.reflexive, id)
 		t.mu.Unlock()
 	}()
-	to := routeTo(spot{remote: unmap(server)})
+	to := &route{spot: spot{remote: unmap(server)}}
 	request := nat.BindingRequest(id)
 	for wait := 100 * time.Millisecond; ; wait = min(2*wait, 2*time.Second) {
 		if err := t.bind.sendTo(append([]byte(nil), request...), to); err != nil {

@@ -17,7 +17,6 @@ import (
 	"time"
 
 	"golang.org/x/time/rate"
-	"golang.zx2c4.com/wireguard/conn"
 	"golang.zx2c4.com/wireguard/device"
 	"golang.zx2c4.com/wireguard/tun"
 
@@ -87,12 +86,8 @@ func New(opts Options) (*Tunnel, error) {
 		bindKeys:  map[wire.Key]relay.BindKey{},
 	}
 	t.relays = newRelays(t, opts.Relays)
-	std, ok := conn.NewStdNetBind().(*conn.StdNetBind)
-	if !ok {
-		return nil, errors.New("wireguard's standard bind has changed its type")
-	}
 	in, out := newWindow(opts.Window), newWindow(opts.Window)
-	t.bind = &bind{StdNetBind: std, stun: t.handleSTUN, side: newSideEntrance(), find: t.session, in: in, out: out}
+	t.bind = &bind{stun: t.handleSTUN, side: newSideEntrance(), find: t.session, in: in, out: out}
 	tunDevice := &windowed{Device: opts.TUN, in: in, out: out, timer: stoppedTimer()}
 	t.device = device.NewDevice(tunDevice, t.bind, deviceLogger(opts.Logger))
 	config := fmt.Sprintf("private_key=%s\nlisten_port=%d\n", hex.EncodeToString(opts.Key.Bytes()), opts.Port)
@@ -106,7 +101,7 @@ func New(opts Options) (*Tunnel, error) {
 	}
 	if t.port = t.bind.port(); t.port == 0 {
 		t.device.Close()
-		return nil, fmt.Errorf("open udp port %d: no address family works", opts.Port)
+		return nil, fmt.Errorf("open udp port %d: it was closed again", opts.Port)
 	}
 	return t, nil
 }

@@ -2,12 +2,12 @@ package udpconn
 
 import (
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"net/netip"
 	"strconv"
 	"sync/atomic"
 	"syscall"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -239,8 +239,10 @@ type Queue struct {
 	messages []unix.Mmsghdr
 	slots    []slot
 	n        int
+	at       int   // the first message that has not been sent
 	segments []int // of each message
 	send     func(fd uintptr)
+	write    func(fd uintptr) bool
 
 	Sent    uint64 // datagrams that the kernel took
 	Dropped uint64 // datagrams that it did not take at once, or could not send
@@ -254,7 +256,8 @@ func (c *Conn) NewQueue(size int) *Queue {
 		m.Hdr.Iov, m.Hdr.Name = &s.iov, (*byte)(unsafe.Pointer(&s.name))
 		m.Hdr.SetIovlen(1)
 	}
-	q.send = q.transmit
+	q.send = func(fd uintptr) { q.transmit(fd) }
+	q.write = q.transmit
 	return q
 }
 
@@ -338,15 +341,31 @@ func (s *slot) putSource(at int, from netip.Addr, is6 bool) int {
 
 // Flush sends what is queued. What the kernel does not take at once is dropped and counted.
 func (q *Queue) Flush() {
+	if q.n > 0 {
+		_ = q.conn.raw.Control(q.send) // what a closed socket does not take is dropped as well
+		q.drop()
+	}
+}
+
+// FlushWait sends what is queued, and waits until the kernel takes it, though no longer than limit: for who sends what it is given no
+// faster than it goes out. The rest is dropped and counted.
+func (q *Queue) FlushWait(limit time.Duration) {
 	if q.n == 0 {
 		return
 	}
-	if err := q.conn.raw.Control(q.send); err != nil {
-		for i := range q.n {
-			q.Dropped += q.datagrams(i)
-		}
+	_ = q.conn.raw.Control(q.send)
+	if q.at < q.n && q.conn.udp.SetWriteDeadline(time.Now().Add(limit)) == nil {
+		_ = q.conn.raw.Write(q.write)
 	}
-	q.n = 0
+	q.drop()
+}
+
+// drop forgets what has not been sent.
+func (q *Queue) drop() {
+	for ; q.at < q.n; q.at++ {
+		q.Dropped += q.datagrams(q.at)
+	}
+	q.n, q.at = 0, 0
 }
 
 // datagrams is how many datagrams the i-th message holds.
@@ -354,31 +373,34 @@ func (q *Queue) datagrams(i int) uint64 {
 	return (uint64(q.slots[i].iov.Len) + uint64(q.segments[i]) - 1) / uint64(q.segments[i])
 }
 
-func (q *Queue) transmit(fd uintptr) {
-	for i := 0; i < q.n; {
+// transmit sends messages and reports whether it is done with all of them: false says that the kernel takes no more at the moment.
+func (q *Queue) transmit(fd uintptr) bool {
+	for q.at < q.n {
+		i := q.at
 		if !q.conn.gso.Load() && q.datagrams(i) > 1 {
 			q.split(fd, i)
-			i++
+			q.at++
 			continue
 		}
 		n, _, errno := unix.Syscall6(unix.SYS_SENDMMSG, fd, uintptr(unsafe.Pointer(&q.messages[i])), uintptr(q.ready(i)), unix.MSG_DONTWAIT, 0, 0)
 		switch {
 		case errno == 0:
-			for end := i + int(n); i < end; i++ {
-				q.Sent += q.datagrams(i)
+			for end := i + int(n); q.at < end; q.at++ {
+				q.Sent += q.datagrams(q.at)
 			}
 		case errno == unix.EINTR:
 		case errno == unix.EIO && q.datagrams(i) > 1:
 			q.conn.gso.Store(false) // the device cannot compute checksums, which segmentation needs
-		case errors.Is(errno, unix.EAGAIN) || errno == unix.ENOBUFS:
-			for ; i < q.n; i++ {
-				q.Dropped += q.datagrams(i)
-			}
+		case errno == unix.EAGAIN:
+			return false
+		case errno == unix.ENOBUFS:
+			q.drop()
 		default: // too large for the path, no route, refused by a firewall: the next one may go elsewhere
 			q.Dropped += q.datagrams(i)
-			i++
+			q.at++
 		}
 	}
+	return true
 }
 
 // ready is how many messages from the i-th on can be sent with one call: all, unless some have to be split.

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"syscall"
+	"time"
 )
 
 type platform struct{}
@@ -91,3 +92,6 @@ func (q *Queue) Add(data []byte, segment int, to netip.AddrPort, _ netip.Addr) {
 
 // Flush does nothing: Add has sent all.
 func (q *Queue) Flush() {}
+
+// FlushWait does nothing: Add has sent all, and waited for the system to take it.
+func (q *Queue) FlushWait(time.Duration) {}

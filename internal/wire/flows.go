@@ -33,7 +33,8 @@ type FlowsAck struct {
 }
 
 // FlowRecord is what became of one flow, or of several alike where Count says so. Sessions are named as the gateway knows
-// them; the coordinator believes a gateway about those that it holds and no others.
+// them; the coordinator believes a gateway about those that it holds or has held and no others. Records of a session may come
+// after its [End]. An empty session stands for several, when too many denials came at once.
 type FlowRecord struct {
 	// Flow numbers the flow within its gateway's instance; 0 where the record stands for several. A flow that lives long is
 	// reported twice: once as [CauseOpen] and once when it has ended, with the totals of its whole life.

@@ -28,6 +28,7 @@ type InsideSession struct {
 	Gateway   string         `json:"gateway"`
 	Addresses []netip.Addr   `json:"addresses"`
 	Routes    []netip.Prefix `json:"routes"`
+	Names     *Names         `json:"names,omitempty"`
 	Grants    []Grant        `json:"grants"`
 	Expires   time.Time      `json:"expires"`
 	Ends      time.Time      `json:"ends"`
@@ -36,12 +37,14 @@ type InsideSession struct {
 
 // FlowCounts counts a session's flows since it began.
 type FlowCounts struct {
-	Open    uint64 `json:"open"`
-	Allowed uint64 `json:"allowed"`
-	Denied  uint64 `json:"denied"`
-	Failed  uint64 `json:"failed"` // allowed, but the target refused or did not answer
-	BytesUp uint64 `json:"bytes_up"`
-	BytesDn uint64 `json:"bytes_down"`
+	Open     uint64 `json:"open"`
+	Allowed  uint64 `json:"allowed"`            // an allow line covers them
+	Observed uint64 `json:"observed,omitempty"` // only an observe line does
+	Denied   uint64 `json:"denied"`
+	Limited  uint64 `json:"limited,omitempty"` // covered, but the session had used up what it may have
+	Failed   uint64 `json:"failed"`            // let through, but the target refused or did not answer
+	BytesUp  uint64 `json:"bytes_up"`
+	BytesDn  uint64 `json:"bytes_down"`
 }
 
 // ReachRequest asks the gateway whether this session could reach a target, by trying.

@@ -27,6 +27,7 @@ const (
 	FrameRenewed    FrameType = "renewed"    // gateway → coordinator: [Renewed]
 	FrameRenew      FrameType = "renew"      // coordinator → gateway: [Renewed], a token that came to the coordinator; answered with [Answer]
 	FrameEnd        FrameType = "end"        // either way: [End]
+	FrameCredential FrameType = "credential" // gateway → coordinator: [Credential], before the one that the stream was opened with runs out
 	FrameLeaving    FrameType = "leaving"    // gateway → coordinator: no new sessions, please
 )
 
@@ -63,8 +64,9 @@ type Held struct {
 type Welcome struct {
 	Version   int            `json:"version"`
 	Network   string         `json:"network"`
-	Addresses []netip.Addr   `json:"addresses"` // the gateway's overlay addresses
-	Overlay   []netip.Prefix `json:"overlay"`   // ranges of sessions and services, to which no flow leaves the tunnel
+	Addresses []netip.Addr   `json:"addresses"`         // the gateway's overlay addresses
+	Overlay   []netip.Prefix `json:"overlay"`           // ranges of sessions and services, to which no flow leaves the tunnel
+	Services  netip.Prefix   `json:"services,omitzero"` // IPv4 range of service addresses; the IPv6 overlay mirrors it
 	STUN      []string       `json:"stun"`
 	Relays    []Relay        `json:"relays,omitempty"` // to be kept ready: an offer may name any of them
 	End       []string       `json:"end"`              // sessions of Hello that are over
@@ -104,6 +106,12 @@ type Renewed struct {
 	Session string `json:"session"`
 	Token   Secret `json:"token"`
 	Lease   *Lease `json:"lease,omitempty"` // what the gateway gave, in its own word
+}
+
+// Credential proves anew who a gateway is: the Authorization header's value, as when the stream was opened. A gateway sends it
+// when its file has changed, because workload identity tokens rotate and a stream lasts no longer than its credential.
+type Credential struct {
+	Authorization Secret `json:"authorization"`
 }
 
 // End says that a session is over.

@@ -1,4 +1,5 @@
-package server
+// Package certs serves a TLS certificate from files.
+package certs
 
 import (
 	"crypto/tls"
@@ -14,9 +15,9 @@ import (
 // certEvery is how often the certificate's files are looked at, at most.
 const certEvery = time.Second
 
-// certificates serves a certificate from files and takes a new one up when they change. A broken pair is refused and
-// the old one stays.
-type certificates struct {
+// Files serves a certificate from files and takes a new one up when they change. A broken pair is refused and the old one
+// stays.
+type Files struct {
 	cert, key string
 	log       *slog.Logger
 
@@ -31,8 +32,9 @@ type stamp struct {
 	size  int64
 }
 
-func loadCertificates(cert, key string, log *slog.Logger) (*certificates, error) {
-	c := &certificates{cert: cert, key: key, log: log}
+// Load reads a certificate chain and its key, both PEM. The error is a *problem.Error with code bad-config.
+func Load(cert, key string, log *slog.Logger) (*Files, error) {
+	c := &Files{cert: cert, key: key, log: log}
 	if err := c.load(); err != nil {
 		return nil, problem.Wrap(err, problem.BadConfig, fmt.Sprintf("cannot use the certificate: %v", err),
 			"give tls.cert a PEM file with the chain and tls.key its key")
@@ -40,8 +42,8 @@ func loadCertificates(cert, key string, log *slog.Logger) (*certificates, error)
 	return c, nil
 }
 
-// get is tls.Config.GetCertificate.
-func (c *certificates) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+// Get is tls.Config.GetCertificate.
+func (c *Files) Get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if time.Since(c.looked) >= certEvery && c.look() != c.stamps {
@@ -55,7 +57,7 @@ func (c *certificates) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 }
 
 // look gives the files' times and sizes, zero for one that is away.
-func (c *certificates) look() (out [2]stamp) {
+func (c *Files) look() (out [2]stamp) {
 	c.looked = time.Now()
 	for i, file := range []string{c.cert, c.key} {
 		if info, err := os.Stat(file); err == nil {
@@ -66,7 +68,7 @@ func (c *certificates) look() (out [2]stamp) {
 }
 
 // load reads the pair. Its stamps are taken before, so that a change in between is seen next time.
-func (c *certificates) load() error {
+func (c *Files) load() error {
 	c.stamps = c.look()
 	pair, err := tls.LoadX509KeyPair(c.cert, c.key)
 	if err != nil {

@@ -1,0 +1,159 @@
+package forward
+
+import (
+	"sync"
+
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+	"gvisor.dev/gvisor/pkg/waiter"
+)
+
+// Sizes of a TCP flow's buffers, in bytes.
+const (
+	freeGrowth = 1 << 20 // a send buffer grows to this size without proof that the job takes what is sent
+	mostSend   = 8 << 20
+	mostRead   = 8 << 20
+)
+
+// Small writes cost the stack a kilobyte each, whatever they hold.
+const (
+	smallWrite  = 1 << 10
+	checkSmall  = 64  // small writes after which to look whether the job takes them
+	mostSmall   = 256 // small writes that may wait in the stack
+	segmentCost = 1 << 10
+)
+
+// window sizes the buffers that a TCP flow has in the stack and pays for them.
+//
+// A send buffer grows when it is full: at first freely, beyond freeGrowth only once twice its size has been carried, so that
+// the job has acknowledged at least a whole one. It shrinks to its floor when the flow rests, unless bytes still wait in it.
+// A receive buffer grows as the stack measures what the flow needs, and never shrinks: the job has been promised the window.
+type window struct {
+	ep     *tcp.Endpoint
+	purse  *purse
+	floors floors
+
+	mu       sync.Mutex
+	send     int64 // size of the send buffer
+	sendLoan int64
+	readLoan int64
+	small    int // small writes since the stack was seen empty
+	closed   bool
+}
+
+// newWindow sets the buffers of a new connection to their floors.
+func newWindow(ep tcpip.Endpoint, p *purse, f floors) *window {
+	w := &window{ep: ep.(*tcp.Endpoint), purse: p, floors: f, send: f.send}
+	o := w.ep.SocketOptions()
+	o.SetSendBufferSize(f.send, true) // from now on its size is ours to set
+	o.SetReceiveBufferSize(f.receive, false)
+	return w
+}
+
+// setSend sets the send buffer's size. Under the connection's lock, or an acknowledgement under way would put the old size back.
+func (w *window) setSend(n int64) {
+	w.send = n
+	w.ep.LockUser()
+	w.ep.SocketOptions().SetSendBufferSize(n, false)
+	w.ep.UnlockUser()
+	w.ep.WakeupWriters()
+}
+
+// grow is called when the send buffer is full; carried is what the flow has sent in all. It doubles the buffer if it may.
+func (w *window) grow(carried int64) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.closed || w.send >= mostSend || w.send >= freeGrowth && carried < 2*w.send || !w.purse.take(w.send) {
+		return
+	}
+	w.sendLoan += w.send
+	w.setSend(2 * w.send)
+}
+
+// took is called when the flow has read n bytes that the job sent.
+func (w *window) took(n int) {
+	o := w.ep.SocketOptions()
+	before := o.GetReceiveBufferSize()
+	if before >= mostRead {
+		return
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.closed || !w.purse.take(mostRead-before) {
+		return
+	}
+	w.ep.ModerateRecvBuf(n)
+	grown := o.GetReceiveBufferSize() - before
+	w.purse.give(mostRead - before - grown)
+	w.readLoan += grown
+}
+
+// rest is called when nothing has been carried for a while.
+func (w *window) rest() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.closed || w.sendLoan == 0 {
+		return
+	}
+	before := w.send
+	w.setSend(w.floors.send)
+	if w.ep.Readiness(waiter.WritableEvents) == 0 { // the job has not taken what was sent to it
+		w.setSend(before)
+		return
+	}
+	w.purse.give(w.sendLoan)
+	w.sendLoan = 0
+}
+
+// wrote is called after each write of n bytes. False says that so many small ones wait in the stack that the flow has to.
+func (w *window) wrote(n int) bool {
+	if n >= smallWrite {
+		return true
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.small++; w.small < checkSmall {
+		return true
+	}
+	return w.settled()
+}
+
+// drained looks again after wrote has said no.
+func (w *window) drained() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.settled()
+}
+
+// settled tells whether the stack has room for more small writes. mu is held.
+func (w *window) settled() bool {
+	if w.empty() {
+		w.small = 0
+		return true
+	}
+	return w.small < mostSmall
+}
+
+// empty tells whether the job has acknowledged all that was sent to it. The stack does not say how much waits, only whether
+// it is less than the buffer's size; so the size is one byte for a moment, with the connection locked.
+func (w *window) empty() bool {
+	o := w.ep.SocketOptions()
+	w.ep.LockUser()
+	defer w.ep.UnlockUser()
+	size := o.GetSendBufferSize()
+	o.SetSendBufferSize(1, false)
+	ready := w.ep.Readiness(waiter.WritableEvents) != 0
+	o.SetSendBufferSize(size, false)
+	return ready
+}
+
+// close pays everything back. The buffers are empty or about to be.
+func (w *window) close() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.closed {
+		return
+	}
+	w.closed = true
+	w.purse.give(w.sendLoan + w.readLoan)
+}
