@@ -185,9 +185,12 @@ func (s *Stage) hosts(runner, gateway *lab.NAT) error {
 	return nil
 }
 
-// Start starts coordinator and gateway and returns when the gateway takes sessions.
+// Start starts coordinator, relays and gateway and returns when the gateway takes sessions.
 func (s *Stage) Start(ctx context.Context) error {
 	if err := s.StartCoordinator(ctx); err != nil {
+		return err
+	}
+	if err := s.startRelays(ctx); err != nil {
 		return err
 	}
 	return s.StartGateway(ctx)
