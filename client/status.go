@@ -58,6 +58,7 @@ func writeStatus(w io.Writer, st control.Status, now time.Time) error {
 	row("proxy", "%s", st.Proxy)
 	row("rules", "%s", strings.Join(st.Rules, ", "))
 	row("routes", "%s", strings.Join(st.Routes, ", "))
+	row("names", "%s", strings.Join(st.Names, ", "))
 	row("left out", "%s", strings.Join(st.LeftOut, ", "))
 	if st.Expires != nil {
 		row("lease", "%s, renewed before that", untilText(*st.Expires, now))

@@ -28,6 +28,7 @@ type cli struct {
 	Suggest suggestCmd `cmd:"" help:"Write the smallest allow list that covers what jobs did."`
 	Policy  policyCmd  `cmd:"" help:"Hold the rules against cases."`
 	Schema  schemaCmd  `cmd:"" help:"Print the JSON Schema of a file, for editors."`
+	Doctor  doctorCmd  `cmd:"" help:"Test every name and port that a coordinator needs, and print the table for a firewall team."`
 	Version versionCmd `cmd:"" help:"Print the version."`
 }
 

@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"github.com/culvertnet/culvert/client/control"
+	granted "github.com/culvertnet/culvert/client/names"
 	"github.com/culvertnet/culvert/client/proxy"
 	"github.com/culvertnet/culvert/internal/problem"
 	"github.com/culvertnet/culvert/internal/tunnel"
@@ -160,11 +161,12 @@ func checkTarget(target string) error {
 
 // Agent holds one session after the other until its context ends.
 type Agent struct {
-	opts   Options
-	log    *slog.Logger
-	tokens TokenSource
-	api    *coordinator
-	direct *outside
+	opts    Options
+	log     *slog.Logger
+	tokens  TokenSource
+	api     *coordinator
+	direct  *outside
+	granted *granted.Resolver
 
 	stop context.CancelFunc
 	done chan struct{} // closed when Run has returned
@@ -206,6 +208,7 @@ func New(opts Options) (*Agent, error) {
 		return nil, err
 	}
 	a.direct.onNew = a.keepOutside
+	a.granted = a.newNames()
 	return a, nil
 }
 
@@ -317,6 +320,7 @@ func (a *Agent) startProxy() error {
 		Listen:  a.opts.ProxyListen,
 		Dial:    a.dialInside,
 		Inside:  a.inside,
+		Lookup:  a.lookupInside,
 		Explain: a.explain,
 		Users:   a.opts.ProxyUsers,
 		Logger:  a.log,

@@ -75,8 +75,8 @@ func (s *session) renew(ctx context.Context) (wire.Lease, error) {
 }
 
 // reach asks the gateway to try a target. What it says is shown in the job's log.
-func (s *session) reach(ctx context.Context, target netip.AddrPort) (r wire.ReachResult, err error) {
-	err = s.post(ctx, wire.PathReach, wire.ReachRequest{Target: target.String()}, &r)
+func (s *session) reach(ctx context.Context, target string) (r wire.ReachResult, err error) {
+	err = s.post(ctx, wire.PathReach, wire.ReachRequest{Target: target}, &r)
 	if err == nil && !oneLine(string(r.Verdict)+r.Rule+r.Reason) {
 		err = problem.New(problem.Incompatible, "the gateway's answer makes no sense", "check that it is of this program's version")
 	}
@@ -85,7 +85,7 @@ func (s *session) reach(ctx context.Context, target netip.AddrPort) (r wire.Reac
 
 // Check asks the gateway whether this session can reach "host:port".
 func (a *Agent) Check(ctx context.Context, target string) (wire.ReachResult, error) {
-	targets, err := resolve(ctx, target)
+	targets, err := a.asked(ctx, target)
 	if err != nil {
 		return wire.ReachResult{}, err
 	}
@@ -111,7 +111,7 @@ func (a *Agent) Check(ctx context.Context, target string) (wire.ReachResult, err
 func (s *session) explain(ctx context.Context, target netip.AddrPort) error {
 	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
 	defer cancel()
-	r, err := s.reach(ctx, target)
+	r, err := s.reach(ctx, target.String())
 	if err != nil {
 		return nil
 	}

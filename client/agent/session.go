@@ -201,6 +201,7 @@ func (s *session) meet(gw wire.Gateway, final bool) error {
 		}
 	}
 	if final {
+		a.setNames(gw.Names)
 		s.keeper.leased(s.Session, time.Now())
 	}
 	return nil

@@ -131,6 +131,12 @@ func (s *session) describe(st *control.Status) {
 		st.Routes = append(st.Routes, r.String())
 	}
 	a.routes.mu.Unlock()
+	if n := s.gateway.Names; n != nil {
+		st.Names = append(st.Names, n.Exact...)
+		for _, suffix := range n.Suffixes {
+			st.Names = append(st.Names, "*."+suffix)
+		}
+	}
 	expires, ends := s.keeper.times()
 	st.Expires, st.Ends = &expires, &ends
 	now := s.peer.Status()

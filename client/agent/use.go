@@ -161,7 +161,7 @@ func (s *session) waitFor(ctx context.Context, target string) error {
 
 // connect tries every address of a target once.
 func (s *session) connect(ctx context.Context, target string, limit time.Duration) error {
-	targets, err := resolve(ctx, target)
+	targets, err := s.agent.resolve(ctx, target)
 	if err != nil {
 		return err
 	}
@@ -215,7 +215,7 @@ func resolve(ctx context.Context, target string) ([]netip.AddrPort, error) {
 	addrs, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
 	if err != nil || len(addrs) == 0 {
 		return nil, problem.Wrap(err, problem.FlowUnreachable, fmt.Sprintf("the name %q does not resolve", host),
-			"names are resolved on this host, not behind the gateway; use an address")
+			"names that the grant does not hold are resolved on this host; ask for a grant of this name, or use an address")
 	}
 	targets := make([]netip.AddrPort, len(addrs))
 	for i, addr := range addrs {

@@ -58,6 +58,7 @@ type Status struct {
 	RxBytes   uint64         `json:"rx_bytes"`
 	TxBytes   uint64         `json:"tx_bytes"`
 	Routes    []string       `json:"routes,omitempty"`
+	Names     []string       `json:"names,omitempty"`    // granted; "*.svc.corp" for all below svc.corp
 	LeftOut   []string       `json:"left_out,omitempty"` // granted, but reached without the tunnel: directly connected
 	Expires   *time.Time     `json:"expires,omitempty"`  // the lease, unless renewed
 	Ends      *time.Time     `json:"ends,omitempty"`     // no renewal reaches past this

@@ -17,8 +17,8 @@ import (
 
 const dialTimeout = 30 * time.Second
 
-// dial opens a connection to "host:port". A name is resolved by the system; each of its addresses goes into the tunnel or
-// around it on its own merit. The error is always a *problem.Error.
+// dial opens a connection to "host:port". A name is resolved by the gateway if it is granted, else by the
+// system; each of its addresses goes into the tunnel or around it on its own merit. The error is always a *problem.Error.
 func (s *Server) dial(ctx context.Context, target string) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
 	defer cancel()
@@ -49,10 +49,15 @@ func (s *Server) resolve(ctx context.Context, host string) ([]netip.Addr, error)
 	if addr, err := netip.ParseAddr(host); err == nil {
 		return []netip.Addr{addr.Unmap()}, nil
 	}
+	if s.opts.Lookup != nil {
+		if addr, ok, err := s.opts.Lookup(ctx, host); ok {
+			return []netip.Addr{addr}, err
+		}
+	}
 	addrs, err := s.opts.lookup(ctx, host)
 	if err != nil || len(addrs) == 0 {
 		return nil, problem.Wrap(err, problem.FlowUnreachable, fmt.Sprintf("the name %q does not resolve", host),
-			"names are resolved on this host, not behind the gateway; use an address")
+			"names that the grant does not hold are resolved on this host; ask for a grant of this name, or use an address")
 	}
 	for i := range addrs {
 		addrs[i] = addrs[i].Unmap()

@@ -37,6 +37,9 @@ type Options struct {
 	// Inside says whether an address goes into the tunnel. What does not is dialled directly, so that a job may point all its
 	// traffic here.
 	Inside func(netip.Addr) bool
+	// Lookup gives the address of a host name that belongs to the tunnel; ok is false for others, which the system resolves.
+	// Optional.
+	Lookup func(ctx context.Context, host string) (addr netip.Addr, ok bool, err error)
 	// Explain says why a destination inside the tunnel was refused, where the gateway knows better than a reset. Optional.
 	Explain func(ctx context.Context, target netip.AddrPort) error
 	Users   []int         // who may connect, by user id; default the process's own

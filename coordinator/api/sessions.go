@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/go-chi/chi/v5"
@@ -21,19 +22,54 @@ import (
 
 func (a *API) healthz(w http.ResponseWriter, r *http.Request) { _, _ = io.WriteString(w, "ok\n") }
 
-// readyz says whether joins can be served: the state is within reach and we are not on our way out.
+// readyz says whether joins can be served: state and audit log are within reach, and we are not on our way out. Its caller
+// is not trusted, so an answer holds for a second.
 func (a *API) readyz(w http.ResponseWriter, r *http.Request) {
 	if a.draining.Load() {
 		a.fail(w, shuttingDown())
 		return
 	}
-	ctx, cancel := context.WithTimeout(r.Context(), 2*time.Second)
-	defer cancel()
-	if err := a.opts.Store.Ready(ctx); err != nil {
-		a.fail(w, problem.Wrap(err, problem.Unreachable, "the coordinator cannot reach its state", "look at its log"))
+	if err := a.ready.ask(r.Context(), a.findReady); err != nil {
+		a.fail(w, err)
 		return
 	}
 	_, _ = io.WriteString(w, "ok\n")
+}
+
+func (a *API) findReady(ctx context.Context) error {
+	if err := a.opts.Store.Ready(ctx); err != nil {
+		return problem.Wrap(err, problem.Unreachable, "the coordinator cannot reach its state", "look at its log")
+	}
+	if err := a.opts.Audit.Ready(); err != nil {
+		return problem.Wrap(err, problem.Unreachable, "the coordinator cannot store its audit records", "look at its log")
+	}
+	return nil
+}
+
+// readiness is an answer that holds for a while.
+type readiness struct {
+	mu  sync.Mutex
+	err error
+	at  time.Time
+}
+
+const (
+	readyFor     = time.Second
+	readyTimeout = 2 * time.Second
+)
+
+// ask gives the last answer, or finds a new one; whoever asks meanwhile waits for that.
+func (c *readiness) ask(ctx context.Context, find func(context.Context) error) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.at.IsZero() && time.Since(c.at) < readyFor {
+		return c.err
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), readyTimeout)
+	defer cancel()
+	c.err = find(ctx)
+	c.at = time.Now()
+	return c.err
 }
 
 func shuttingDown() error {
@@ -63,6 +99,7 @@ func (a *API) join(w http.ResponseWriter, r *http.Request) {
 	j := session.Join{From: middleware.GetClientIPAddr(r.Context())}
 	if err := a.read(w, r, &j.JoinRequest); err != nil { // before a place is taken: a body that dawdles must hold none
 		a.opts.Audit.Refused(err, j.From)
+		a.disbelieved(err, j.From)
 		a.fail(w, err)
 		return
 	}
@@ -82,6 +119,7 @@ func (a *API) join(w http.ResponseWriter, r *http.Request) {
 	}
 	s, err := a.opts.Sessions.Join(ctx, j)
 	if err != nil {
+		a.disbelieved(err, j.From)
 		a.fail(w, err)
 		return
 	}
@@ -107,6 +145,7 @@ func (a *API) joinStreamed(ctx context.Context, w http.ResponseWriter, j session
 	case err == nil:
 		_ = lines.Encode(wire.JoinEvent{Session: &s}) // a client that has gone lets the lease run out
 	case !begun:
+		a.disbelieved(err, j.From)
 		a.fail(w, err)
 	default:
 		doc, _ := json.Marshal(problem.From(err)) // strings alone: it always encodes

@@ -198,7 +198,7 @@ func needRestart(a, b *config.Config) []string {
 	}{
 		{"url", a.URL, b.URL}, {"listen", a.Listen, b.Listen}, {"udp", a.UDP, b.UDP}, {"probe", a.Probe, b.Probe}, {"relay", a.Relay, b.Relay}, {"tls", a.TLS, b.TLS},
 		{"trusted_proxies", a.TrustedProxies, b.TrustedProxies}, {"state", a.State, b.State},
-		{"audit", a.Audit, b.Audit}, {"private", a.Private, b.Private},
+		{"audit", a.Audit, b.Audit}, {"private", a.Private, b.Private}, {"limits", a.Limits, b.Limits},
 	} {
 		if !reflect.DeepEqual(c.a, c.b) {
 			out = append(out, c.key)

@@ -15,6 +15,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/time/rate"
+
 	"github.com/culvertnet/culvert/coordinator/api"
 	"github.com/culvertnet/culvert/coordinator/audit"
 	"github.com/culvertnet/culvert/coordinator/certs"
@@ -35,16 +37,18 @@ const (
 	readTimeout   = 30 * time.Second
 	writeTimeout  = 45 * time.Second
 	idleTimeout   = 2 * time.Minute
+	maxStreams    = 100      // of one HTTP/2 connection
 	maxHeader     = 32 << 10 // an identity token of 16 KiB travels in a header
 )
 
 // Options configure a [Server].
 type Options struct {
-	Config *config.Config
-	Reload time.Duration // how often Config.File is looked at for changes; 0 never, [DefaultReload] is usual
-	Logger *slog.Logger
-	Stdout io.Writer   // where audit records go besides the log, unless the configuration says otherwise; nil: nowhere
-	API    api.Options // limits and timings; what the server itself provides is filled in
+	Config        *config.Config
+	Reload        time.Duration // how often Config.File is looked at for changes; 0 never, [DefaultReload] is usual
+	Logger        *slog.Logger
+	HeaderTimeout time.Duration // for a request's header to arrive; default 10 s
+	Stdout        io.Writer     // where audit records go besides the log, unless the configuration says otherwise; nil: nowhere
+	API           api.Options   // limits and timings; what the server itself provides is filled in
 }
 
 // DefaultReload is how often a running coordinator looks whether its configuration file changed.
@@ -64,6 +68,7 @@ type Server struct {
 	api      *api.API
 	http     *http.Server
 	listener net.Listener
+	conns    *bounded           // listener, within bounds
 	relay    *relay.Server      // this node's own; nil where it has none
 	stun     *nat.Server        // on the UDP port where the relay is not; nil without UDP
 	probe    *nat.Server        // the second port; nil without one
@@ -93,6 +98,9 @@ func New(opts Options) (*Server, error) {
 	}
 	if opts.Logger == nil {
 		opts.Logger = slog.New(slog.DiscardHandler)
+	}
+	if opts.HeaderTimeout <= 0 {
+		opts.HeaderTimeout = headerTimeout
 	}
 	return &Server{opts: opts, log: opts.Logger, config: opts.Config, fatal: make(chan error, 1), auditMetrics: audit.NewMetrics()}, nil
 }
@@ -216,9 +224,13 @@ func (s *Server) apiRules() api.Rules {
 	}
 }
 
+func sessionLimits(l config.Limits) session.Limits {
+	return session.Limits{Owner: l.Owner, Repository: l.Repository, Total: l.Total}
+}
+
 // build puts sessions, API and HTTP server together.
 func (s *Server) build() (err error) {
-	s.sessions, err = session.New(session.Options{Store: s.store, Rules: s.sessionRules(), TicketKey: s.tickets, Audit: s.audit, Logger: s.log})
+	s.sessions, err = session.New(session.Options{Store: s.store, Rules: s.sessionRules(), TicketKey: s.tickets, Audit: s.audit, Limits: sessionLimits(s.config.Limits), Logger: s.log})
 	if err != nil {
 		return err
 	}
@@ -229,12 +241,16 @@ func (s *Server) build() (err error) {
 		o.Relay = s.relay
 	}
 	o.TrustedProxies = s.config.TrustedProxies
+	if l := s.config.Limits.Address; l > 0 {
+		o.Rate, o.Burst = rate.Limit(l), max(int(l*10), 1)
+	}
 	if s.api, err = api.New(o); err != nil {
 		return err
 	}
+	s.conns = boundedListener(s.listener, s.config.Limits.Connections, s.config.Limits.AddressConnections, s.config.TrustedProxies)
 	s.http = &http.Server{
-		Handler: s.api, ReadHeaderTimeout: headerTimeout, ReadTimeout: readTimeout, WriteTimeout: writeTimeout,
-		IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeader,
+		Handler: s.api, ReadHeaderTimeout: s.opts.HeaderTimeout, ReadTimeout: readTimeout, WriteTimeout: writeTimeout,
+		IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeader, HTTP2: &http.HTTP2Config{MaxConcurrentStreams: maxStreams},
 		ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug), // strangers' broken handshakes
 	}
 	if s.config.TLS == nil {
@@ -253,9 +269,9 @@ func (s *Server) build() (err error) {
 func (s *Server) serve() {
 	var err error
 	if s.http.TLSConfig != nil {
-		err = s.http.ServeTLS(s.listener, "", "")
+		err = s.http.ServeTLS(s.conns, "", "")
 	} else {
-		err = s.http.Serve(s.listener)
+		err = s.http.Serve(s.conns)
 	}
 	if !errors.Is(err, http.ErrServerClosed) {
 		s.fatal <- fmt.Errorf("serve HTTP: %w", err)

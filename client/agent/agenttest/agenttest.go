@@ -68,8 +68,8 @@ func New(t *testing.T, scripts ...func(*World)) *World {
 	mux.HandleFunc("PATCH "+wire.PathSessions+"/{id}", w.update)
 	mux.HandleFunc("DELETE "+wire.PathSessions+"/{id}", w.end)
 	w.HTTP = httptest.NewUnstartedServer(mux)
+	w.URL = cmp.Or(w.URL, "http://"+w.HTTP.Listener.Addr().String()) // before anything can ask
 	w.HTTP.Start()
-	w.URL = cmp.Or(w.URL, w.HTTP.URL)
 	t.Cleanup(w.HTTP.Close)
 	return w
 }

@@ -21,6 +21,7 @@ type Gateway struct {
 	OnRenew func() (wire.Lease, error) // called with the lock held; default gives 10 min more
 	Verdict wire.ReachResult           // what it says of every target
 	Deaf    bool                       // admits nobody
+	Names   *wire.Names                // that it grants; nil for none
 
 	key    wire.PrivateKey
 	tunnel *tunnel.Tunnel
@@ -29,6 +30,7 @@ type Gateway struct {
 	mu       sync.Mutex
 	peers    []*tunnel.Peer
 	renewals []wire.Secret
+	asked    []string
 }
 
 func newGateway(t *testing.T) *Gateway {
@@ -57,6 +59,7 @@ func (g *Gateway) start(t *testing.T) {
 		wait.Wait()
 	})
 	g.echo(t, &wait)
+	g.answerNames(t, &wait)
 	inside := http.NewServeMux()
 	inside.HandleFunc("POST "+wire.PathRenew, g.renew)
 	inside.HandleFunc("POST "+wire.PathReach, g.reach)
@@ -74,6 +77,13 @@ func (g *Gateway) Renewals() []wire.Secret {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	return append([]wire.Secret(nil), g.renewals...)
+}
+
+// Asked are the targets that clients asked about.
+func (g *Gateway) Asked() []string {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return append([]string(nil), g.asked...)
 }
 
 // Forget is a restart: the gateway knows no session any more.
@@ -135,6 +145,9 @@ func (g *Gateway) renew(w http.ResponseWriter, r *http.Request) {
 func (g *Gateway) reach(w http.ResponseWriter, r *http.Request) {
 	var in wire.ReachRequest
 	_ = json.NewDecoder(r.Body).Decode(&in)
+	g.mu.Lock()
+	g.asked = append(g.asked, in.Target)
+	g.mu.Unlock()
 	result := g.Verdict
 	result.Target = in.Target
 	reply(w, result)
@@ -149,6 +162,7 @@ func (g *Gateway) describe() wire.Gateway {
 		Addresses:  []netip.Addr{Overlay},
 		Candidates: append(candidates, wire.Candidate{Kind: wire.Host, Addr: loopback}),
 		Routes:     []netip.Prefix{Granted},
+		Names:      g.Names,
 	}
 }
 
