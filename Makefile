@@ -62,11 +62,6 @@ action:
 e2e: build
 	CULVERT_E2E_BIN=$(CURDIR)/bin $(GO) test -count=1 -timeout 10m ./internal/e2e/...
 
-# Every kind of network against every other, 81 pairs on links with delay: minutes. Writes the tables in docs/paths.md.
-matrix: tools-test build
-	CULVERT_E2E_BIN=$(CURDIR)/bin CULVERT_E2E_MATRIX=$(CURDIR)/docs/paths.md \
-		$(GO) test -count=1 -timeout 60m -run '^TestMatrix' -v ./internal/e2e
-
 # Throughput, memory and time to the first byte, in Go's benchmark format.
 bench: tools-bench build
 	@CULVERT_E2E_BIN=$(CURDIR)/bin $(GO) test -run '^$$' -bench . -benchtime $(BENCHTIME) -timeout 20m ./internal/e2e
