@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"net/url"
 	"os"
 	"runtime"
 	"runtime/debug"
@@ -87,11 +88,24 @@ func (c *upCommand) options(env environment, log *slog.Logger) (agent.Options, e
 		ProxyUsers:   control.Users(),
 		Client:       fmt.Sprintf("culvert/%s (%s/%s)", buildVersion(), runtime.GOOS, runtime.GOARCH),
 		Started:      env.started,
+		Reserved:     runnerHosts(env.getenv),
 		Logger:       log,
 		Tokens: func(client *http.Client) (agent.TokenSource, error) {
 			return token.FromEnv(env.getenv, client)
 		},
 	}, nil
+}
+
+// runnerHosts are the servers that the runner reports to: names that the job cannot do without.
+func runnerHosts(getenv func(string) string) []string {
+	var hosts []string
+	for _, name := range []string{"GITHUB_SERVER_URL", "GITHUB_API_URL", "GITHUB_GRAPHQL_URL", "ACTIONS_RUNTIME_URL", "ACTIONS_RESULTS_URL",
+		"ACTIONS_CACHE_URL", token.EnvURL} {
+		if u, err := url.Parse(getenv(name)); err == nil && u.Hostname() != "" {
+			hosts = append(hosts, u.Hostname())
+		}
+	}
+	return hosts
 }
 
 func (c *upCommand) mode() agent.Mode {
