@@ -197,8 +197,8 @@ func show(env environment, flags common, r agent.Ready) {
 }
 
 func writeReady(w io.Writer, r agent.Ready) {
-	fmt.Fprintf(w, "up: network %s as %s, gateway %s by %s path %s (%.1f ms), %.0f ms in all\n",
-		r.Network, r.Address, r.Gateway, r.Path.Kind, r.Path.Remote, r.Path.RTT, r.Timings.Total)
+	fmt.Fprintf(w, "up: network %s as %s, gateway %s by a path %s (%.1f ms), %.0f ms in all\n",
+		r.Network, r.Address, r.Gateway, r.Path.Words(), r.Path.RTT, r.Timings.Total)
 	if r.Proxy != "" {
 		fmt.Fprintf(w, "proxy: %s (SOCKS5 and HTTP); `culvert exec -- CMD` uses it\n", r.Proxy)
 	}

@@ -174,6 +174,11 @@ func coordinator() []Row {
 			Carries: "NATS over TLS", Purpose: "leases and the audit log, shared by several coordinators",
 			When: "with `state: {nats: …}`", Required: true, targets: natsServers,
 		},
+		{
+			ID: "coordinator/private", Party: Coordinator, Direction: In, Peer: "monitoring and operators", Protocol: "TCP", Port: "as `private.listen` says, usually 9090 on loopback",
+			Carries: "HTTP", Purpose: "metrics, health and the audit log",
+			When: "with `private: {listen: …}`",
+		},
 	}
 }
 
@@ -182,7 +187,7 @@ func relay() []Row {
 		{
 			ID: "relay/udp", Party: Relay, Direction: In, Peer: "runners and gateways", Protocol: "UDP", Port: stunPort,
 			Carries: "STUN, relay", Purpose: "relayed packets",
-			When: always,
+			When: "unless `udp: off`",
 		},
 		{
 			ID: "relay/probe", Party: Relay, Direction: In, Peer: "runners and gateways", Protocol: "UDP", Port: probePort,
@@ -193,6 +198,11 @@ func relay() []Row {
 			ID: "relay/https", Party: Relay, Direction: In, Peer: "runners and gateways", Protocol: "TCP", Port: "443 (`listen`)",
 			Carries: "WebSocket", Purpose: "relayed packets of networks that let no UDP out",
 			When: always,
+		},
+		{
+			ID: "relay/metrics", Party: Relay, Direction: In, Peer: "monitoring", Protocol: "TCP", Port: "as `metrics` says, usually 9092 on loopback",
+			Carries: "HTTP", Purpose: "metrics",
+			When: "with `metrics`",
 		},
 	}
 }
