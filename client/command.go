@@ -41,6 +41,7 @@ type commands struct {
 	Status   statusCommand   `cmd:"" help:"Show the tunnel: its path, addresses, routes and lease."`
 	Exec     execCommand     `cmd:"" help:"Run a program with its traffic going through the tunnel."`
 	Netcheck netcheckCommand `cmd:"" help:"Say what the network here is, and what that means for a tunnel. Needs no tunnel."`
+	Doctor   doctorCommand   `cmd:"" help:"Test every name and port that a runner needs, and print the table for a firewall team. Needs no tunnel."`
 	Check    checkCommand    `cmd:"" help:"Ask the gateway whether targets can be reached, and why not."`
 	Version  versionCommand  `cmd:"" help:"Show this program's version."`
 }

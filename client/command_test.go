@@ -94,7 +94,7 @@ func TestWriteStatus(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, want := range []string{
-		"state      up\n", "path       host 192.0.2.1:51820, 1.2 ms\n", "handshake  5s ago\n", "traffic    999 B received, 1.2 MB sent\n",
+		"state      up\n", "path       direct, host 192.0.2.1:51820, 1.2 ms\n", "handshake  5s ago\n", "traffic    999 B received, 1.2 MB sent\n",
 		"mode       tun culvert0\n", "left out   10.1.0.0/16\n", "lease      12:09:00 (in 9m0s), renewed before that\n",
 		"ends       14:00:00 (in 2h0m0s) at the latest\n", "problem    unreachable: away; wait\n", "12:00:00   up\n",
 	} {

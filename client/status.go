@@ -82,7 +82,7 @@ func pathText(st control.Status) string {
 	if st.Path == nil {
 		return "none"
 	}
-	return fmt.Sprintf("%s %s, %.1f ms", st.Path.Kind, st.Path.Remote, st.Path.RTT)
+	return fmt.Sprintf("%s, %.1f ms", st.Path.Words(), st.Path.RTT)
 }
 
 func untilText(at, now time.Time) string {

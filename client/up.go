@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"net/url"
 	"os"
 	"runtime"
 	"runtime/debug"
@@ -87,11 +88,24 @@ func (c *upCommand) options(env environment, log *slog.Logger) (agent.Options, e
 		ProxyUsers:   control.Users(),
 		Client:       fmt.Sprintf("culvert/%s (%s/%s)", buildVersion(), runtime.GOOS, runtime.GOARCH),
 		Started:      env.started,
+		Reserved:     runnerHosts(env.getenv),
 		Logger:       log,
 		Tokens: func(client *http.Client) (agent.TokenSource, error) {
 			return token.FromEnv(env.getenv, client)
 		},
 	}, nil
+}
+
+// runnerHosts are the servers that the runner reports to: names that the job cannot do without.
+func runnerHosts(getenv func(string) string) []string {
+	var hosts []string
+	for _, name := range []string{"GITHUB_SERVER_URL", "GITHUB_API_URL", "GITHUB_GRAPHQL_URL", "ACTIONS_RUNTIME_URL", "ACTIONS_RESULTS_URL",
+		"ACTIONS_CACHE_URL", token.EnvURL} {
+		if u, err := url.Parse(getenv(name)); err == nil && u.Hostname() != "" {
+			hosts = append(hosts, u.Hostname())
+		}
+	}
+	return hosts
 }
 
 func (c *upCommand) mode() agent.Mode {
@@ -183,8 +197,8 @@ func show(env environment, flags common, r agent.Ready) {
 }
 
 func writeReady(w io.Writer, r agent.Ready) {
-	fmt.Fprintf(w, "up: network %s as %s, gateway %s by %s path %s (%.1f ms), %.0f ms in all\n",
-		r.Network, r.Address, r.Gateway, r.Path.Kind, r.Path.Remote, r.Path.RTT, r.Timings.Total)
+	fmt.Fprintf(w, "up: network %s as %s, gateway %s by a path %s (%.1f ms), %.0f ms in all\n",
+		r.Network, r.Address, r.Gateway, r.Path.Words(), r.Path.RTT, r.Timings.Total)
 	if r.Proxy != "" {
 		fmt.Fprintf(w, "proxy: %s (SOCKS5 and HTTP); `culvert exec -- CMD` uses it\n", r.Proxy)
 	}

@@ -25,6 +25,7 @@ var version = "dev"
 type cli struct {
 	Run     runCmd     `cmd:"" help:"Run a gateway until SIGTERM or SIGINT."`
 	Health  healthCmd  `cmd:"" help:"Ask the gateway on this machine how it is."`
+	Doctor  doctorCmd  `cmd:"" help:"Test every name and port that a gateway needs, and print the table for a firewall team."`
 	Version versionCmd `cmd:"" help:"Print the version."`
 }
 

@@ -60,9 +60,13 @@ type Options struct {
 	// OnReady is called once, when the tunnel is usable.
 	OnReady func(Ready)
 
-	openLink func(Mode, *slog.Logger) (link, error)                       // a test's own link; default is the real one
-	lookup   func(ctx context.Context, host string) ([]netip.Addr, error) // a test's own names; default is the system's
-	url      *url.URL
+	// Reserved are hosts that the runner itself needs, such as a GitHub server of one's own: their names never go into the tunnel.
+	Reserved []string
+
+	startNames startNames                                                   // a test's own; default is the system's
+	openLink   func(Mode, *slog.Logger) (link, error)                       // a test's own link; default is the real one
+	lookup     func(ctx context.Context, host string) ([]netip.Addr, error) // a test's own names; default is the system's
+	url        *url.URL
 }
 
 // Ready is what `culvert up` reports.
@@ -104,6 +108,9 @@ func (o *Options) Validate() error {
 	}
 	if o.OnReady == nil {
 		o.OnReady = func(Ready) {}
+	}
+	if o.startNames == nil {
+		o.startNames = systemNames
 	}
 	if o.openLink == nil {
 		o.openLink = openLink
@@ -184,6 +191,8 @@ type Agent struct {
 	problem *problem.Error
 	marks   marks
 	routes  routes
+
+	resolving resolving
 }
 
 // New makes an agent. It asks nothing of the network yet, but says at once when no token can be had.
@@ -295,6 +304,7 @@ func (a *Agent) close(err error) {
 	if server != nil {
 		_ = server.Close()
 	}
+	a.closeNames()
 	if s != nil {
 		a.discard(s)
 	}

@@ -2,9 +2,8 @@ package agent
 
 import (
 	"context"
-	"net"
 	"net/netip"
-	"strings"
+	"slices"
 	"sync"
 	"time"
 
@@ -15,42 +14,79 @@ import (
 
 const (
 	stunPort  = "3478"          // RFC 8489, section 7
-	stunLimit = 3 * time.Second // how long an answer is waited for
+	stunLimit = 3 * time.Second // how long answers are waited for
 	maxSTUN   = 4               // servers asked at most
 )
 
-// gatherer collects our own candidates: the host's at once, what STUN servers see as they answer.
+// gatherer finds out where this job may be reached, what its NAT does and which relays are near: at the start, with nothing
+// waiting for anything else, and again whenever this host's network changes.
 type gatherer struct {
-	agent *Agent
-	news  chan struct{} // has a token when there is something to take
-	first chan struct{} // closed with the first reflexive address
-	done  chan struct{} // closed when nothing more will come
-	extra chan []string // servers that the coordinator names
+	agent    *Agent
+	names    *names
+	news     chan struct{}  // has a token when there is something to take
+	first    chan struct{}  // closed with the first reflexive address
+	extra    chan wire.Info // what the coordinator says of itself, once
+	informed chan struct{}  // closed once info is there
+	info     wire.Info
 
-	mu    sync.Mutex
-	found []wire.Candidate
-	taken int
-	once  sync.Once
+	mu      sync.Mutex
+	found   []wire.Candidate
+	taken   int               // of found
+	seen    []nat.Observation // in this round
+	own     []netip.AddrPort  // our socket's addresses on this host
+	mapping wire.Mapping
+	told    wire.Mapping // as last taken
+	once    sync.Once
 }
 
-func newGatherer(a *Agent) *gatherer {
+func newGatherer(a *Agent, names *names) *gatherer {
 	return &gatherer{
-		agent: a,
-		news:  make(chan struct{}, 1),
-		first: make(chan struct{}),
-		done:  make(chan struct{}),
-		extra: make(chan []string, 1),
+		agent:    a,
+		names:    names,
+		news:     make(chan struct{}, 1),
+		first:    make(chan struct{}),
+		extra:    make(chan wire.Info, 1),
+		informed: make(chan struct{}),
 	}
 }
 
-// run gathers until every server has answered or had its time. It starts with the coordinator's own host, at the usual
-// port, rather than wait to be told.
-func (g *gatherer) run(ctx context.Context, t *tunnel.Tunnel, coordinator string) {
-	defer close(g.done)
+// run gathers until ctx ends.
+func (g *gatherer) run(ctx context.Context, t *tunnel.Tunnel) {
+	ctx, cancel := context.WithCancel(ctx)
+	var wait sync.WaitGroup
+	defer wait.Wait()
+	defer cancel()
+	changes := nat.Watch(ctx, nat.WatchOptions{Skip: g.skip, Logger: g.agent.log})
+	wait.Go(func() { g.relays(ctx, t) })
+	g.round(ctx, t, false)
+	for range changes {
+		g.agent.log.Info("this host's network has changed")
+		g.agent.api.http.CloseIdleConnections() // they may lead nowhere now
+		t.Refresh()
+		g.reset()
+		g.round(ctx, t, true)
+	}
+}
+
+// skip leaves our own interface out, and those that lead nowhere.
+func (g *gatherer) skip(iface string) bool {
+	return iface == g.agent.openedLink().Name() || nat.SkipVirtual(iface)
+}
+
+// reset forgets what was found where this host was before.
+func (g *gatherer) reset() {
+	g.names.forget()
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.found, g.taken, g.seen, g.own, g.mapping, g.told = nil, 0, nil, nil, wire.MappingUnknown, wire.MappingUnknown
+}
+
+// round asks everybody once, and again takes what relays say that have been asked before. It starts with the coordinator's own
+// host, at the usual port, rather than wait to be told.
+func (g *gatherer) round(ctx context.Context, t *tunnel.Tunnel, again bool) {
 	ctx, cancel := context.WithTimeout(ctx, stunLimit)
 	defer cancel()
-	l := g.agent.openedLink()
-	hosts, err := nat.HostCandidates(t.Port(), func(iface string) bool { return iface == l.Name() || nat.SkipVirtual(iface) })
+	hosts, err := nat.HostCandidates(t.Port(), g.skip)
 	if err != nil {
 		g.agent.log.Warn("cannot list this host's addresses", "err", err)
 	}
@@ -59,19 +95,21 @@ func (g *gatherer) run(ctx context.Context, t *tunnel.Tunnel, coordinator string
 	defer wait.Wait()
 	asked := map[string]bool{}
 	ask := func(server string) {
-		if host, port, err := net.SplitHostPort(server); err == nil && host == "" {
-			server = net.JoinHostPort(coordinator, port)
-		}
-		if !asked[server] && len(asked) < maxSTUN {
+		if server = g.names.whole(server); !asked[server] && len(asked) < maxSTUN {
 			asked[server] = true
 			wait.Go(func() { g.ask(ctx, t, server) })
 		}
 	}
-	ask(net.JoinHostPort(coordinator, stunPort))
+	ask(":" + stunPort)
 	select {
-	case servers := <-g.extra:
-		for _, server := range servers {
+	case <-g.informed:
+		for _, server := range g.info.STUN {
 			ask(server)
+		}
+		for _, r := range g.info.Relays {
+			if again {
+				wait.Go(func() { g.hear(ctx, t, r.Name) })
+			}
 		}
 	case <-ctx.Done():
 	}
@@ -79,49 +117,56 @@ func (g *gatherer) run(ctx context.Context, t *tunnel.Tunnel, coordinator string
 
 // ask gets the reflexive address that one server sees, over IPv4 and IPv6 where it has both.
 func (g *gatherer) ask(ctx context.Context, t *tunnel.Tunnel, server string) {
-	host, port, err := net.SplitHostPort(server)
-	if err != nil {
-		g.agent.log.Warn("the coordinator names a STUN server that is not host:port", "addr", server)
-		return
-	}
-	number, err := net.LookupPort("udp", port)
-	if err != nil {
-		return
-	}
-	addrs, err := g.agent.opts.lookup(ctx, host)
+	addrs, err := g.names.lookup(ctx, server)
 	if err != nil {
 		g.agent.log.Debug("a STUN server's name does not resolve", "addr", server, "err", err)
 		return
 	}
 	var wait sync.WaitGroup
-	seen := map[bool]bool{}
 	for _, addr := range addrs {
-		addr = addr.Unmap()
-		if seen[addr.Is4()] {
-			continue
-		}
-		seen[addr.Is4()] = true
-		g.agent.direct.add(addr)
 		wait.Go(func() {
-			mapped, err := t.Reflexive(ctx, netip.AddrPortFrom(addr, uint16(number)))
+			mapped, err := t.Reflexive(ctx, addr)
 			if err != nil {
 				g.agent.log.Debug("a STUN server did not answer", "addr", server, "err", err)
 				return
 			}
-			g.add(wire.Candidate{Kind: wire.Reflexive, Addr: mapped})
-			g.once.Do(func() { close(g.first) })
+			g.observe(nat.Observation{Server: addr, Mapped: mapped})
 		})
 	}
 	wait.Wait()
 }
 
-// more names further servers. It is called at most once.
-func (g *gatherer) more(servers []string) {
-	clean := make([]string, 0, len(servers))
-	for _, server := range servers {
-		clean = append(clean, strings.TrimSpace(server))
+// hear takes what a relay sees of us, once it answers over UDP.
+func (g *gatherer) hear(ctx context.Context, t *tunnel.Tunnel, relay string) {
+	r, err := t.Relay(ctx, relay)
+	if err != nil || !r.Mapped.IsValid() {
+		g.agent.log.Debug("a relay did not answer over UDP", "relay", relay, "err", err)
+		return
 	}
-	g.extra <- clean
+	i := slices.IndexFunc(r.UDP, func(a netip.AddrPort) bool { return a.Addr().Is4() == r.Mapped.Addr().Is4() })
+	if i >= 0 {
+		g.observe(nat.Observation{Server: r.UDP[i], Mapped: r.Mapped, RTT: r.RTT})
+	}
+}
+
+// observe takes what one server sees of us. Behind a hard NAT each sees another port, none of which is of use to anybody else:
+// one for each address says where we are.
+func (g *gatherer) observe(o nat.Observation) {
+	g.mu.Lock()
+	g.seen = append(g.seen, o)
+	g.mapping = nat.Classify(g.seen, g.own).Mapping
+	hard := g.mapping == wire.MappingHard
+	known := slices.ContainsFunc(g.found, func(c wire.Candidate) bool {
+		return c.Kind == wire.Reflexive && c.Addr.Addr() == o.Mapped.Addr()
+	})
+	g.mu.Unlock()
+	if !hard || !known {
+		g.add(wire.Candidate{Kind: wire.Reflexive, Addr: o.Mapped})
+	}
+	g.mu.Lock()
+	g.ring()
+	g.mu.Unlock()
+	g.once.Do(func() { close(g.first) })
 }
 
 // add notes candidates unless they are known by address.
@@ -129,38 +174,50 @@ func (g *gatherer) add(candidates ...wire.Candidate) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	for _, c := range candidates {
-		if len(g.found) < wire.MaxCandidates && !g.known(c.Addr) {
+		if c.Kind == wire.Host {
+			g.own = append(g.own, c.Addr)
+		}
+		known := slices.ContainsFunc(g.found, func(o wire.Candidate) bool { return o.Addr == c.Addr })
+		if len(g.found) < wire.MaxCandidates && !known {
 			g.found = append(g.found, c)
 		}
 	}
-	if len(g.found) > g.taken {
-		select {
-		case g.news <- struct{}{}:
-		default:
-		}
-	}
+	g.ring()
 }
 
-func (g *gatherer) known(addr netip.AddrPort) bool {
-	for _, c := range g.found {
-		if c.Addr == addr {
-			return true
-		}
+// ring says that there is something to take, if there is. g.mu is held.
+func (g *gatherer) ring() {
+	if len(g.found) == g.taken && g.mapping == g.told {
+		return
 	}
-	return false
+	select {
+	case g.news <- struct{}{}:
+	default:
+	}
 }
 
 // take gives what has been found since it was last called.
-func (g *gatherer) take() []wire.Candidate {
+func (g *gatherer) take() (wire.Update, bool) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	select {
 	case <-g.news:
 	default:
 	}
-	fresh := g.found[g.taken:]
-	g.taken = len(g.found)
-	return fresh
+	u := wire.Update{Candidates: slices.Clone(g.found[g.taken:])}
+	if g.mapping != g.told {
+		u.Mapping = g.mapping
+	}
+	g.taken, g.told = len(g.found), g.mapping
+	return u, len(u.Candidates) > 0 || u.Mapping != wire.MappingUnknown
+}
+
+// untake has everything told again.
+func (g *gatherer) untake() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.taken, g.told = 0, wire.MappingUnknown
+	g.ring()
 }
 
 // await waits up to limit for a first reflexive address.
@@ -169,17 +226,7 @@ func (g *gatherer) await(ctx context.Context, limit time.Duration) {
 	defer timer.Stop()
 	select {
 	case <-g.first:
-	case <-g.done:
 	case <-timer.C:
 	case <-ctx.Done():
-	}
-}
-
-func (g *gatherer) isDone() bool {
-	select {
-	case <-g.done:
-		return true
-	default:
-		return false
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"net/http"
 	"net/netip"
 	"strings"
 	"time"
@@ -18,8 +19,9 @@ import (
 )
 
 const (
-	// grace is how long a join that could go out waits for the reflexive address, which saves a request later.
-	grace = 50 * time.Millisecond
+	// grace is how long a join that could go out waits for the reflexive address, which saves a request later. It has had two
+	// round trips by then, and where UDP is blocked it never comes.
+	grace = 10 * time.Millisecond
 	// pathLimit bounds the time from a session to the first bytes through its tunnel. After that another try, which may
 	// meet another gateway, is worth more than waiting.
 	pathLimit = 6 * time.Second
@@ -122,7 +124,8 @@ func (a *Agent) ensureTunnel(key wire.PrivateKey) (*tunnel.Tunnel, error) {
 		a.link = l
 		a.mu.Unlock()
 	}
-	t, err := tunnel.New(tunnel.Options{Key: key, TUN: l.Device(), Window: window, Logger: a.log})
+	relays := tunnel.RelayOptions{Dial: tunnel.DialRelay(a.api.http, http.Header{"User-Agent": {a.opts.Client}})}
+	t, err := tunnel.New(tunnel.Options{Key: key, TUN: l.Device(), Window: window, Relays: relays, Logger: a.log})
 	if err != nil {
 		return nil, problem.Wrap(err, problem.Failed, "the tunnel cannot be opened: "+err.Error(),
 			"check that this process may open a UDP socket")
@@ -192,6 +195,8 @@ func checkSession(s *wire.Session, key wire.Key) error {
 		return bad("the session is not the one that was asked for")
 	case len(s.Addresses) == 0 || len(s.Addresses) > 8:
 		return bad("it gives no address, or too many")
+	case len(s.Relays) > wire.MaxRelays:
+		return bad("it gives tickets for too many relays")
 	case len(s.Gateways) == 0 || len(s.Gateways) > 64:
 		return bad("it names no gateway, or too many")
 	}

@@ -24,7 +24,8 @@ type keeper struct {
 	changed chan struct{} // has a token after path or lease changed
 
 	mu      sync.Mutex
-	up      bool // there is a path
+	up      bool      // there is a path
+	lost    time.Time // since when there is none
 	lease   time.Duration
 	skew    time.Duration // the other side's clock minus ours
 	expires time.Time     // by our clock
@@ -58,12 +59,25 @@ func (k *keeper) renewed(l wire.Lease) {
 // path notes whether there is a path.
 func (k *keeper) path(up bool) {
 	k.mu.Lock()
+	if k.up && !up {
+		k.lost = time.Now()
+	}
 	k.up = up
 	k.mu.Unlock()
 	select {
 	case k.changed <- struct{}{}:
 	default:
 	}
+}
+
+// without tells for how long there has been no path, 0 while there is one.
+func (k *keeper) without(now time.Time) time.Duration {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.up || k.lost.IsZero() {
+		return 0
+	}
+	return now.Sub(k.lost)
 }
 
 func (k *keeper) hasPath() bool {
@@ -95,13 +109,8 @@ func (k *keeper) times() (expires, ends time.Time) {
 // keep holds the session until it is lost, which why tells, or over for good, which is an error.
 func (s *session) keep(ctx context.Context) (why string, err error) {
 	return s.keeper.run(ctx, upkeep{
-		renew: s.renew,
-		reachable: func(ctx context.Context) bool {
-			ctx, cancel := context.WithTimeout(ctx, askEvery)
-			defer cancel()
-			_, err := s.agent.api.info(ctx, func() {})
-			return err == nil
-		},
+		renew:     s.renew,
+		reachable: s.worthLeaving,
 		failed: func(err error) {
 			s.agent.fail(err)
 			s.agent.log.Warn("cannot renew", "session", s.ID, "code", problem.CodeOf(err), "err", err)
@@ -113,10 +122,22 @@ func (s *session) keep(ctx context.Context) (why string, err error) {
 	})
 }
 
+// worthLeaving reports whether a session without a path is to be given up for a new one: the coordinator has to answer, and where
+// only the relays are gone, they are given time to come back, because a new session cuts every connection.
+func (s *session) worthLeaving(ctx context.Context) bool {
+	ctx, cancel := context.WithTimeout(ctx, askEvery)
+	defer cancel()
+	stand := make(chan bool, 1)
+	go func() { stand <- s.relaysStand(ctx) }()
+	_, err := s.agent.api.info(ctx, func() {})
+	relays := <-stand
+	return err == nil && (relays || !s.hasRelays() || s.keeper.without(time.Now()) > relayPatience)
+}
+
 // upkeep is what keeping a session needs of its surroundings.
 type upkeep struct {
 	renew     func(context.Context) (wire.Lease, error)
-	reachable func(context.Context) bool // whether the coordinator, which would give a new session, answers
+	reachable func(context.Context) bool // whether a new session, which the coordinator would have to give, is better than to wait
 	failed    func(error)
 	renewed   func(expires time.Time)
 }

@@ -18,6 +18,8 @@ type link interface {
 	// Name of the interface; "" without one.
 	Name() string
 	SetAddresses([]netip.Addr) error
+	// SetMTU bounds the packets that go into the tunnel, in bytes.
+	SetMTU(mtu int) error
 	// SetRoutes makes want go into the tunnel, less keep; it tells what else was left out.
 	SetRoutes(want []netip.Prefix, keep []netip.Addr) (left []netip.Prefix, err error)
 	// DialContext opens a connection to "IP:port" through the tunnel.
@@ -63,6 +65,12 @@ func (l *stackLink) Name() string { return "" }
 
 // SetAddresses replaces the stack's addresses.
 func (l *stackLink) SetAddresses(addrs []netip.Addr) error { return l.device.SetAddresses(addrs) }
+
+// SetMTU bounds what the stack sends.
+func (l *stackLink) SetMTU(mtu int) error {
+	l.device.SetPathMTU(func(netip.Addr) int { return mtu })
+	return nil
+}
 
 // SetRoutes has nothing to do: the agent itself asks what is inside.
 func (l *stackLink) SetRoutes([]netip.Prefix, []netip.Addr) ([]netip.Prefix, error) { return nil, nil }

@@ -15,10 +15,10 @@ import (
 )
 
 // behindProxy is a world whose coordinator can be reached through a proxy alone, which wants a password.
-func behindProxy(t *testing.T) (*agenttest.World, *egresstest.Proxy) {
+func behindProxy(t *testing.T, scripts ...func(*agenttest.World)) (*agenttest.World, *egresstest.Proxy) {
 	t.Helper()
 	p := &egresstest.Proxy{User: "runner", Password: "pa:ss", Hosts: map[string]string{}}
-	w := agenttest.New(t, func(w *agenttest.World) { w.URL = "http://coordinator.test" })
+	w := agenttest.New(t, append(scripts, func(w *agenttest.World) { w.URL = "http://coordinator.test" })...)
 	p.Hosts["coordinator.test"], p.Hosts["coordinator.test:80"] = w.HTTP.Listener.Addr().String(), w.HTTP.Listener.Addr().String()
 	egresstest.Start(t, p)
 	t.Setenv("HTTP_PROXY", p.URL())

@@ -14,6 +14,9 @@ import (
 	"github.com/culvertnet/culvert/internal/wire"
 )
 
+// minIPv6 is the least MTU with which a link carries IPv6 (RFC 8200, section 5), in bytes.
+const minIPv6 = 1280
+
 // session is one key's life: asked for, admitted, in use, closed.
 type session struct {
 	wire.Session // what the coordinator said last; zero until it has
@@ -27,14 +30,19 @@ type session struct {
 	peer         *tunnel.Peer // nil until admitted
 	keeper       *keeper
 
+	mu        sync.Mutex          // guards what follows
+	granted   map[string]bool     // names of relays that the session has tickets for
+	relayKeys map[string]wire.Key // of relays, while there was a path
+
+	mtu    int           // as last told; 0 before that
 	pathUp chan struct{} // closed when the first path is there
 	once   sync.Once
 }
 
 func newSession(a *Agent, key wire.PrivateKey) *session {
-	s := &session{agent: a, key: key, pathUp: make(chan struct{}), keeper: newKeeper()}
+	s := &session{agent: a, key: key, pathUp: make(chan struct{}), keeper: newKeeper(), granted: map[string]bool{}, relayKeys: map[string]wire.Key{}}
 	s.ctx, s.cancel = context.WithCancelCause(context.Background())
-	s.gather = newGatherer(a)
+	s.gather = newGatherer(a, newNames(s.ctx, &s.wait, a))
 	return s
 }
 
@@ -48,11 +56,14 @@ func (s *session) begin(ctx context.Context) error {
 		return err
 	}
 	a := s.agent
+	found, _ := s.gather.take()
 	request := wire.JoinRequest{
 		Network:    a.opts.Network,
 		Key:        s.key.Public(),
 		Token:      token,
-		Candidates: s.gather.take(),
+		Candidates: found.Candidates,
+		Mapping:    found.Mapping,
+		Relays:     nearest(a.tunnel),
 		Client:     a.opts.Client,
 	}
 	err = a.api.join(s.ctx, request, s.event)
@@ -80,7 +91,7 @@ func (s *session) prepare() (wire.Secret, error) {
 		t, err := a.ensureTunnel(s.key)
 		if err == nil {
 			close(ready)
-			s.gather.run(ctx, t, a.opts.url.Hostname())
+			s.gather.run(ctx, t)
 		}
 		return err
 	})
@@ -129,7 +140,7 @@ func (s *session) preconnect(ctx context.Context, connected chan struct{}) error
 			fmt.Sprintf("the coordinator speaks version %d of the API, this program version %d", info.Version, wire.Version),
 			"use the same release on both sides")
 	}
-	s.gather.more(info.STUN)
+	s.gather.extra <- info // once: there is room
 	return nil
 }
 
@@ -175,6 +186,9 @@ func (s *session) meet(gw wire.Gateway, final bool) error {
 	if s.peer != nil && s.gateway.Key != gw.Key {
 		a.tunnel.RemovePeer(s.peer) // the first one would not have us
 		s.peer = nil
+		s.mu.Lock()
+		clear(s.granted)
+		s.mu.Unlock()
 	}
 	known := s.peer != nil
 	s.gateway = gw
@@ -194,6 +208,7 @@ func (s *session) meet(gw wire.Gateway, final bool) error {
 	if err := a.setRoutes(gw); err != nil {
 		return fmt.Errorf("set the routes: %w", err)
 	}
+	s.useRelays(s.Relays)
 	if known {
 		s.peer.AddCandidates(gw.Candidates)
 		if err := s.peer.SetAllowedIPs(allowed(gw)); err != nil {
@@ -218,6 +233,7 @@ func (s *session) addPeer(gw wire.Gateway) error {
 		Candidates: gw.Candidates,
 		Initiate:   true,
 		OnPath:     s.onPath,
+		OnMTU:      s.onMTU,
 	})
 	s.peer = peer
 	return err
@@ -226,30 +242,50 @@ func (s *session) addPeer(gw wire.Gateway) error {
 func (s *session) onPath(p tunnel.Path) {
 	up := p != (tunnel.Path{})
 	if up {
+		s.knownRelays()
 		s.agent.marks.set(&s.agent.marks.path)
 		s.once.Do(func() { close(s.pathUp) })
 	}
 	s.keeper.path(up)
 }
 
-// trickle sends what was found after the request had gone out.
+// onMTU keeps packets that are too long for the path from being sent at all. It is never called concurrently.
+func (s *session) onMTU(mtu int) {
+	a := s.agent
+	err := a.link.SetMTU(mtu)
+	if err == nil && s.mtu > 0 && s.mtu < minIPv6 && mtu >= minIPv6 { // the kernel has forgotten all of IPv6 meanwhile
+		err = errors.Join(a.link.SetAddresses(s.Addresses), a.setRoutes(s.gateway))
+	}
+	s.mtu = mtu
+	if err != nil {
+		a.log.Warn("the tunnel's MTU cannot be set, so long packets may get lost", "mtu", mtu, "err", err)
+	}
+}
+
+// trickle sends what is found after the request has gone out, for as long as the session lasts.
 func (s *session) trickle(ctx context.Context, id string, secret wire.Secret) {
 	a := s.agent
+	var pause backoff
 	for {
 		select {
 		case <-s.gather.news:
-		case <-s.gather.done:
 		case <-ctx.Done():
 			return
 		}
-		if late := s.gather.take(); len(late) > 0 {
-			if _, err := a.api.update(ctx, id, secret, wire.Update{Candidates: late}); err != nil && ctx.Err() == nil {
-				a.log.Info("the coordinator did not take a late candidate", "session", id, "err", err)
-			}
+		late, some := s.gather.take()
+		if !some {
 			continue
 		}
-		if s.gather.isDone() {
-			return
+		_, err := a.api.update(ctx, id, secret, late)
+		if err == nil {
+			pause = backoff{}
+			continue
+		}
+		if ctx.Err() == nil {
+			a.log.Info("the coordinator did not take what was found late", "session", id, "err", err)
+		}
+		if problem.Temporary(err) && pause.wait(ctx) == nil {
+			s.gather.untake()
 		}
 	}
 }

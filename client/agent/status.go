@@ -60,7 +60,11 @@ func milliseconds(d time.Duration) float64 {
 
 // describe turns a path into what status and up show.
 func describe(p tunnel.Path) control.Path {
-	return control.Path{Kind: string(p.Kind), Remote: p.Remote.String(), RTT: milliseconds(p.RTT)}
+	out := control.Path{Kind: string(p.Kind), Relay: p.Relay, Transport: string(p.Transport), RTT: milliseconds(p.RTT)}
+	if p.Remote.IsValid() {
+		out.Remote = p.Remote.String()
+	}
+	return out
 }
 
 // note changes the state and writes it into the history.
@@ -151,7 +155,7 @@ func (s *session) describe(st *control.Status) {
 	for _, c := range now.History {
 		what := "no path: " + c.Why
 		if c.Path != (tunnel.Path{}) {
-			what = "path " + string(c.Path.Kind) + " " + c.Path.Remote.String() + ": " + c.Why
+			what = "path " + describe(c.Path).Words() + ": " + c.Why
 		}
 		st.History = append(st.History, control.Event{At: c.At, What: what})
 	}

@@ -37,6 +37,10 @@ func (s *session) use(ctx context.Context, waitFor []string) error {
 		s.shaking(limited, shaken)
 		return s.echo(limited)
 	})
+	group.Go(func() error {
+		s.agent.useNames(ctx, s.gateway)
+		return nil
+	})
 	for _, target := range waitFor {
 		group.Go(func() error {
 			<-shaken

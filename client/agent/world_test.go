@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -115,4 +116,27 @@ func (r *running) hello(t *testing.T) string {
 		t.Fatal(err)
 	}
 	return string(said)
+}
+
+// slowTokens gives tokens once something has come to be.
+func slowTokens(ready func() bool) func(*http.Client) (TokenSource, error) {
+	return func(*http.Client) (TokenSource, error) {
+		return tokenFunc(func(ctx context.Context, audience string) (wire.Secret, error) {
+			for deadline := time.Now().Add(10 * time.Second); !ready() && time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+			}
+			return goodToken(ctx, audience)
+		}), nil
+	}
+}
+
+// tunnelKnows reports whether these relays have answered.
+func (r *running) tunnelKnows(names ...string) bool {
+	r.mu.Lock()
+	t := r.tunnel
+	r.mu.Unlock()
+	if t == nil {
+		return false
+	}
+	got := nearest(t)
+	return !slices.ContainsFunc(names, func(n string) bool { return !slices.Contains(got, n) })
 }

@@ -7,6 +7,7 @@ package control
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"regexp"
 	"strconv"
@@ -72,9 +73,22 @@ type Status struct {
 
 // Path is the way that packets take to the gateway.
 type Path struct {
-	Kind   string  `json:"kind"`
-	Remote string  `json:"remote"`
-	RTT    float64 `json:"rtt_ms"` // smoothed, in milliseconds
+	Kind      string  `json:"kind"`             // host, reflexive, public, mapped, observed: direct; or relay
+	Remote    string  `json:"remote,omitempty"` // the gateway's address, or the relay's; none over a WebSocket
+	Relay     string  `json:"relay,omitempty"`  // the relay's name
+	Transport string  `json:"transport"`        // udp or websocket
+	RTT       float64 `json:"rtt_ms"`           // smoothed, in milliseconds
+}
+
+// Words is the path as people read it.
+func (p Path) Words() string {
+	switch {
+	case p.Relay != "" && p.Transport == "websocket":
+		return fmt.Sprintf("through relay %s over a WebSocket", p.Relay)
+	case p.Relay != "":
+		return fmt.Sprintf("through relay %s at %s", p.Relay, p.Remote)
+	}
+	return fmt.Sprintf("direct, %s %s", p.Kind, p.Remote)
 }
 
 // Event is one thing that happened to a tunnel.

@@ -90,6 +90,10 @@ func (i *Interface) Close() error { return i.link.device().Close() }
 // is logged and shown by [Interface.Skipped].
 func (i *Interface) SetAddresses(addrs []netip.Addr) error { return i.link.setAddresses(addrs) }
 
+// SetMTU bounds the packets that the host sends into the interface, in bytes. Below 1280 the kernel takes the interface's IPv6
+// addresses and routes away; they have to be set anew once there is room again.
+func (i *Interface) SetMTU(mtu int) error { return i.link.setMTU(mtu) }
+
 // Skipped gives the addresses of the last [Interface.SetAddresses] that the host cannot take because it has IPv6 switched off.
 func (i *Interface) Skipped() []netip.Addr { return i.link.skippedAddresses() }
 

@@ -176,6 +176,19 @@ func privileged() bool {
 	return errors.Is(err, unix.ENODEV)
 }
 
+// setMTU is [Interface.SetMTU].
+func (l *link) setMTU(mtu int) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.nl == nil {
+		return closed(l.name)
+	}
+	if err := l.nl.LinkSetMTU(l.attrs, mtu); err != nil {
+		return fmt.Errorf("set the mtu of %s to %d: %w", l.name, mtu, err)
+	}
+	return nil
+}
+
 // setAddresses is [Interface.SetAddresses].
 func (l *link) setAddresses(addrs []netip.Addr) error {
 	l.mu.Lock()

@@ -22,6 +22,7 @@ func unsupported() error {
 
 func (*link) device() tun.Device              { return nil }
 func (*link) setAddresses([]netip.Addr) error { return unsupported() }
+func (*link) setMTU(int) error                { return unsupported() }
 func (*link) skippedAddresses() []netip.Addr  { return nil }
 
 func (*link) setRoutes([]netip.Prefix, []netip.Addr) ([]netip.Prefix, error) {

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"github.com/culvertnet/culvert/coordinator/config"
+	"github.com/culvertnet/culvert/coordinator/limit"
 	"github.com/culvertnet/culvert/coordinator/session"
 	"github.com/culvertnet/culvert/coordinator/state"
 	"github.com/culvertnet/culvert/internal/claims"
@@ -66,7 +67,8 @@ func (r *Rules) tellTheSame(other *Rules) bool {
 type Options struct {
 	Sessions Sessions
 	Store    Presences
-	Audit    Auditor // nil: nothing is recorded
+	Audit    Auditor  // nil: nothing is recorded
+	Metrics  *Metrics // nil: none
 	Rules    Rules
 	Logger   *slog.Logger
 	// TicketKey is the public key of relay tickets as relay.yaml takes it.
@@ -77,6 +79,8 @@ type Options struct {
 	TrustedProxies []netip.Prefix // whose X-Forwarded-For is believed
 	Rate           rate.Limit     // requests a second from one address (IPv6: one /64); default 100, because runners share NATs
 	Burst          int            // and how many at once; default 1000
+	FailureRate    rate.Limit     // credentials from one address that are not believed, a second; default 5
+	FailureBurst   int            // and how many at once; default 500, which is two matrices of jobs with the same mistake
 	MaxAddresses   int            // addresses remembered for that; default 65536
 	MaxJoins       int            // joins in progress at once; default 2048
 
@@ -100,11 +104,16 @@ func (o *Options) Validate() error {
 	if o.Audit == nil {
 		o.Audit = noAudit{}
 	}
+	if o.Metrics == nil {
+		o.Metrics = NewMetrics()
+	}
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
 	orElse(&o.Rate, 100)
 	orElse(&o.Burst, 1000)
+	orElse(&o.FailureRate, 5)
+	orElse(&o.FailureBurst, 500)
 	orElse(&o.MaxAddresses, 1<<16)
 	orElse(&o.MaxJoins, 2048)
 	orElse(&o.BodyTimeout, 10*time.Second)
@@ -134,9 +143,12 @@ type API struct {
 	log      *slog.Logger
 	rules    atomic.Pointer[Rules]
 	router   http.Handler
-	limits   *limiter
-	joins    chan struct{} // one token for each join in progress
+	limits   *limit.Table[netip.Prefix]
+	failures *limit.Table[netip.Prefix] // of credentials that were not believed
+	joins    chan struct{}              // one token for each join in progress
+	leaving  atomic.Bool
 	draining atomic.Bool
+	ready    readiness
 	warned   rate.Sometimes // of requests over the rate, or whoever sends them would write the log at will
 
 	mu      sync.Mutex
@@ -152,13 +164,14 @@ func New(opts Options) (*API, error) {
 		return nil, err
 	}
 	a := &API{
-		opts:    opts,
-		log:     opts.Logger,
-		limits:  newLimiter(opts.Rate, opts.Burst, opts.MaxAddresses),
-		joins:   make(chan struct{}, opts.MaxJoins),
-		warned:  rate.Sometimes{First: 1, Interval: time.Second},
-		all:     map[*stream]struct{}{},
-		streams: map[string]*stream{},
+		opts:     opts,
+		log:      opts.Logger,
+		limits:   limit.New[netip.Prefix](opts.Rate, opts.Burst, opts.MaxAddresses),
+		failures: limit.New[netip.Prefix](opts.FailureRate, opts.FailureBurst, opts.MaxAddresses),
+		joins:    make(chan struct{}, opts.MaxJoins),
+		warned:   rate.Sometimes{First: 1, Interval: time.Second},
+		all:      map[*stream]struct{}{},
+		streams:  map[string]*stream{},
 	}
 	a.rules.Store(&opts.Rules)
 	a.router = a.routes()
@@ -170,7 +183,7 @@ func (a *API) ServeHTTP(w http.ResponseWriter, r *http.Request) { a.router.Serve
 
 func (a *API) routes() http.Handler {
 	r := chi.NewRouter()
-	r.Use(a.recovered, a.secured, a.clientIP())
+	r.Use(a.counted, a.recovered, a.secured, a.clientIP())
 	r.NotFound(notFound)
 	r.MethodNotAllowed(wrongMethod)
 	r.Get("/healthz", a.healthz)
@@ -188,6 +201,9 @@ func (a *API) routes() http.Handler {
 	})
 	return r
 }
+
+// Leave reports not ready, while everything is still served: whoever sends requests here is to send them elsewhere.
+func (a *API) Leave() { a.leaving.Store(true) }
 
 // Drain refuses new joins and gateways and reports not ready, while those in progress go on.
 func (a *API) Drain() { a.draining.Store(true) }

@@ -8,77 +8,17 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"testing/synctest"
-	"time"
-
-	"github.com/go-chi/chi/v5/middleware"
-	"pgregory.net/rapid"
 
 	"github.com/culvertnet/culvert/coordinator/config"
+	"github.com/culvertnet/culvert/coordinator/limit"
 	"github.com/culvertnet/culvert/internal/problem"
 	"github.com/culvertnet/culvert/internal/wire"
+	"github.com/go-chi/chi/v5/middleware"
 )
 
 func TestOptionsNeedTheirParts(t *testing.T) {
 	if _, err := New(Options{}); err == nil {
 		t.Error("an API without parts was made")
-	}
-}
-
-func TestLimiter(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		l := newLimiter(2, 3, 100)
-		a, b := netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("192.0.2.2")
-		for range 3 {
-			if !l.allow(a) {
-				t.Fatal("the burst is not granted")
-			}
-		}
-		if l.allow(a) {
-			t.Error("more than the burst is granted")
-		}
-		if !l.allow(b) {
-			t.Error("another address pays for it")
-		}
-		time.Sleep(500 * time.Millisecond)
-		if !l.allow(a) || l.allow(a) {
-			t.Error("half a second at 2/s is worth one request")
-		}
-	})
-}
-
-// TestLimiterIsBounded: whatever addresses ask, the table keeps to its size and index and order agree.
-func TestLimiterIsBounded(t *testing.T) {
-	rapid.Check(t, func(t *rapid.T) {
-		size := rapid.IntRange(1, 8).Draw(t, "max")
-		l := newLimiter(1, 1, size)
-		for range rapid.IntRange(0, 50).Draw(t, "requests") {
-			b := rapid.SliceOfN(rapid.Byte(), 4, 4).Draw(t, "addr")
-			addr := netip.AddrFrom4([4]byte{10, 0, 0, b[3] % 16})
-			l.allow(addr)
-			if l.recent.Len() > size || l.recent.Len() != len(l.byAddr) {
-				t.Fatalf("%d in order, %d indexed, at most %d wanted", l.recent.Len(), len(l.byAddr), size)
-			}
-			if front := l.recent.Front().Value.(*bucket).who; front != oneSource(addr) {
-				t.Fatalf("%s in front, not %s", front, addr)
-			}
-		}
-	})
-}
-
-func TestOneSource(t *testing.T) {
-	for in, want := range map[string]string{
-		"192.0.2.1":            "192.0.2.1/32",
-		"::ffff:192.0.2.1":     "192.0.2.1/32",
-		"2001:db8:1:2:3:4:5:6": "2001:db8:1:2::/64",
-		"fe80::1%eth0":         "fe80::/64",
-	} {
-		if got := oneSource(netip.MustParseAddr(in)).String(); got != want {
-			t.Errorf("%s: %s, want %s", in, got, want)
-		}
-	}
-	if oneSource(netip.Addr{}).IsValid() {
-		t.Error("no address is an address")
 	}
 }
 
@@ -121,7 +61,7 @@ func TestCredential(t *testing.T) {
 
 // bare is an API without parts, for its middleware.
 func bare(trusted ...netip.Prefix) *API {
-	a := &API{opts: Options{TrustedProxies: trusted, Audit: noAudit{}}, log: slog.New(slog.DiscardHandler), limits: newLimiter(1, 1, 10)}
+	a := &API{opts: Options{TrustedProxies: trusted, Audit: noAudit{}}, log: slog.New(slog.DiscardHandler), limits: limit.New[netip.Prefix](1, 1, 10), failures: limit.New[netip.Prefix](1, 1, 10)}
 	a.rules.Store(&Rules{Config: &config.Config{URL: "http://127.0.0.1"}})
 	return a
 }

@@ -20,6 +20,8 @@ type Auditor interface {
 	Note(r audit.Record)
 	// Refused counts a request that was refused before its sender had proven anything.
 	Refused(err error, from netip.Addr)
+	// Ready says why records cannot be stored just now, or nil.
+	Ready() error
 }
 
 // noAudit stands where nothing is recorded.
@@ -33,6 +35,9 @@ func (noAudit) Note(audit.Record) {}
 
 // Refused does nothing.
 func (noAudit) Refused(error, netip.Addr) {}
+
+// Ready is always true.
+func (noAudit) Ready() error { return nil }
 
 // proof says by what a gateway was let in: its workload identity, or the beginning of its secret's hash.
 func proof(e config.Enrolment) string {

@@ -31,6 +31,7 @@ func (a *API) gateway(w http.ResponseWriter, r *http.Request) {
 		a.log.Warn("gateway refused", "network", clip(printable(network), 64), "addr", middleware.GetClientIP(r.Context()),
 			"code", problem.CodeOf(err), "err", err)
 		a.opts.Audit.Refused(err, middleware.GetClientIPAddr(r.Context()))
+		a.disbelieved(err, middleware.GetClientIPAddr(r.Context()))
 		a.fail(w, err)
 		return
 	}

@@ -3,12 +3,14 @@ package api
 import (
 	"fmt"
 	"net/http"
+	"net/netip"
 	"runtime/debug"
 	"strings"
 
 	"github.com/go-chi/chi/v5"
 	"github.com/go-chi/chi/v5/middleware"
 
+	"github.com/culvertnet/culvert/coordinator/limit"
 	"github.com/culvertnet/culvert/internal/problem"
 )
 
@@ -57,18 +59,36 @@ func (a *API) clientIP() func(http.Handler) http.Handler {
 	return middleware.ClientIPFromXFF(trusted...)
 }
 
-// limited bounds what one address may ask, before any work is done for it.
+// limited bounds what one address may ask, before any work is done for it: its requests, and its credentials that were not
+// believed. Whoever asks too much loses the connection, so that asking again costs a new one.
 func (a *API) limited(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if addr := middleware.GetClientIPAddr(r.Context()); !a.limits.allow(addr) {
-			a.warned.Do(func() { a.log.Warn("rate limited", "addr", addr.String(), "path", clip(r.URL.Path, 64)) })
-			err := problem.New(problem.RateLimited, "too many requests from this address", "wait a few seconds and try again")
-			a.opts.Audit.Refused(err, addr)
-			a.fail(w, err)
+		addr := middleware.GetClientIPAddr(r.Context())
+		what := ""
+		switch source := limit.Source(addr); {
+		case !a.limits.Allow(source):
+			what = "too many requests from this address"
+		case a.failures.Empty(source):
+			what = "too many credentials from this address that were not believed"
+		default:
+			next.ServeHTTP(w, r)
 			return
 		}
-		next.ServeHTTP(w, r)
+		a.warned.Do(func() { a.log.Warn("rate limited", "addr", addr.String(), "path", clip(r.URL.Path, 64), "err", what) })
+		err := problem.New(problem.RateLimited, what, "wait a few seconds and try again")
+		a.opts.Audit.Refused(err, addr)
+		w.Header().Set("Connection", "close")
+		a.fail(w, err)
 	})
+}
+
+// disbelieved counts a credential that proved nothing against its address.
+func (a *API) disbelieved(err error, addr netip.Addr) {
+	switch problem.CodeOf(err) {
+	case problem.BadRequest, problem.TooLarge, problem.Unauthorized, problem.TokenInvalid, problem.TokenExpired, problem.TokenEarly,
+		problem.TokenIssuer, problem.TokenAudience, problem.TokenUnknownKey:
+		a.failures.Charge(limit.Source(addr))
+	}
 }
 
 // fail answers with a problem and the headers that its status asks for.

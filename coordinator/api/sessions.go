@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/go-chi/chi/v5"
@@ -21,19 +22,54 @@ import (
 
 func (a *API) healthz(w http.ResponseWriter, r *http.Request) { _, _ = io.WriteString(w, "ok\n") }
 
-// readyz says whether joins can be served: the state is within reach and we are not on our way out.
+// readyz says whether joins can be served: state and audit log are within reach, and we are not on our way out. Its caller
+// is not trusted, so an answer holds for a second.
 func (a *API) readyz(w http.ResponseWriter, r *http.Request) {
-	if a.draining.Load() {
+	if a.leaving.Load() || a.draining.Load() {
 		a.fail(w, shuttingDown())
 		return
 	}
-	ctx, cancel := context.WithTimeout(r.Context(), 2*time.Second)
-	defer cancel()
-	if err := a.opts.Store.Ready(ctx); err != nil {
-		a.fail(w, problem.Wrap(err, problem.Unreachable, "the coordinator cannot reach its state", "look at its log"))
+	if err := a.ready.ask(r.Context(), a.findReady); err != nil {
+		a.fail(w, err)
 		return
 	}
 	_, _ = io.WriteString(w, "ok\n")
+}
+
+func (a *API) findReady(ctx context.Context) error {
+	if err := a.opts.Store.Ready(ctx); err != nil {
+		return problem.Wrap(err, problem.Unreachable, "the coordinator cannot reach its state", "look at its log")
+	}
+	if err := a.opts.Audit.Ready(); err != nil {
+		return problem.Wrap(err, problem.Unreachable, "the coordinator cannot store its audit records", "look at its log")
+	}
+	return nil
+}
+
+// readiness is an answer that holds for a while.
+type readiness struct {
+	mu  sync.Mutex
+	err error
+	at  time.Time
+}
+
+const (
+	readyFor     = time.Second
+	readyTimeout = 2 * time.Second
+)
+
+// ask gives the last answer, or finds a new one; whoever asks meanwhile waits for that.
+func (c *readiness) ask(ctx context.Context, find func(context.Context) error) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.at.IsZero() && time.Since(c.at) < readyFor {
+		return c.err
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), readyTimeout)
+	defer cancel()
+	c.err = find(ctx)
+	c.at = time.Now()
+	return c.err
 }
 
 func shuttingDown() error {
@@ -63,6 +99,7 @@ func (a *API) join(w http.ResponseWriter, r *http.Request) {
 	j := session.Join{From: middleware.GetClientIPAddr(r.Context())}
 	if err := a.read(w, r, &j.JoinRequest); err != nil { // before a place is taken: a body that dawdles must hold none
 		a.opts.Audit.Refused(err, j.From)
+		a.disbelieved(err, j.From)
 		a.fail(w, err)
 		return
 	}
@@ -76,12 +113,17 @@ func (a *API) join(w http.ResponseWriter, r *http.Request) {
 	j.Client = printable(clip(j.Client, 128))
 	ctx, cancel := context.WithTimeout(r.Context(), a.opts.JoinTimeout)
 	defer cancel()
+	a.opts.Metrics.waiting.Inc()
+	defer a.opts.Metrics.waiting.Dec()
+	began := time.Now()
 	if wantsEvents(r) {
-		a.joinStreamed(ctx, w, j)
+		a.opts.Metrics.joined(began, a.joinStreamed(ctx, w, j))
 		return
 	}
 	s, err := a.opts.Sessions.Join(ctx, j)
+	a.opts.Metrics.joined(began, err)
 	if err != nil {
+		a.disbelieved(err, j.From)
 		a.fail(w, err)
 		return
 	}
@@ -90,7 +132,7 @@ func (a *API) join(w http.ResponseWriter, r *http.Request) {
 
 // joinStreamed answers a join line by line: the client can start its checks on the first, while a gateway is being asked. A
 // join refused before that is an ordinary problem with its own status.
-func (a *API) joinStreamed(ctx context.Context, w http.ResponseWriter, j session.Join) {
+func (a *API) joinStreamed(ctx context.Context, w http.ResponseWriter, j session.Join) error {
 	begun := false
 	lines := json.NewEncoder(w)
 	j.Admitted = func(s wire.Session) error {
@@ -107,11 +149,13 @@ func (a *API) joinStreamed(ctx context.Context, w http.ResponseWriter, j session
 	case err == nil:
 		_ = lines.Encode(wire.JoinEvent{Session: &s}) // a client that has gone lets the lease run out
 	case !begun:
+		a.disbelieved(err, j.From)
 		a.fail(w, err)
 	default:
 		doc, _ := json.Marshal(problem.From(err)) // strings alone: it always encodes
 		_ = lines.Encode(wire.JoinEvent{Problem: doc})
 	}
+	return err
 }
 
 // wantsEvents reports whether the client asks for a stream of events (RFC 9110, section 12.5.1).

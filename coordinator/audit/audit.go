@@ -20,6 +20,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/culvertnet/culvert/coordinator/state"
@@ -83,6 +84,7 @@ type Log struct {
 	queue chan *entry
 	copy  *copier
 	tally Tally
+	stuck atomic.Pointer[error] // why the last try to store failed; nil once one has worked
 
 	life context.Context
 	end  context.CancelFunc
@@ -235,7 +237,18 @@ func (l *Log) takeLost() uint64 {
 }
 
 // Refused counts a request that was refused before its sender had proven anything: see [Tally].
-func (l *Log) Refused(err error, from netip.Addr) { l.tally.Add(err, from) }
+func (l *Log) Refused(err error, from netip.Addr) {
+	l.opts.Metrics.refused.WithLabelValues(string(problem.CodeOf(err))).Inc()
+	l.tally.Add(err, from)
+}
+
+// Ready says why records cannot be stored just now, or nil.
+func (l *Log) Ready() error {
+	if err := l.stuck.Load(); err != nil {
+		return *err
+	}
+	return nil
+}
 
 // PublicKey is the key by which this log's seals are verified.
 func (l *Log) PublicKey() ed25519.PublicKey { return l.keys[0] }

@@ -26,8 +26,7 @@ type Suggestion struct {
 	Failed   []string  // what was let through, but did not answer
 	From     time.Time // of the first flow
 	Until    time.Time
-	Jobs     int // runs and attempts of them
-	sessions map[string]bool
+	Sessions int
 }
 
 // SuggestedLine is one allow line.
@@ -164,7 +163,7 @@ func (s *Suggester) Suggestions() []Suggestion {
 	var out []Suggestion
 	for _, name := range slices.Sorted(maps.Keys(s.networks)) {
 		n := s.networks[name]
-		g := Suggestion{Network: name, From: n.from, Until: n.until, Jobs: len(n.sessions),
+		g := Suggestion{Network: name, From: n.from, Until: n.until, Sessions: len(n.sessions),
 			Denied: slices.Sorted(maps.Keys(n.denied)), Failed: slices.Sorted(maps.Keys(n.failed))}
 		g.Lines = linesOf(n.uses)
 		for _, l := range g.Lines {
@@ -346,7 +345,7 @@ const maxExplained = 20
 // Write writes a suggestion as YAML, to be put into a rule.
 func (g *Suggestion) Write(w io.Writer) error {
 	b := &strings.Builder{}
-	fmt.Fprintf(b, "# network %s: what %s did in %d flows, %s to %s\n", g.Network, count(g.Jobs, "session"), g.Flows, stamp(g.From), stamp(g.Until))
+	fmt.Fprintf(b, "# network %s: what %s did in %d flows, %s to %s\n", g.Network, count(g.Sessions, "session"), g.Flows, stamp(g.From), stamp(g.Until))
 	if len(g.Lines) == 0 {
 		b.WriteString("allow: []\n")
 	} else {
@@ -359,17 +358,20 @@ func (g *Suggestion) Write(w io.Writer) error {
 		}
 		b.WriteByte('\n')
 	}
-	for what, list := range map[string][]string{"denied, and not in the list": g.Denied, "let through, but nothing answered": g.Failed} {
-		for i, text := range list {
-			if i == maxExplained {
-				fmt.Fprintf(b, "# and %d more\n", len(list)-i)
-				break
-			}
-			fmt.Fprintf(b, "# %s: %s\n", what, printable(text))
-		}
-	}
+	explain(b, "denied, and not in the list", g.Denied)
+	explain(b, "let through, but nothing answered", g.Failed)
 	_, err := io.WriteString(w, b.String())
 	return err
+}
+
+func explain(b *strings.Builder, what string, list []string) {
+	for i, text := range list {
+		if i == maxExplained {
+			fmt.Fprintf(b, "# and %d more\n", len(list)-i)
+			break
+		}
+		fmt.Fprintf(b, "# %s: %s\n", what, printable(text))
+	}
 }
 
 func count(n int, what string) string {

@@ -90,7 +90,7 @@ func TestSuggestCountsOnce(t *testing.T) {
 	closed.Cause = wire.CauseClosed
 	many := flow("tcp", "", "10.0.0.1:1", wire.FlowAllowed)
 	many.Count = 10
-	if g := suggested(t, false, open, closed, many); g.Flows != 11 || g.Jobs != 1 {
+	if g := suggested(t, false, open, closed, many); g.Flows != 11 || g.Sessions != 1 {
 		t.Errorf("%+v", g)
 	}
 	var b strings.Builder

@@ -110,7 +110,8 @@ func (l *Log) commit(batch []*entry) error {
 		err := l.store(block, next)
 		switch {
 		case err == nil:
-			l.opts.Metrics.committed(len(batch), len(block), time.Since(began))
+			l.stuck.Store(nil)
+			l.opts.Metrics.committed(batch, len(block), time.Since(began))
 			for _, e := range batch {
 				e.finish(nil)
 			}
@@ -125,6 +126,7 @@ func (l *Log) commit(batch []*entry) error {
 			}
 			return err
 		}
+		l.stuck.Store(&err)
 		l.opts.Metrics.failed.Inc()
 		l.opts.Logger.Error("audit records cannot be stored and are tried again", "records", len(batch), "err", err, "again_in", wait)
 		select {

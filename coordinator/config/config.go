@@ -52,6 +52,7 @@ type Config struct {
 	State          State
 	Audit          Audit
 	Private        Private
+	Limits         Limits
 	Issuers        []claims.Issuer // whose tokens may admit jobs
 	Networks       map[string]Network
 	STUN           []string // what clients are told to ask instead of this coordinator, "host:port"

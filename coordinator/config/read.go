@@ -48,6 +48,8 @@ type document struct {
 	Audit auditDoc `yaml:"audit"`
 	// Private is the listener for operators: metrics, health, profiles and the audit log.
 	Private privateDoc `yaml:"private"`
+	// Limits bound what is done for whoever asks, before anybody has proven anything.
+	Limits Limits `yaml:"limits"`
 	// Issuers whose tokens may admit jobs; default GitHub's public one.
 	Issuers []issuerDoc `yaml:"issuers"`
 	// Networks that jobs get into, by name.
@@ -127,6 +129,7 @@ func (r *reader) read(d *document) *Config {
 	c.State = r.state(d.State)
 	c.Audit = r.audit(d.Audit)
 	c.Private = r.private(d.Private, c.Listen)
+	c.Limits = r.requestLimits(d.Limits)
 	c.Issuers = r.issuers(d.Issuers, d.InsecureHTTP)
 	c.Networks = r.networks(d.Networks, d.InsecureHTTP)
 	r.oneKeySet(c)

@@ -11,13 +11,10 @@ import (
 	"github.com/culvertnet/culvert/internal/yamlfile"
 )
 
-// DefaultRelay is what a coordinator's own relay is called.
-const DefaultRelay = "coordinator"
-
 // Relay is this node's own relay. It serves on the UDP port, where there is one, and on the HTTPS port.
 type Relay struct {
 	Off bool `yaml:"-"`
-	// Name lists it; default [DefaultRelay]. Nodes that share their state need names of their own, and list each other in relays.
+	// Name lists it; default [wire.OwnRelay]. Nodes that share their state need names of their own, and list each other in relays.
 	Name string `yaml:"name"`
 	// Rate is what it forwards from one side of one session at most, in Mbit/s; default 5000.
 	Rate int `yaml:"rate_mbit"`
@@ -91,7 +88,7 @@ func nextPort(addr string) string {
 }
 
 func (r *reader) relay(d yamlfile.OrOff[Relay]) Relay {
-	own := r.limits("$.relay", "$.relay", d.Value, DefaultRelay)
+	own := r.limits("$.relay", "$.relay", d.Value, wire.OwnRelay)
 	own.Off = d.Off
 	return own
 }

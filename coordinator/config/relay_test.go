@@ -32,7 +32,7 @@ func TestListedRelays(t *testing.T) {
 	}{
 		"own first":     {"relay: {name: one}", udp, []wire.Relay{own, two, three}},
 		"without UDP":   {"relay: {name: one}", nil, []wire.Relay{{Name: "one", URL: own.URL}, two, three}},
-		"default name":  {"relay: {}", udp, []wire.Relay{{Name: DefaultRelay, UDP: own.UDP, URL: own.URL}, two, three}},
+		"default name":  {"relay: {}", udp, []wire.Relay{{Name: wire.OwnRelay, UDP: own.UDP, URL: own.URL}, two, three}},
 		"none":          {"relay: off", udp, []wire.Relay{two, three}},
 		"listed itself": {"relay: {name: three}", udp, []wire.Relay{three, two}},
 	} {

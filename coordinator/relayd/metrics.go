@@ -53,6 +53,7 @@ func (c collector) Collect(out chan<- prometheus.Metric) {
 	count(dropped, s.Strangers, "stranger")
 	count(dropped, s.Alone, "alone")
 	count(dropped, s.OverRate, "rate")
+	count(dropped, s.OverShare, "share")
 	count(dropped, s.OverQueue, "queue")
 	count(dropped, s.Unread, "unread")
 	count(binds, s.Bound, "ok")

@@ -144,6 +144,7 @@ func (s *Server) Reload(ctx context.Context) error {
 	if err == nil {
 		err = s.take(ctx, next)
 	}
+	s.metrics.took(err)
 	if err != nil {
 		s.log.Error("the changed configuration is refused and the old one stays in force", "code", problem.CodeOf(err), "err", err)
 		return err
@@ -198,7 +199,7 @@ func needRestart(a, b *config.Config) []string {
 	}{
 		{"url", a.URL, b.URL}, {"listen", a.Listen, b.Listen}, {"udp", a.UDP, b.UDP}, {"probe", a.Probe, b.Probe}, {"relay", a.Relay, b.Relay}, {"tls", a.TLS, b.TLS},
 		{"trusted_proxies", a.TrustedProxies, b.TrustedProxies}, {"state", a.State, b.State},
-		{"audit", a.Audit, b.Audit}, {"private", a.Private, b.Private},
+		{"audit", a.Audit, b.Audit}, {"private", a.Private, b.Private}, {"limits", a.Limits, b.Limits},
 	} {
 		if !reflect.DeepEqual(c.a, c.b) {
 			out = append(out, c.key)

@@ -15,6 +15,9 @@ import (
 	"sync"
 	"time"
 
+	"github.com/coreos/go-systemd/v22/daemon"
+	"golang.org/x/time/rate"
+
 	"github.com/culvertnet/culvert/coordinator/api"
 	"github.com/culvertnet/culvert/coordinator/audit"
 	"github.com/culvertnet/culvert/coordinator/certs"
@@ -35,16 +38,20 @@ const (
 	readTimeout   = 30 * time.Second
 	writeTimeout  = 45 * time.Second
 	idleTimeout   = 2 * time.Minute
+	maxStreams    = 100      // of one HTTP/2 connection
 	maxHeader     = 32 << 10 // an identity token of 16 KiB travels in a header
 )
 
 // Options configure a [Server].
 type Options struct {
-	Config *config.Config
-	Reload time.Duration // how often Config.File is looked at for changes; 0 never, [DefaultReload] is usual
-	Logger *slog.Logger
-	Stdout io.Writer   // where audit records go besides the log, unless the configuration says otherwise; nil: nowhere
-	API    api.Options // limits and timings; what the server itself provides is filled in
+	Config        *config.Config
+	Reload        time.Duration // how often Config.File is looked at for changes; 0 never, [DefaultReload] is usual
+	Logger        *slog.Logger
+	Version       string        // of the program, for its metrics
+	Drain         time.Duration // how long Run goes on serving after its context has ended, with /readyz failing
+	HeaderTimeout time.Duration // for a request's header to arrive; default 10 s
+	Stdout        io.Writer     // where audit records go besides the log, unless the configuration says otherwise; nil: nowhere
+	API           api.Options   // limits and timings; what the server itself provides is filled in
 }
 
 // DefaultReload is how often a running coordinator looks whether its configuration file changed.
@@ -64,6 +71,7 @@ type Server struct {
 	api      *api.API
 	http     *http.Server
 	listener net.Listener
+	conns    *bounded           // listener, within bounds
 	relay    *relay.Server      // this node's own; nil where it has none
 	stun     *nat.Server        // on the UDP port where the relay is not; nil without UDP
 	probe    *nat.Server        // the second port; nil without one
@@ -72,10 +80,10 @@ type Server struct {
 	private  *private
 	fatal    chan error // buffered
 
-	audit        *audit.Log
-	auditStore   *state.Log
-	auditFile    *copyFile // nil where no file is written
-	auditMetrics *audit.Metrics
+	audit      *audit.Log
+	auditStore *state.Log
+	auditFile  *copyFile // nil where no file is written
+	metrics    *metrics
 
 	mu         sync.Mutex // guards what a reload replaces
 	config     *config.Config
@@ -94,7 +102,10 @@ func New(opts Options) (*Server, error) {
 	if opts.Logger == nil {
 		opts.Logger = slog.New(slog.DiscardHandler)
 	}
-	return &Server{opts: opts, log: opts.Logger, config: opts.Config, fatal: make(chan error, 1), auditMetrics: audit.NewMetrics()}, nil
+	if opts.HeaderTimeout <= 0 {
+		opts.HeaderTimeout = headerTimeout
+	}
+	return &Server{opts: opts, log: opts.Logger, config: opts.Config, fatal: make(chan error, 1), metrics: newMetrics()}, nil
 }
 
 // Start opens state and listeners and serves. After an error nothing is left open.
@@ -124,10 +135,12 @@ func (s *Server) Start(ctx context.Context) (err error) {
 	if err := s.openPrivate(ctx); err != nil {
 		return err
 	}
+	s.metrics.loaded.SetToCurrentTime()
 	s.wg.Go(func() { _ = s.jobs.Prefetch(run) })   // failures are logged there; the first token tries again
 	s.wg.Go(func() { s.sessions.Reevaluate(run) }) // the rules may have changed while we were away
 	s.wg.Go(func() { s.expireLoop(run) })
 	s.wg.Go(func() { s.sessions.Expire(run) })
+	s.wg.Go(func() { s.watchdog(run) })
 	s.wg.Go(s.serve)
 	if s.opts.Reload > 0 && s.config.File != "" {
 		s.watch = newWatcher(s.config.File)
@@ -216,25 +229,33 @@ func (s *Server) apiRules() api.Rules {
 	}
 }
 
+func sessionLimits(l config.Limits) session.Limits {
+	return session.Limits{Owner: l.Owner, Repository: l.Repository, Total: l.Total}
+}
+
 // build puts sessions, API and HTTP server together.
 func (s *Server) build() (err error) {
-	s.sessions, err = session.New(session.Options{Store: s.store, Rules: s.sessionRules(), TicketKey: s.tickets, Audit: s.audit, Logger: s.log})
+	s.sessions, err = session.New(session.Options{Store: s.store, Rules: s.sessionRules(), TicketKey: s.tickets, Audit: s.audit, Limits: sessionLimits(s.config.Limits), Logger: s.log})
 	if err != nil {
 		return err
 	}
 	o := s.opts.API
-	o.Sessions, o.Store, o.Audit, o.Logger = s.sessions, s.store, s.audit, s.log
+	o.Sessions, o.Store, o.Audit, o.Metrics, o.Logger = s.sessions, s.store, s.audit, s.metrics.api, s.log
 	o.Rules, o.TicketKey = s.apiRules(), base64.RawURLEncoding.EncodeToString(s.tickets.Public().(ed25519.PublicKey))
 	if s.relay != nil {
 		o.Relay = s.relay
 	}
 	o.TrustedProxies = s.config.TrustedProxies
+	if l := s.config.Limits.Address; l > 0 {
+		o.Rate, o.Burst = rate.Limit(l), max(int(l*10), 1)
+	}
 	if s.api, err = api.New(o); err != nil {
 		return err
 	}
+	s.conns = boundedListener(s.listener, s.config.Limits.Connections, s.config.Limits.AddressConnections, s.config.TrustedProxies)
 	s.http = &http.Server{
-		Handler: s.api, ReadHeaderTimeout: headerTimeout, ReadTimeout: readTimeout, WriteTimeout: writeTimeout,
-		IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeader,
+		Handler: s.api, ReadHeaderTimeout: s.opts.HeaderTimeout, ReadTimeout: readTimeout, WriteTimeout: writeTimeout,
+		IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeader, HTTP2: &http.HTTP2Config{MaxConcurrentStreams: maxStreams},
 		ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug), // strangers' broken handshakes
 	}
 	if s.config.TLS == nil {
@@ -253,9 +274,9 @@ func (s *Server) build() (err error) {
 func (s *Server) serve() {
 	var err error
 	if s.http.TLSConfig != nil {
-		err = s.http.ServeTLS(s.listener, "", "")
+		err = s.http.ServeTLS(s.conns, "", "")
 	} else {
-		err = s.http.Serve(s.listener)
+		err = s.http.Serve(s.conns)
 	}
 	if !errors.Is(err, http.ErrServerClosed) {
 		s.fatal <- fmt.Errorf("serve HTTP: %w", err)
@@ -331,9 +352,12 @@ func (s *Server) Run(ctx context.Context, grace time.Duration) error {
 		return err
 	}
 	var err error
+	s.notify(daemon.SdNotifyReady)
 	select {
 	case <-ctx.Done():
-		s.log.Info("coordinator stops", "grace", grace)
+		s.notify(daemon.SdNotifyStopping)
+		s.log.Info("coordinator stops", "drain", s.opts.Drain, "grace", grace)
+		err = s.drain()
 	case err = <-s.Failed():
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), grace)

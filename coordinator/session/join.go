@@ -81,10 +81,11 @@ func (m *Manager) admit(ctx context.Context, a *admission) error {
 		return err
 	}
 	a.rules = m.Rules()
-	c, err := a.rules.Verifier.Verify(ctx, a.join.Token.Reveal(), wire.Audience(a.rules.Config.URL, a.join.Key))
+	c, err := a.rules.Verifier.VerifyIf(ctx, a.join.Token.Reveal(), wire.Audience(a.rules.Config.URL, a.join.Key), m.joins.look)
 	if err != nil {
 		return err
 	}
+	m.joins.charge(c)
 	a.claims = c
 	a.log = a.log.With("repository", c.Repository, "run_id", c.RunID)
 	if err := a.chooseNetwork(m.opts.Now()); err != nil {

@@ -33,6 +33,7 @@ type Store interface {
 // Verifier is what sessions need of [claims.Verifier]: the one whose issuers may admit jobs.
 type Verifier interface {
 	Verify(ctx context.Context, token, audience string) (*claims.Claims, error)
+	VerifyIf(ctx context.Context, token, audience string, look func(unverified *claims.Claims) error) (*claims.Claims, error)
 }
 
 // Rules are what decides about sessions; a reload replaces them as a whole.
@@ -47,6 +48,7 @@ type Options struct {
 	Store  Store
 	Rules  Rules
 	Audit  Auditor // nil: nothing is recorded
+	Limits Limits
 	Logger *slog.Logger
 	// TicketKey signs relay tickets. Without one no session is given a relay.
 	TicketKey ed25519.PrivateKey
@@ -68,6 +70,7 @@ func (o *Options) Validate() error {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
+	o.Limits.defaults()
 	if o.OfferTimeout <= 0 {
 		o.OfferTimeout = 5 * time.Second
 	}
@@ -106,6 +109,7 @@ type Manager struct {
 	opts  Options
 	log   *slog.Logger
 	rules atomic.Pointer[Rules]
+	joins joins
 
 	mu         sync.Mutex
 	offered    map[string]*offered // sessions of this node's joins that no gateway has answered for yet
@@ -132,7 +136,7 @@ func New(opts Options) (*Manager, error) {
 	if err := opts.Validate(); err != nil {
 		return nil, err
 	}
-	m := &Manager{opts: opts, log: opts.Logger, offered: map[string]*offered{}, ended: map[string]ended{}}
+	m := &Manager{opts: opts, log: opts.Logger, offered: map[string]*offered{}, ended: map[string]ended{}, joins: opts.Limits.tables()}
 	m.rules.Store(&opts.Rules)
 	return m, nil
 }

@@ -36,6 +36,7 @@ type plane struct {
 	fwd    *forward.Forwarder
 	front  *services
 
+	narrow   narrow
 	removals sync.WaitGroup // of peers that have just been reset
 }
 
@@ -58,7 +59,9 @@ func newPlane(key wire.PrivateKey, port uint16, o *Options, client *http.Client,
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("make the resolver: %w", err), t.Close())
 	}
-	return &plane{device: device, tunnel: t, limits: o.Limits.Forward, resolve: resolver, trace: trace, log: log}, nil
+	p := &plane{device: device, tunnel: t, limits: o.Limits.Forward, resolve: resolver, trace: trace, log: log}
+	device.SetPathMTU(p.narrow.at)
+	return p, nil
 }
 
 // addresses are the gateway's own in the overlay; empty before the first welcome.
@@ -151,14 +154,16 @@ func (p *plane) open(id string, key wire.Key, addrs []netip.Addr, r reach, scope
 	if err != nil {
 		return nil, fmt.Errorf("add the session to the forwarder: %w", err)
 	}
+	way := &passage{addrs: addrs}
 	peer, err := p.tunnel.AddPeer(tunnel.PeerOptions{
 		Key: key, Session: id, AllowedIPs: hostPrefixes(addrs), Candidates: r.candidates, Relays: r.relays,
+		OnMTU: func(mtu int) { p.narrow.set(way, mtu) },
 	})
 	if err != nil {
 		fwd.Remove(flows)
 		return nil, fmt.Errorf("add the peer: %w", err)
 	}
-	return &place{Peer: peer, Session: flows, plane: p, fwd: fwd}, nil
+	return &place{Peer: peer, Session: flows, plane: p, way: way, fwd: fwd}, nil
 }
 
 // close ends everything and waits.
@@ -176,6 +181,7 @@ type place struct {
 	*tunnel.Peer
 	*forward.Session
 	plane *plane
+	way   *passage
 	fwd   *forward.Forwarder
 	once  sync.Once
 }
@@ -186,6 +192,7 @@ func (p *place) Close() {
 	p.once.Do(func() {
 		open := p.Counts().Open
 		p.fwd.Remove(p.Session)
+		p.plane.narrow.forget(p.way)
 		if open == 0 {
 			p.plane.tunnel.RemovePeer(p.Peer)
 			return

@@ -51,6 +51,10 @@ var rules = []rule{
 		why: "the coordinator never holds a tunnel key and never sees a packet in the clear",
 	},
 	{
+		from: []string{"internal/requirements"}, only: []string{"std", "internal/wire"},
+		why: "what is needed of a network is a list: programs and documentation read it, and nothing in it depends on how it is tested",
+	},
+	{
 		from: []string{"client/...", "coordinator/..."}, never: []string{"internal/portmap"},
 		why: "only a gateway asks its router for a port: a job has no router of its own, and a coordinator stands in the open",
 	},
@@ -309,6 +313,7 @@ func TestViolationsAreFound(t *testing.T) {
 		{"client/agent", "coordinator/state", "client/agent → coordinator/state: the client runs"},
 		{"client/agent", "internal/policy", "client/agent → internal/policy: the client never judges"},
 		{"internal/tunnel", "internal/claims", "client/agent → internal/tunnel → internal/claims: the client never judges"},
+		{"internal/requirements", "internal/problem", "internal/requirements → internal/problem: what is needed"},
 		{"client/agent", "internal/portmap", "client/agent → internal/portmap: only a gateway"},
 		{"internal/wire", "internal/problem", "internal/wire → internal/problem: everything stands"},
 		{"internal/problem", "example.com/x", "internal/problem → example.com/x: everything stands"},

@@ -27,7 +27,7 @@ func ProbeFiltering(ctx context.Context, usual, changed net.PacketConn, servers 
 	wg.Go(func() { first, errs[0] = Ask(until, usual, asUsual) })
 	wg.Go(func() {
 		defer enough()
-		second, errs[1] = askSome(ctx, changed, elsewhere, min(1, len(elsewhere)))
+		second, errs[1] = AskAny(ctx, changed, elsewhere)
 	})
 	wg.Wait()
 	if err := errors.Join(errs[:]...); err != nil {

@@ -58,6 +58,11 @@ func Ask(ctx context.Context, conn net.PacketConn, questions []Question) ([]Answ
 	return askSome(ctx, conn, questions, len(questions))
 }
 
+// AskAny is [Ask] that is content with the first answer.
+func AskAny(ctx context.Context, conn net.PacketConn, questions []Question) ([]Answer, error) {
+	return askSome(ctx, conn, questions, min(1, len(questions)))
+}
+
 // askSome is [Ask] that is content with so many answers.
 func askSome(ctx context.Context, conn net.PacketConn, questions []Question, enough int) ([]Answer, error) {
 	p := &probe{conn: conn, questions: questions, answers: make([]Answer, len(questions)), sent: map[TxID]attempt{}, open: enough}

@@ -27,20 +27,19 @@ func (c *checker) https(ctx context.Context) {
 	if proxy := c.Transport.ProxyFor(c.url); proxy != nil {
 		c.report.Proxy = &Proxy{URL: proxy.String(), NoProxy: noProxy()}
 	}
-	conn := &connection{}
-	info, err := fetchInfo(ctx, c.Transport, c.url, conn)
-	r.Address, r.TLS = conn.address, conn.tls
+	info, conn, err := FetchInfo(ctx, c.Transport, c.url)
+	r.Address, r.TLS = conn.Address, conn.TLS
 	if err != nil {
-		p := explainHTTP(c.url.String(), err)
-		r.Error, r.Next = printable(p.Message), printable(p.Next)
+		p := Explain(c.url.String(), err)
+		r.Error, r.Next = Printable(p.Message), Printable(p.Next)
 		return
 	}
 	c.info, r.Reachable = info, true
 	for _, relay := range info.Relays {
-		c.report.Relays = append(c.report.Relays, Relay{Name: printable(relay.Name)})
+		c.report.Relays = append(c.report.Relays, Relay{Name: Printable(relay.Name)})
 	}
 	started := time.Now()
-	if _, err := fetchInfo(ctx, c.Transport, c.url, nil); err == nil {
+	if _, _, err := FetchInfo(ctx, c.Transport, c.url); err == nil {
 		r.RTT = milliseconds(time.Since(started))
 	}
 }
@@ -52,25 +51,10 @@ func noProxy() string {
 	return os.Getenv("no_proxy")
 }
 
-// connection is how a request got there.
-type connection struct {
-	address string
-	tls     *TLS
-}
-
-// trace has a request note its connection.
-func (c *connection) trace(ctx context.Context) context.Context {
-	return httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
-		GotConn: func(i httptrace.GotConnInfo) { c.address = i.Conn.RemoteAddr().String() },
-	})
-}
-
-func (c *connection) secured(state *tls.ConnectionState) {
-	if state == nil || len(state.PeerCertificates) == 0 {
-		return
-	}
-	leaf := state.PeerCertificates[0]
-	c.tls = &TLS{Version: tls.VersionName(state.Version), Issuer: issuer(leaf), Expires: leaf.NotAfter}
+// Connection is how a request got to where it was answered.
+type Connection struct {
+	Address string // to which it went: a proxy's, where there is one
+	TLS     *TLS   // nil with plain HTTP
 }
 
 // issuer names who signed a certificate, for people.
@@ -79,41 +63,58 @@ func issuer(cert *x509.Certificate) string {
 	if org := cert.Issuer.Organization; len(org) > 0 && org[0] != name {
 		name = org[0] + " " + name
 	}
-	return printable(strings.TrimSpace(name))
+	return Printable(strings.TrimSpace(name))
 }
 
-// fetchInfo asks a coordinator what it tells everybody.
-func fetchInfo(ctx context.Context, transport http.RoundTripper, base *url.URL, conn *connection) (info wire.Info, err error) {
-	ctx, cancel := context.WithTimeout(ctx, httpTimeout)
-	defer cancel()
-	if conn != nil {
-		ctx = conn.trace(ctx)
-	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, base.String()+wire.PathInfo, nil)
+// Get does a GET and follows no redirect. It gives the response with a body of at most [wire.MaxBody] bytes, which the caller
+// closes, and how the request got there, also where it failed on the way.
+func Get(ctx context.Context, transport http.RoundTripper, address string) (*http.Response, Connection, error) {
+	var conn Connection
+	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+		GotConn: func(i httptrace.GotConnInfo) { conn.Address = i.Conn.RemoteAddr().String() },
+	})
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, address, nil)
 	if err != nil {
-		return info, fmt.Errorf("make the request: %w", err)
+		return nil, conn, fmt.Errorf("make the request: %w", err)
 	}
 	resp, err := transport.RoundTrip(req) // not a client's: it would follow redirects
 	if err != nil {
-		return info, err
+		return nil, conn, err
 	}
-	defer resp.Body.Close()
-	if conn != nil {
-		conn.secured(resp.TLS)
+	if s := resp.TLS; s != nil && len(s.PeerCertificates) > 0 {
+		leaf := s.PeerCertificates[0]
+		conn.TLS = &TLS{Version: tls.VersionName(s.Version), Issuer: issuer(leaf), Expires: leaf.NotAfter}
 	}
-	if resp.StatusCode != http.StatusOK {
-		return info, problem.Read(resp)
-	}
-	if err := json.NewDecoder(io.LimitReader(resp.Body, wire.MaxBody)).Decode(&info); err != nil {
-		return info, problem.Wrap(err, problem.Incompatible, "what answers is not Culvert's API",
-			"check that the URL is a Culvert coordinator's and that no proxy answers in its place")
-	}
-	info.Relays = info.Relays[:min(len(info.Relays), wire.MaxRelays)]
-	return info, nil
+	resp.Body = struct {
+		io.Reader
+		io.Closer
+	}{io.LimitReader(resp.Body, wire.MaxBody), resp.Body}
+	return resp, conn, nil
 }
 
-// explainHTTP tells a person why a request got no answer.
-func explainHTTP(url string, err error) *problem.Error {
+// FetchInfo asks a coordinator what it tells everybody. Its errors are for [Explain].
+func FetchInfo(ctx context.Context, transport http.RoundTripper, coordinator *url.URL) (info wire.Info, conn Connection, err error) {
+	ctx, cancel := context.WithTimeout(ctx, httpTimeout)
+	defer cancel()
+	resp, conn, err := Get(ctx, transport, strings.TrimRight(coordinator.String(), "/")+wire.PathInfo)
+	if err != nil {
+		return info, conn, err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return info, conn, problem.Read(resp)
+	}
+	if err := json.NewDecoder(resp.Body).Decode(&info); err != nil {
+		return info, conn, problem.Wrap(err, problem.Incompatible, "what answers is not Culvert's API",
+			"check that the URL is a Culvert coordinator's and that no proxy answers in its place")
+	}
+	info.STUN = info.STUN[:min(len(info.STUN), maxSTUN)]
+	info.Relays = info.Relays[:min(len(info.Relays), wire.MaxRelays)]
+	return info, conn, nil
+}
+
+// Explain tells a person why a request to a URL got no answer.
+func Explain(url string, err error) *problem.Error {
 	if p, ok := errors.AsType[*problem.Error](err); ok {
 		return p
 	}

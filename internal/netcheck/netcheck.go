@@ -54,19 +54,10 @@ type Options struct {
 
 // Validate checks the options and fills defaults. The error is a *problem.Error.
 func (o *Options) Validate() error {
-	u, err := url.Parse(o.Coordinator)
-	switch {
-	case o.Coordinator == "":
-		return problem.New(problem.Usage, "no coordinator is named", "give --coordinator (or CULVERT_COORDINATOR)")
-	case err != nil || u.Hostname() == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "":
-		return problem.New(problem.Usage, "the coordinator's URL is not one of the form https://host", "correct --coordinator")
-	case u.Scheme != "https" && u.Scheme != "http":
-		return problem.New(problem.Usage, fmt.Sprintf("the coordinator's URL has the scheme %q", u.Scheme), "use https")
-	case u.Scheme == "http" && !o.InsecureHTTP && !loopback(u.Hostname()):
-		return problem.New(problem.Usage, "the coordinator's URL is plain http, which anybody on the way can read and change",
-			"use https, or say --insecure-http if you mean it")
+	u, err := ParseURL(o.Coordinator, o.InsecureHTTP)
+	if err != nil {
+		return err
 	}
-	u.Path = strings.TrimRight(u.Path, "/")
 	o.url = u
 	if o.Skip == nil {
 		o.Skip = nat.SkipVirtual
@@ -79,6 +70,25 @@ func (o *Options) Validate() error {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
 	return nil
+}
+
+// ParseURL reads a coordinator's URL. Plain HTTP is for loopback alone unless insecure says otherwise. The error is a
+// *problem.Error.
+func ParseURL(coordinator string, insecure bool) (*url.URL, error) {
+	u, err := url.Parse(coordinator)
+	switch {
+	case coordinator == "":
+		return nil, problem.New(problem.Usage, "no coordinator is named", "give --coordinator (or CULVERT_COORDINATOR)")
+	case err != nil || u.Hostname() == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "":
+		return nil, problem.New(problem.Usage, "the coordinator's URL is not one of the form https://host", "correct --coordinator")
+	case u.Scheme != "https" && u.Scheme != "http":
+		return nil, problem.New(problem.Usage, fmt.Sprintf("the coordinator's URL has the scheme %q", u.Scheme), "use https")
+	case u.Scheme == "http" && !insecure && !loopback(u.Hostname()):
+		return nil, problem.New(problem.Usage, "the coordinator's URL is plain http, which anybody on the way can read and change",
+			"use https, or say --insecure-http if you mean it")
+	}
+	u.Path = strings.TrimRight(u.Path, "/")
+	return u, nil
 }
 
 // NewTransport makes the transport that checks use by default.
@@ -146,11 +156,11 @@ func (c *checker) servers() []string {
 	if !c.report.Coordinator.Reachable {
 		return []string{":" + strconv.Itoa(stunPort), ":" + strconv.Itoa(stunPort+1)}
 	}
-	return c.info.STUN[:min(len(c.info.STUN), maxSTUN)]
+	return c.info.STUN
 }
 
-// lookup gives at most one address of each family for "host:port"; an empty host is the coordinator's.
-func lookup(ctx context.Context, coordinator, server string) ([]netip.AddrPort, error) {
+// Lookup gives at most one address of each family for "host:port"; an empty host is the coordinator's.
+func Lookup(ctx context.Context, coordinator, server string) ([]netip.AddrPort, error) {
 	host, text, err := net.SplitHostPort(server)
 	if err != nil {
 		return nil, fmt.Errorf("%.100q is not host:port", server)

@@ -191,9 +191,9 @@ func TestThroughAProxy(t *testing.T) {
 func TestWithoutUDP(t *testing.T) {
 	c := newCoordinator(t, httptest.NewServer)
 	hole := silent(t)
-	c.info.STUN = []string{hole, "nowhere.invalid:3478", "no port"}
+	c.info.STUN = []string{hole, "nowhere..invalid:3478", "no port"}
 	c.info.Relays[0].UDP = hole
-	c.info.Relays = append(c.info.Relays, wire.Relay{Name: "evil\x1b[2J", URL: "http://127.0.0.1:1/v1/relay", UDP: "nowhere.invalid:3478"})
+	c.info.Relays = append(c.info.Relays, wire.Relay{Name: "evil\x1b[2J", URL: "http://127.0.0.1:1/v1/relay", UDP: "nowhere..invalid:3478"})
 	r := c.check(t, func(o *Options) { o.UDPTimeout = 300 * time.Millisecond })
 	if r.UDP.Works || r.NAT.Mapping != "" || r.NAT.Filtering != "" || r.MTU != nil || r.IPv4.Public != nil {
 		t.Errorf("udp %+v, nat %+v, mtu %v", r.UDP, r.NAT, r.MTU)
@@ -279,7 +279,7 @@ func TestNothingThere(t *testing.T) {
 	}
 	url := "http://" + l.Addr().String()
 	_ = l.Close()
-	for _, where := range []string{url, "https://nowhere.invalid"} {
+	for _, where := range []string{url, "https://nowhere..invalid"} {
 		r, err := Run(t.Context(), Options{Coordinator: where, UDPTimeout: 100 * time.Millisecond})
 		if err != nil || r.Coordinator.Reachable || r.Coordinator.Error == "" || r.Coordinator.Next == "" || r.Tunnel.Possible {
 			t.Errorf("%s: %+v, %v", where, r, err)
@@ -306,7 +306,7 @@ func TestPrintable(t *testing.T) {
 		"plain": "plain", "a\nb": "a b", "\x1b[31m": " [31m", "ü": "ü", "\u202ex": " x",
 		strings.Repeat("é", 150): strings.Repeat("é", 100) + "…",
 	} {
-		if got := printable(in); got != want {
+		if got := Printable(in); got != want {
 			t.Errorf("%q: %q", in, got)
 		}
 	}

@@ -132,9 +132,9 @@ func (r *Relay) text() string {
 	return strings.Join(parts, ", ")
 }
 
-// printable cuts what a coordinator named to what may stand in a line, and makes spaces of control characters: a job's log
+// Printable cuts what a coordinator named to what may stand in a line, and makes spaces of control characters: a job's log
 // takes commands, and a terminal obeys escape sequences.
-func printable(s string) string {
+func Printable(s string) string {
 	const most = 200
 	s = strings.Map(func(r rune) rune {
 		if !unicode.IsPrint(r) {

@@ -55,10 +55,10 @@ func (q *questions) add(server netip.AddrPort, relayName string) {
 func (c *checker) questions(ctx context.Context) *questions {
 	q := &questions{}
 	for _, s := range c.servers() {
-		addrs, err := lookup(ctx, c.url.Hostname(), s)
+		addrs, err := Lookup(ctx, c.url.Hostname(), s)
 		if err != nil {
 			c.Logger.Debug("a STUN server cannot be looked up", "addr", s, "err", err)
-			c.report.UDP.Error = printable(fmt.Sprintf("the STUN server %s cannot be looked up: %v", s, err))
+			c.report.UDP.Error = Printable(fmt.Sprintf("the STUN server %s cannot be looked up: %v", s, err))
 		}
 		for _, a := range addrs {
 			q.add(a, "")
@@ -68,10 +68,10 @@ func (c *checker) questions(ctx context.Context) *questions {
 		if c.info.Relays[i].UDP == "" {
 			continue
 		}
-		r.UDP = &Way{To: printable(c.info.Relays[i].UDP)}
-		addrs, err := lookup(ctx, c.url.Hostname(), c.info.Relays[i].UDP)
+		r.UDP = &Way{To: Printable(c.info.Relays[i].UDP)}
+		addrs, err := Lookup(ctx, c.url.Hostname(), c.info.Relays[i].UDP)
 		if err != nil {
-			r.UDP.Error = printable(err.Error())
+			r.UDP.Error = Printable(err.Error())
 		}
 		for _, a := range addrs {
 			q.add(a, r.Name)

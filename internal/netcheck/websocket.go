@@ -29,14 +29,14 @@ func (c *checker) webSockets(ctx context.Context) {
 		if r.URL == "" {
 			continue
 		}
-		way := &Way{To: printable(r.URL)}
+		way := &Way{To: Printable(r.URL)}
 		c.report.Relays[i].WebSocket = way
 		wg.Go(func() {
 			slots <- struct{}{}
 			defer func() { <-slots }()
-			rtt, err := pingRelay(ctx, c.Transport, r.URL, c.InsecureHTTP)
+			rtt, err := PingRelay(ctx, c.Transport, r.URL, c.InsecureHTTP)
 			if err != nil {
-				way.Error = printable(explainHTTP(r.URL, err).Message)
+				way.Error = Printable(Explain(r.URL, err).Message)
 				return
 			}
 			way.Works, way.RTT = true, milliseconds(rtt)
@@ -45,8 +45,8 @@ func (c *checker) webSockets(ctx context.Context) {
 	wg.Wait()
 }
 
-// pingRelay opens a WebSocket to a relay, waits for what a relay says first, and gives the round trip of a ping.
-func pingRelay(ctx context.Context, transport http.RoundTripper, address string, insecure bool) (time.Duration, error) {
+// PingRelay opens a WebSocket to a relay, waits for what a relay says first, and gives the round trip of a ping.
+func PingRelay(ctx context.Context, transport http.RoundTripper, address string, insecure bool) (time.Duration, error) {
 	u, err := url.Parse(address)
 	if err != nil || u.Hostname() == "" || u.User != nil || u.Scheme != "https" && u.Scheme != "http" {
 		return 0, problem.New(problem.Incompatible, "the relay's URL is none", "correct it in the coordinator's file")

@@ -43,3 +43,6 @@ func (d *Device) Send(pkt *stack.PacketBuffer) {
 	list.PushBack(pkt)
 	_, _ = d.link.WritePackets(list)
 }
+
+// Fragments cuts a packet.
+func Fragments(packet []byte, limit int) [][]byte { return new(splitter).fragments(packet, limit) }

@@ -2,7 +2,9 @@ package netstack
 
 import (
 	"encoding/binary"
+	"net/netip"
 	"os"
+	"sync/atomic"
 
 	"gvisor.dev/gvisor/pkg/buffer"
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
@@ -47,12 +49,15 @@ const (
 // WireGuard's UDP segmentation batches.
 type splitter struct {
 	mtu      int
+	path     atomic.Pointer[func(netip.Addr) int] // see [Device.SetPathMTU]
 	counters *counters
 
 	waiting []*stack.PacketBuffer // taken from the queue; the run is at the front
 	next    int                   // first of waiting that is not part of the run
 	bytes   int                   // in waiting
 	run     run
+	cut     [][]byte // fragments that are to be sent next
+	ident   uint32   // of the last packet of IPv6 that was cut
 }
 
 // run is a series of joined segments that is being sent. Its header is that of the newest segment: an acknowledgement
@@ -87,6 +92,11 @@ func (s *splitter) fill(q *queue, bufs [][]byte, sizes []int, offset int) int {
 	s.refill(q)
 	n := 0
 	for n < min(len(bufs), s.most()) {
+		if len(s.cut) > 0 {
+			sizes[n] = s.fragment(bufs[n][offset:])
+			n++
+			continue
+		}
 		if !s.run.active && !s.begin() {
 			break
 		}
@@ -137,6 +147,7 @@ func (s *splitter) begin() bool {
 	}
 	r.active = true
 	r.size = segmentSize(s.mtu, int(r.mss), r.ip, r.tcp)
+	r.size = max(1, min(r.size, s.limit(r.hdr[:])-r.ip-r.tcp))
 	r.seq = binary.BigEndian.Uint32(r.hdr[r.ip+4:])
 	r.left = pkt.Data().Size()
 	r.flags = r.hdr[r.ip+header.TCPFlagsOffset]
@@ -323,7 +334,12 @@ func (s *splitter) plain(out []byte) int {
 			n += copy(out[n:], b[cut:])
 		}
 	}
-	if n == 0 {
+	if n >= ipv4Len {
+		if most := s.limit(out); n > most {
+			s.cut, n = s.fragments(out[:n], most), 0
+		}
+	}
+	if n == 0 && s.cut == nil {
 		s.counters.overflow.Add(1)
 	}
 	s.release(s.next)
@@ -369,6 +385,6 @@ func (s *splitter) drop() {
 	for i := range s.waiting {
 		s.release(i)
 	}
-	s.waiting, s.next, s.bytes = nil, 0, 0
+	s.waiting, s.next, s.bytes, s.cut = nil, 0, 0, nil
 	s.run = run{}
 }

@@ -13,6 +13,9 @@ type lane struct {
 	queue  *udpconn.Queue // towards UDP; nil where there is none
 	arena  []byte         // answers that wait in queue
 	now    int64          // nanoseconds since 1970, when the batch in hand came
+	shares *shares        // of a UDP socket's reader; nil elsewhere
+
+	packets, bytes uint64 // in queue
 }
 
 // lanes keeps the lanes of a socket through which WebSockets send, for use again.
@@ -24,12 +27,12 @@ func (l *lane) forward(c Channel, run []byte, segment int, from origin) {
 	frames := uint64((len(run) + segment - 1) / segment)
 	s := l.server.table.get(c)
 	if s == nil {
-		l.counts.stranger.Add(frames)
+		l.stranger(frames, run)
 		return
 	}
 	side, b := s.sideOf(from)
 	if b == nil || l.now >= b.expires {
-		l.counts.stranger.Add(frames)
+		l.stranger(frames, run)
 		return
 	}
 	h := &s.sides[side]
@@ -40,13 +43,23 @@ func (l *lane) forward(c Channel, run []byte, segment int, from origin) {
 	switch {
 	case to == nil || l.now >= to.expires:
 		l.counts.alone.Add(frames)
+	case l.shares != nil && !l.shares.take(&h.used, len(run)):
+		l.counts.overShare.Add(frames)
 	case !h.meter.take(len(run), b.rate, rateBurst, l.now):
 		l.counts.overRate.Add(frames)
 	case to.link != nil:
 		l.enqueue(to.link.out, c, run, segment)
 	case l.queue != nil:
 		l.queue.Add(run, segment, to.addr, to.local)
-		l.counts.forwarded(frames, len(run))
+		l.packets, l.bytes = l.packets+frames, l.bytes+uint64(len(run))
+	}
+}
+
+// stranger counts frames that belong to nobody.
+func (l *lane) stranger(frames uint64, run []byte) {
+	l.counts.stranger.Add(frames)
+	if l.shares != nil {
+		l.shares.stranger(len(run))
 	}
 }
 
@@ -56,7 +69,8 @@ func (l *lane) enqueue(out *outbox, c Channel, run []byte, segment int) {
 		piece := run[:min(maxRun/segment*segment, len(run))]
 		frames := uint64((len(piece) + segment - 1) / segment)
 		if out.putRun(c, piece, segment) {
-			l.counts.forwarded(frames, len(piece))
+			l.counts.packets.Add(frames)
+			l.counts.bytes.Add(uint64(len(piece)))
 		} else {
 			l.counts.overQueue.Add(frames)
 		}
@@ -82,10 +96,17 @@ func (l *lane) flush() {
 	if l.queue == nil {
 		return
 	}
-	before := l.queue.Dropped
+	dropped := l.queue.Dropped
 	l.queue.Flush()
 	l.arena = l.arena[:0]
-	if n := l.queue.Dropped - before; n > 0 {
-		l.counts.overQueue.Add(n)
+	dropped = l.queue.Dropped - dropped
+	if dropped > 0 {
+		l.counts.overQueue.Add(dropped)
+	}
+	if l.packets > 0 {
+		sent := l.packets - min(dropped, l.packets)
+		l.counts.packets.Add(sent)
+		l.counts.bytes.Add(l.bytes / l.packets * sent)
+		l.packets, l.bytes = 0, 0
 	}
 }

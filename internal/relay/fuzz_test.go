@@ -4,7 +4,9 @@ import (
 	"bufio"
 	"bytes"
 	"io"
+	"net/netip"
 	"testing"
+	"time"
 
 	"github.com/culvertnet/culvert/internal/nat"
 )
@@ -89,6 +91,46 @@ func FuzzBlocks(f *testing.F) {
 		}
 		if (b.Err == nil) != (total == len(msg)) {
 			t.Fatalf("%d of %d bytes, %v", total, len(msg), b.Err)
+		}
+	})
+}
+
+// FuzzStranger gives a relay with a session whatever a stranger may send, as datagrams or runs of them: no answer is larger
+// than what it answers, and nothing changes.
+func FuzzStranger(f *testing.F) {
+	seedMessages(f)
+	s, err := New(f.Context(), Options{Keys: signers()})
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Cleanup(func() { _ = s.Close() })
+	owner, stranger := origin{addr: netip.MustParseAddrPort("192.0.2.1:1")}, origin{addr: netip.MustParseAddrPort("192.0.2.2:2")}
+	now := time.Now().UnixNano()
+	bound := newTalk(f)
+	own, _ := bindMessage(f, bound, Client, s.offer(owner), nil)
+	var count counts
+	if a, _ := ParseAnswer(s.answer(nil, own, owner, now, &count)); a.Code != 0 {
+		f.Fatalf("refused with %d", a.Code)
+	}
+	held := s.table.get(bound.channel).sides[Client].binding.Load()
+	f.Add(own)
+	fresh, _ := bindMessage(f, newTalk(f), Client, s.offer(stranger), func(b *Bind) { b.Ticket = make(Ticket, TicketSize) })
+	f.Add(fresh)
+	f.Fuzz(func(t *testing.T, msg []byte) {
+		before := bytes.Clone(msg)
+		if answer := s.answer(nil, msg, stranger, now, &count); len(answer) > len(msg) {
+			t.Fatalf("%d bytes are answered with %d", len(msg), len(answer))
+		}
+		way := &lane{server: s, counts: &count, now: now, shares: &shares{}}
+		web := origin{link: &link{}}
+		for _, segment := range []int{1, FrameHeader + 1, 100, len(msg) + 1} {
+			way.runs(msg, segment, web)
+		}
+		if !bytes.Equal(msg, before) {
+			t.Fatal("wrote to its input")
+		}
+		if s.table.count.Load() != 1 || s.table.get(bound.channel).sides[Client].binding.Load() != held || way.packets+count.packets.Load() != 0 {
+			t.Fatal("a stranger changed something")
 		}
 	})
 }

@@ -34,7 +34,9 @@ func newPort(s *Server, c *udpconn.Conn) *port {
 // read is the reader.
 func (p *port) read() {
 	batch := p.conn.NewBatch(readBatch)
-	l := &lane{server: p.server, counts: &p.counts, queue: p.conn.NewQueue(sendQueue), arena: make([]byte, 0, arenaSize)}
+	l := &lane{
+		server: p.server, counts: &p.counts, queue: p.conn.NewQueue(sendQueue), arena: make([]byte, 0, arenaSize), shares: &shares{},
+	}
 	for {
 		switch err := batch.Read(); {
 		case errors.Is(err, net.ErrClosed):
@@ -45,6 +47,7 @@ func (p *port) read() {
 			continue
 		}
 		l.now = time.Now().UnixNano()
+		l.shares.read(l.now, batch.Len() == readBatch)
 		for i := range batch.Len() {
 			l.datagram(batch.Datagram(i))
 		}
@@ -94,6 +97,7 @@ func (l *lane) message(msg []byte, from origin) {
 	if cap(l.arena)-len(l.arena) < maxAnswer {
 		l.flush()
 	}
+	l.shares.stranger(len(msg))
 	start := len(l.arena)
 	l.arena = l.server.answer(l.arena, msg, from, l.now, l.counts)
 	if answer := l.arena[start:]; len(answer) > 0 {

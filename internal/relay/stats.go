@@ -4,16 +4,10 @@ import "sync/atomic"
 
 // counts are the counters of one UDP socket, or of all WebSockets.
 type counts struct {
-	packets, bytes                             atomic.Uint64
-	stranger, alone, overRate, overQueue       atomic.Uint64
-	junk, stun, bound, refused, stale, limited atomic.Uint64
-	written                                    atomic.Uint64
-}
-
-// forwarded counts a run that was sent on.
-func (c *counts) forwarded(frames uint64, bytes int) {
-	c.packets.Add(frames)
-	c.bytes.Add(uint64(bytes))
+	packets, bytes                                  atomic.Uint64
+	stranger, alone, overRate, overShare, overQueue atomic.Uint64
+	junk, stun, bound, refused, stale, limited      atomic.Uint64
+	written                                         atomic.Uint64
 }
 
 // Stats count since a server's start, in packets unless something else is said.
@@ -27,6 +21,7 @@ type Stats struct {
 	Strangers uint64 // dropped: from where nothing is bound, or after the ticket's end
 	Alone     uint64 // dropped: the other side is not bound
 	OverRate  uint64 // dropped: over the session's rate
+	OverShare uint64 // dropped: more than the session's share while the relay cannot keep up
 	OverQueue uint64 // dropped: a queue was full, ours or the kernel's
 	Unread    uint64 // dropped by the kernel before they were read
 
@@ -58,6 +53,7 @@ func (s *Stats) add(c *counts) {
 	s.Strangers += c.stranger.Load()
 	s.Alone += c.alone.Load()
 	s.OverRate += c.overRate.Load()
+	s.OverShare += c.overShare.Load()
 	s.OverQueue += c.overQueue.Load()
 	s.Junk += c.junk.Load()
 	s.STUN += c.stun.Load()

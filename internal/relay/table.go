@@ -35,6 +35,7 @@ type half struct {
 	binding atomic.Pointer[binding] // nil: not bound
 	heard   atomic.Int64            // when the last packet came from it, in nanoseconds since 1970
 	meter   meter                   // of what comes from it
+	used    used                    // of its reader
 }
 
 // binding ties a side to an address or to a WebSocket. It never changes; a new one replaces it.

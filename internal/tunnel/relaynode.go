@@ -229,9 +229,9 @@ func (n *node) status() RelayStatus {
 	s := RelayStatus{Relay: n.Relay, Stream: n.stream != nil, Err: n.err}
 	if n.used >= 0 && n.state == udpUp {
 		r := &n.reaches[n.used]
-		s.Reachable, s.RTT, s.Mapped = true, r.rtt, r.mapped
+		s.Reachable, s.RTT, s.Mapped, s.Key = true, r.rtt, r.mapped, r.offer.Key
 	} else if n.stream != nil {
-		s.RTT = n.dialed
+		s.RTT, s.Key = n.dialed, n.stream.conn.Offer().Key
 	}
 	return s
 }

@@ -38,6 +38,7 @@ type RelayStatus struct {
 	RTT       time.Duration  // over UDP; else how long opening a WebSocket took; 0 where neither has answered
 	Mapped    netip.AddrPort // where the relay sees this tunnel's socket: a reflexive candidate; zero unless reachable
 	Stream    bool           // a WebSocket is open
+	Key       wire.Key       // the relay's, new at its every start; zero where it has not answered
 	Err       error          // of the last try to open one
 }
 

@@ -5,6 +5,10 @@ import "time"
 // PathRelay is where a relay takes WebSockets, on the coordinator's HTTPS port or its own.
 const PathRelay = "/v1/relay"
 
+// OwnRelay is what a coordinator's own relay is called unless its configuration says otherwise. A client makes for it before it
+// has been told of it.
+const OwnRelay = "coordinator"
+
 // MaxRelays bounds the relays that a coordinator lists and a client measures.
 const MaxRelays = 16
 

@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"github.com/culvertnet/culvert/internal/problem"
+	"github.com/culvertnet/culvert/internal/relay"
+	"github.com/culvertnet/culvert/internal/tunnel"
 	"github.com/culvertnet/culvert/internal/wire"
 )
 
@@ -42,7 +44,9 @@ type World struct {
 	Held    chan struct{}       // where set, the last line of a join waits until it is closed
 	Lease   time.Duration       // default 10 min
 	Plain   bool                // answer joins with one JSON document instead of a stream
+	Apart   bool                // neither side is told where the other is: only relays lead there
 
+	relays  []*Relay
 	t       *testing.T
 	mu      sync.Mutex
 	joins   []wire.JoinRequest
@@ -60,7 +64,7 @@ func New(t *testing.T, scripts ...func(*World)) *World {
 	for _, script := range scripts {
 		script(w)
 	}
-	w.Gateway.start(t)
+	w.Gateway.start(t, w.relays)
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /token", w.token)
 	mux.HandleFunc("GET "+wire.PathInfo, w.info)
@@ -68,8 +72,8 @@ func New(t *testing.T, scripts ...func(*World)) *World {
 	mux.HandleFunc("PATCH "+wire.PathSessions+"/{id}", w.update)
 	mux.HandleFunc("DELETE "+wire.PathSessions+"/{id}", w.end)
 	w.HTTP = httptest.NewUnstartedServer(mux)
+	w.URL = cmp.Or(w.URL, "http://"+w.HTTP.Listener.Addr().String()) // before anything can ask
 	w.HTTP.Start()
-	w.URL = cmp.Or(w.URL, w.HTTP.URL)
 	t.Cleanup(w.HTTP.Close)
 	return w
 }
@@ -117,6 +121,9 @@ func (w *World) token(rw http.ResponseWriter, r *http.Request) {
 
 func (w *World) info(rw http.ResponseWriter, _ *http.Request) {
 	info := wire.Info{Version: wire.Version}
+	for _, r := range w.relays {
+		info.Relays = append(info.Relays, r.seen())
+	}
 	if w.OnInfo != nil {
 		info = w.OnInfo()
 	}
@@ -142,18 +149,30 @@ func (w *World) join(rw http.ResponseWriter, r *http.Request) {
 	}
 	s := w.newSession(j)
 	if w.Plain {
-		w.Gateway.admit(w.t, j, s)
+		w.admit(j, s)
 		reply(rw, s)
 		return
 	}
 	rw.Header().Set("Content-Type", wire.MediaEvents)
 	reply(rw, wire.JoinEvent{Admitted: &s})
 	_ = http.NewResponseController(rw).Flush()
-	w.Gateway.admit(w.t, j, s)
+	w.admit(j, s)
 	if w.Held != nil {
 		<-w.Held
 	}
 	reply(rw, wire.JoinEvent{Session: &s})
+}
+
+func (w *World) admit(j wire.JoinRequest, s wire.Session) {
+	if w.Apart {
+		j.Candidates = nil
+	}
+	var grants []tunnel.Grant
+	for _, r := range w.relays {
+		g := r.grant(s.ID, relay.Gateway, w.Gateway.Key())
+		grants = append(grants, tunnel.Grant{Relay: r.known(), Ticket: g.Ticket, Expires: g.Expires})
+	}
+	w.Gateway.admit(w.t, j, s, grants)
 }
 
 func (w *World) newSession(j wire.JoinRequest) wire.Session {
@@ -172,6 +191,12 @@ func (w *World) newSession(j wire.JoinRequest) wire.Session {
 		Lease:     wire.Duration(w.Lease),
 		Expires:   time.Now().Add(w.Lease),
 		Ends:      time.Now().Add(24 * time.Hour),
+	}
+	for _, r := range w.relays {
+		s.Relays = append(s.Relays, r.grant(id, relay.Client, j.Key))
+	}
+	if w.Apart {
+		s.Gateways[0].Candidates = nil
 	}
 	w.next++
 	if w.Session != nil {

@@ -43,16 +43,23 @@ func newGateway(t *testing.T) *Gateway {
 	if err != nil {
 		t.Fatal(err)
 	}
+	dial := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	relays := tunnel.RelayOptions{Keep: true, Dial: tunnel.DialRelay(dial, nil)}
 	g := &Gateway{key: key, stack: stack, Verdict: wire.ReachResult{Verdict: wire.Reachable, Rule: "deploy"}}
-	if g.tunnel, err = tunnel.New(tunnel.Options{Key: key, TUN: stack}); err != nil {
+	if g.tunnel, err = tunnel.New(tunnel.Options{Key: key, TUN: stack, Relays: relays}); err != nil {
 		t.Fatal(err)
 	}
 	return g
 }
 
 // start serves what a client wants to see inside the tunnel.
-func (g *Gateway) start(t *testing.T) {
+func (g *Gateway) start(t *testing.T, relays []*Relay) {
 	t.Helper()
+	known := make([]tunnel.Relay, len(relays))
+	for i, r := range relays {
+		known[i] = r.known()
+	}
+	g.tunnel.SetRelays(known)
 	var wait sync.WaitGroup
 	t.Cleanup(func() {
 		_ = g.tunnel.Close() // closes the stack and its listeners too
@@ -166,7 +173,7 @@ func (g *Gateway) describe() wire.Gateway {
 	}
 }
 
-func (g *Gateway) admit(t *testing.T, j wire.JoinRequest, s wire.Session) {
+func (g *Gateway) admit(t *testing.T, j wire.JoinRequest, s wire.Session, relays []tunnel.Grant) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.Deaf {
@@ -177,7 +184,7 @@ func (g *Gateway) admit(t *testing.T, j wire.JoinRequest, s wire.Session) {
 		allowed = append(allowed, netip.PrefixFrom(addr, addr.BitLen()))
 	}
 	peer, err := g.tunnel.AddPeer(tunnel.PeerOptions{
-		Key: j.Key, Session: s.ID, AllowedIPs: allowed, Candidates: j.Candidates,
+		Key: j.Key, Session: s.ID, AllowedIPs: allowed, Candidates: j.Candidates, Relays: relays,
 	})
 	if err != nil {
 		t.Errorf("the gateway cannot admit: %v", err)

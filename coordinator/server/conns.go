@@ -1,0 +1,119 @@
+package server
+
+import (
+	"net"
+	"net/netip"
+	"slices"
+	"sync"
+	"sync/atomic"
+
+	"github.com/culvertnet/culvert/coordinator/limit"
+)
+
+// What one address may do with connections, beside what the configuration says.
+const (
+	defaultConns     = 32768
+	defaultAddrConns = 4096
+	connRate         = 200  // new connections a second of one address: a TLS handshake costs us more than it costs a stranger
+	connBurst        = 4096 // and how many at once
+	connAddresses    = 1 << 16
+)
+
+// bounded is a listener that bounds connections: how many are open, in all and for each address, and how fast one address opens
+// them. What is beyond that is reset before anything is read of it or written to it. Trusted proxies are bounded in all alone.
+type bounded struct {
+	net.Listener
+	max, maxAddr int
+	trusted      []netip.Prefix
+	opened       *limit.Table[netip.Prefix]
+	refused      atomic.Uint64
+
+	mu     sync.Mutex
+	open   int
+	byAddr map[netip.Prefix]int
+}
+
+func boundedListener(l net.Listener, conns, addrConns int, trusted []netip.Prefix) *bounded {
+	if conns <= 0 {
+		conns = defaultConns
+	}
+	if addrConns <= 0 {
+		addrConns = defaultAddrConns
+	}
+	return &bounded{Listener: l, max: conns, maxAddr: addrConns, trusted: trusted,
+		opened: limit.New[netip.Prefix](connRate, connBurst, connAddresses), byAddr: map[netip.Prefix]int{}}
+}
+
+// Accept gives the next connection that is within bounds.
+func (b *bounded) Accept() (net.Conn, error) {
+	for {
+		c, err := b.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		source, ok := b.take(c)
+		if ok {
+			return &boundedConn{Conn: c, from: b, source: source}, nil
+		}
+		b.refused.Add(1)
+		if tcp, isTCP := c.(*net.TCPConn); isTCP {
+			_ = tcp.SetLinger(0) // a reset leaves nothing behind
+		}
+		_ = c.Close()
+	}
+}
+
+// take counts a connection in, if it may be. The zero source is counted in all alone.
+func (b *bounded) take(c net.Conn) (source netip.Prefix, ok bool) {
+	addr, _ := netip.ParseAddrPort(c.RemoteAddr().String())
+	ip := addr.Addr().Unmap()
+	proxy := slices.ContainsFunc(b.trusted, func(p netip.Prefix) bool { return p.Contains(ip) })
+	if !proxy {
+		source = limit.Source(ip)
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.open >= b.max || !proxy && (b.byAddr[source] >= b.maxAddr || !b.opened.Allow(source)) {
+		return source, false
+	}
+	b.open++
+	if !proxy {
+		b.byAddr[source]++
+	}
+	return source, true
+}
+
+func (b *bounded) give(source netip.Prefix) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.open--
+	if n, counted := b.byAddr[source]; counted && n > 1 {
+		b.byAddr[source] = n - 1
+	} else {
+		delete(b.byAddr, source)
+	}
+}
+
+// count gives the connections that are open.
+func (b *bounded) count() int {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.open
+}
+
+// boundedConn is one of them.
+type boundedConn struct {
+	net.Conn
+	from   *bounded
+	source netip.Prefix
+	once   sync.Once
+}
+
+// Close closes the connection and makes room for another.
+func (c *boundedConn) Close() error {
+	c.once.Do(func() { c.from.give(c.source) })
+	return c.Conn.Close()
+}
+
+// NetConn gives the connection below, as [crypto/tls.Conn] does.
+func (c *boundedConn) NetConn() net.Conn { return c.Conn }
