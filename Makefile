@@ -80,7 +80,7 @@ clean:
 
 # What the tests use of the distribution. Only root on Debian has it installed; elsewhere the tests name what they miss.
 tools-test:
-	@$(call want,curl gcc,curl gcc libc6-dev)
+	@$(call want,curl gcc tinyproxy,curl gcc libc6-dev tinyproxy-bin)
 	@$(call want,miniupnpd,miniupnpd-nftables)
 	@$(call want,dbus-daemon,dbus-daemon)
 	@$(unpack-resolved)

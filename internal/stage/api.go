@@ -41,6 +41,10 @@ func (s *Stage) Join(ctx context.Context, req wire.JoinRequest) (wire.Session, e
 
 // Call makes one request to the coordinator's API from the runner. A problem document becomes the error.
 func (s *Stage) Call(ctx context.Context, method, path string, secret wire.Secret, body, answer any) error {
+	return s.callFrom(ctx, s.Runner, method, path, secret, body, answer)
+}
+
+func (s *Stage) callFrom(ctx context.Context, h *lab.Host, method, path string, secret wire.Secret, body, answer any) error {
 	var encoded bytes.Buffer
 	if body != nil {
 		if err := json.NewEncoder(&encoded).Encode(body); err != nil {
@@ -55,7 +59,7 @@ func (s *Stage) Call(ctx context.Context, method, path string, secret wire.Secre
 	if secret != "" {
 		req.Header.Set("Authorization", "Bearer "+secret.Reveal())
 	}
-	resp, err := s.Client(s.Runner, 20*time.Second).Do(req)
+	resp, err := s.Client(h, 20*time.Second).Do(req)
 	if err != nil {
 		return err
 	}

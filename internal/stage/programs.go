@@ -76,23 +76,32 @@ func (s *Stage) WriteConfig(rules, sum string) error {
 		head, _, _ := strings.Cut(string(old), "\nrules:\n")
 		return s.replaceConfig(head + "\nrules:\n" + rules)
 	}
-	listen, stun := netip.AddrPortFrom(s.Cloud.Addr(), 443), netip.AddrPortFrom(s.Cloud.Addr(), 3478)
-	tls := fmt.Sprintf("tls: {cert: %q, key: %q}", s.ca.certFile(), s.ca.keyFile())
-	if s.opts.Flat {
-		listen = netip.AddrPortFrom(s.Cloud.Addr(), s.ports.coordinator)
-		stun = netip.AddrPortFrom(s.Cloud.Addr(), s.ports.stun)
-		tls = ""
-	}
 	return s.replaceConfig(fmt.Sprintf(`url: %s
-listen: %q
-udp: %q
 %s
 state: {dir: %q}
 issuers: [{url: %s}]
 networks: {%s: {gateways: [{enrol_sha256: %s}]}}
 %s
 rules:
-%s`, s.URL, listen, stun, tls, s.file("state"), s.Issuer.URL(), Network, sum, s.opts.Coordinator, rules))
+%s`, s.URL, s.listeners(), s.file("state"), s.Issuer.URL(), Network, sum, s.opts.Coordinator, rules))
+}
+
+// listeners says where the coordinator listens, and to whom it sends clients and gateways for what it does not do itself.
+func (s *Stage) listeners() string {
+	if s.opts.Flat {
+		// The port after STUN's may be anybody's.
+		return fmt.Sprintf("listen: %q\nudp: %q\nprobe: off", netip.AddrPortFrom(s.Cloud.Addr(), s.ports.coordinator),
+			netip.AddrPortFrom(s.Cloud.Addr(), s.ports.stun))
+	}
+	lines := []string{
+		fmt.Sprintf("listen: %q", netip.AddrPortFrom(s.Cloud.Addr(), 443)),
+		fmt.Sprintf("tls: {cert: %q, key: %q}", s.ca.certFile(), s.ca.keyFile()),
+		fmt.Sprintf("udp: %q", netip.AddrPortFrom(s.Cloud.Addr(), PortSTUN)),
+	}
+	if s.opts.NoUDP {
+		lines[2] = "udp: off"
+	}
+	return strings.Join(append(lines, s.listRelays()...), "\n")
 }
 
 // replaceConfig changes the file in one step, as an operator's tool does, so that no half of it is ever read.

@@ -42,6 +42,9 @@ const (
 	PortOther = 81
 )
 
+// PortSTUN is where coordinator and relays serve STUN and relay over UDP.
+const PortSTUN = 3478
+
 // Options describe a stage. Binaries and Dir are required.
 type Options struct {
 	Binaries string // folder with the three programs, see [Build]
@@ -52,6 +55,10 @@ type Options struct {
 	// a password, and the programs are told of it; it needs tinyproxy.
 	Runner  lab.NATOptions
 	Gateway lab.NATOptions
+	// NoUDP runs the coordinator as on a platform without UDP; STUN is then the relays' business.
+	NoUDP bool
+	// Relays run alone, each on a host of its own.
+	Relays []RelayOptions
 	// Rules gives the coordinator's rules as YAML, a list; the default grants the service's HTTP and echo ports to
 	// pushes to main of [Repository].
 	Rules func(*Stage) string
@@ -74,6 +81,7 @@ type Stage struct {
 	GatewayBox *lab.Host
 	Private    *lab.Host   // the service's
 	NATs       [2]*lab.NAT // the runner's and the gateway's; nil on a flat stage
+	Relays     []*Relay
 	Issuer     *claimstest.Issuer
 	URL        string // the coordinator's
 
@@ -111,7 +119,11 @@ func (s *Stage) build(ctx context.Context) error {
 		return err
 	}
 	var err error
-	if s.ca, err = newAuthority(s.opts.Dir, s.Cloud.Addr(), s.IssuerHost.Addr()); err != nil {
+	servers := []netip.Addr{s.Cloud.Addr(), s.IssuerHost.Addr()}
+	for _, r := range s.Relays {
+		servers = append(servers, r.Host.Addr())
+	}
+	if s.ca, err = newAuthority(s.opts.Dir, servers...); err != nil {
 		return err
 	}
 	if err := s.startIssuer(); err != nil {
@@ -146,6 +158,9 @@ func (s *Stage) buildNetwork(ctx context.Context) (err error) {
 		return err
 	}
 	s.NATs = [2]*lab.NAT{runner, gateway}
+	if err := s.relayHosts(); err != nil {
+		return err
+	}
 	return s.hosts(runner, gateway)
 }
 
@@ -170,9 +185,12 @@ func (s *Stage) hosts(runner, gateway *lab.NAT) error {
 	return nil
 }
 
-// Start starts coordinator and gateway and returns when the gateway takes sessions.
+// Start starts coordinator, relays and gateway and returns when the gateway takes sessions.
 func (s *Stage) Start(ctx context.Context) error {
 	if err := s.StartCoordinator(ctx); err != nil {
+		return err
+	}
+	if err := s.startRelays(ctx); err != nil {
 		return err
 	}
 	return s.StartGateway(ctx)
