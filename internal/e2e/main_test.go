@@ -197,6 +197,14 @@ func up(t testing.TB, job *stage.Job, mode string, args ...string) ready {
 	return r
 }
 
+// decode reads what a program printed with --json.
+func decode(t testing.TB, text string, into any) {
+	t.Helper()
+	if err := json.Unmarshal([]byte(text), into); err != nil {
+		t.Fatalf("reading %q: %v", text, err)
+	}
+}
+
 // program finds a program of the distribution; without it the test is skipped, and fails where CI=true.
 func program(t testing.TB, name string) string {
 	t.Helper()
