@@ -34,7 +34,8 @@ type cli struct {
 
 type serveCmd struct {
 	Config    string        `required:"" placeholder:"FILE" help:"The configuration, culvert.yaml."`
-	Grace     time.Duration `default:"30s" help:"How long joins in progress may take when stopping."`
+	Drain     time.Duration `default:"0s" help:"How long to go on serving joins when stopping, with /readyz failing, until a load balancer has noticed."`
+	Grace     time.Duration `default:"30s" help:"How long joins in progress may take after that."`
 	LogFormat string        `enum:"json,text" default:"json" help:"Logs on stderr: json or text."`
 	LogLevel  slog.Level    `default:"info" help:"debug, info, warn or error."`
 }
@@ -46,8 +47,9 @@ func (c *serveCmd) Run() error {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	defer stop()
+	context.AfterFunc(ctx, stop) // a second signal ends the process at once
 	s, err := server.New(server.Options{
-		Config: cfg, Reload: server.DefaultReload, Logger: logger(c.LogFormat, c.LogLevel), Stdout: os.Stdout,
+		Config: cfg, Reload: server.DefaultReload, Logger: logger(c.LogFormat, c.LogLevel), Stdout: os.Stdout, Version: version, Drain: c.Drain,
 	})
 	if err != nil {
 		return err

@@ -22,7 +22,7 @@ const (
 // waiting for anything else, and again whenever this host's network changes.
 type gatherer struct {
 	agent    *Agent
-	names    *names
+	names    *hosts
 	news     chan struct{}  // has a token when there is something to take
 	first    chan struct{}  // closed with the first reflexive address
 	extra    chan wire.Info // what the coordinator says of itself, once
@@ -39,7 +39,7 @@ type gatherer struct {
 	once    sync.Once
 }
 
-func newGatherer(a *Agent, names *names) *gatherer {
+func newGatherer(a *Agent, names *hosts) *gatherer {
 	return &gatherer{
 		agent:    a,
 		names:    names,

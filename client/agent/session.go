@@ -42,7 +42,7 @@ type session struct {
 func newSession(a *Agent, key wire.PrivateKey) *session {
 	s := &session{agent: a, key: key, pathUp: make(chan struct{}), keeper: newKeeper(), granted: map[string]bool{}, relayKeys: map[string]wire.Key{}}
 	s.ctx, s.cancel = context.WithCancelCause(context.Background())
-	s.gather = newGatherer(a, newNames(s.ctx, &s.wait, a))
+	s.gather = newGatherer(a, newHosts(s.ctx, &s.wait, a))
 	return s
 }
 

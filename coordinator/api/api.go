@@ -67,7 +67,8 @@ func (r *Rules) tellTheSame(other *Rules) bool {
 type Options struct {
 	Sessions Sessions
 	Store    Presences
-	Audit    Auditor // nil: nothing is recorded
+	Audit    Auditor  // nil: nothing is recorded
+	Metrics  *Metrics // nil: none
 	Rules    Rules
 	Logger   *slog.Logger
 	// TicketKey is the public key of relay tickets as relay.yaml takes it.
@@ -102,6 +103,9 @@ func (o *Options) Validate() error {
 	}
 	if o.Audit == nil {
 		o.Audit = noAudit{}
+	}
+	if o.Metrics == nil {
+		o.Metrics = NewMetrics()
 	}
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
@@ -142,6 +146,7 @@ type API struct {
 	limits   *limit.Table[netip.Prefix]
 	failures *limit.Table[netip.Prefix] // of credentials that were not believed
 	joins    chan struct{}              // one token for each join in progress
+	leaving  atomic.Bool
 	draining atomic.Bool
 	ready    readiness
 	warned   rate.Sometimes // of requests over the rate, or whoever sends them would write the log at will
@@ -178,7 +183,7 @@ func (a *API) ServeHTTP(w http.ResponseWriter, r *http.Request) { a.router.Serve
 
 func (a *API) routes() http.Handler {
 	r := chi.NewRouter()
-	r.Use(a.recovered, a.secured, a.clientIP())
+	r.Use(a.counted, a.recovered, a.secured, a.clientIP())
 	r.NotFound(notFound)
 	r.MethodNotAllowed(wrongMethod)
 	r.Get("/healthz", a.healthz)
@@ -196,6 +201,9 @@ func (a *API) routes() http.Handler {
 	})
 	return r
 }
+
+// Leave reports not ready, while everything is still served: whoever sends requests here is to send them elsewhere.
+func (a *API) Leave() { a.leaving.Store(true) }
 
 // Drain refuses new joins and gateways and reports not ready, while those in progress go on.
 func (a *API) Drain() { a.draining.Store(true) }

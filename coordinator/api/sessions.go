@@ -25,7 +25,7 @@ func (a *API) healthz(w http.ResponseWriter, r *http.Request) { _, _ = io.WriteS
 // readyz says whether joins can be served: state and audit log are within reach, and we are not on our way out. Its caller
 // is not trusted, so an answer holds for a second.
 func (a *API) readyz(w http.ResponseWriter, r *http.Request) {
-	if a.draining.Load() {
+	if a.leaving.Load() || a.draining.Load() {
 		a.fail(w, shuttingDown())
 		return
 	}
@@ -113,11 +113,15 @@ func (a *API) join(w http.ResponseWriter, r *http.Request) {
 	j.Client = printable(clip(j.Client, 128))
 	ctx, cancel := context.WithTimeout(r.Context(), a.opts.JoinTimeout)
 	defer cancel()
+	a.opts.Metrics.waiting.Inc()
+	defer a.opts.Metrics.waiting.Dec()
+	began := time.Now()
 	if wantsEvents(r) {
-		a.joinStreamed(ctx, w, j)
+		a.opts.Metrics.joined(began, a.joinStreamed(ctx, w, j))
 		return
 	}
 	s, err := a.opts.Sessions.Join(ctx, j)
+	a.opts.Metrics.joined(began, err)
 	if err != nil {
 		a.disbelieved(err, j.From)
 		a.fail(w, err)
@@ -128,7 +132,7 @@ func (a *API) join(w http.ResponseWriter, r *http.Request) {
 
 // joinStreamed answers a join line by line: the client can start its checks on the first, while a gateway is being asked. A
 // join refused before that is an ordinary problem with its own status.
-func (a *API) joinStreamed(ctx context.Context, w http.ResponseWriter, j session.Join) {
+func (a *API) joinStreamed(ctx context.Context, w http.ResponseWriter, j session.Join) error {
 	begun := false
 	lines := json.NewEncoder(w)
 	j.Admitted = func(s wire.Session) error {
@@ -151,6 +155,7 @@ func (a *API) joinStreamed(ctx context.Context, w http.ResponseWriter, j session
 		doc, _ := json.Marshal(problem.From(err)) // strings alone: it always encodes
 		_ = lines.Encode(wire.JoinEvent{Problem: doc})
 	}
+	return err
 }
 
 // wantsEvents reports whether the client asks for a stream of events (RFC 9110, section 12.5.1).

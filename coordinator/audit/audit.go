@@ -237,7 +237,10 @@ func (l *Log) takeLost() uint64 {
 }
 
 // Refused counts a request that was refused before its sender had proven anything: see [Tally].
-func (l *Log) Refused(err error, from netip.Addr) { l.tally.Add(err, from) }
+func (l *Log) Refused(err error, from netip.Addr) {
+	l.opts.Metrics.refused.WithLabelValues(string(problem.CodeOf(err))).Inc()
+	l.tally.Add(err, from)
+}
 
 // Ready says why records cannot be stored just now, or nil.
 func (l *Log) Ready() error {

@@ -8,7 +8,8 @@ import (
 
 // Metrics are the log's counters.
 type Metrics struct {
-	records   prometheus.Counter
+	records   *prometheus.CounterVec // by event
+	refused   *prometheus.CounterVec // by code
 	blocks    prometheus.Counter
 	bytes     prometheus.Counter
 	commit    prometheus.Histogram
@@ -29,7 +30,10 @@ func NewMetrics() *Metrics {
 			Buckets: []float64{.0005, .001, .002, .004, .008, .016, .032, .064, .128, .256, .512, 1, 2, 5}})
 	}
 	return &Metrics{
-		records:   counter("records_total", "Audit records stored by this node."),
+		records: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "culvert_coordinator_audit_records_total",
+			Help: "Audit records stored by this node, by event."}, []string{"event"}),
+		refused: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "culvert_coordinator_refused_total",
+			Help: "Requests refused before their sender had proven anything, by problem code."}, []string{"code"}),
 		blocks:    counter("blocks_total", "Groups of records that were synced at once."),
 		bytes:     counter("bytes_total", "Bytes of them, before compression."),
 		commit:    seconds("commit_seconds", "Time to store a group."),
@@ -43,11 +47,13 @@ func NewMetrics() *Metrics {
 
 // Register makes the counters part of a page.
 func (m *Metrics) Register(r prometheus.Registerer) {
-	r.MustRegister(m.records, m.blocks, m.bytes, m.commit, m.waited, m.failed, m.conflicts, m.lost, m.uncopied)
+	r.MustRegister(m.records, m.refused, m.blocks, m.bytes, m.commit, m.waited, m.failed, m.conflicts, m.lost, m.uncopied)
 }
 
-func (m *Metrics) committed(records, bytes int, took time.Duration) {
-	m.records.Add(float64(records))
+func (m *Metrics) committed(batch []*entry, bytes int, took time.Duration) {
+	for _, e := range batch {
+		m.records.WithLabelValues(string(e.event)).Inc()
+	}
 	m.blocks.Inc()
 	m.bytes.Add(float64(bytes))
 	m.commit.Observe(took.Seconds())

@@ -111,7 +111,7 @@ func (l *Log) commit(batch []*entry) error {
 		switch {
 		case err == nil:
 			l.stuck.Store(nil)
-			l.opts.Metrics.committed(len(batch), len(block), time.Since(began))
+			l.opts.Metrics.committed(batch, len(block), time.Since(began))
 			for _, e := range batch {
 				e.finish(nil)
 			}

@@ -40,7 +40,7 @@ func (s *Server) openAudit(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	s.audit, err = audit.Open(ctx, audit.Options{Store: s.auditStore, Key: key, Former: former, Node: nodeName(), Copy: to, Logger: s.log, Metrics: s.auditMetrics})
+	s.audit, err = audit.Open(ctx, audit.Options{Store: s.auditStore, Key: key, Former: former, Node: nodeName(), Copy: to, Logger: s.log, Metrics: s.metrics.audit})
 	return err
 }
 
@@ -120,7 +120,7 @@ func (s *Server) recordStart(ctx context.Context) error {
 	r.Succeeded()
 	u := &r.Unmapped
 	u.Keep, u.MaxSize, u.Key = s.config.Audit.Keep.String(), s.config.Audit.MaxSize, audit.PublicKey(s.audit.PublicKey())
-	u.Program = fmt.Sprintf("%s/%s %s", runtime.GOOS, runtime.GOARCH, runtime.Version())
+	u.Program = fmt.Sprintf("%s %s/%s %s", s.opts.Version, runtime.GOOS, runtime.GOARCH, runtime.Version())
 	if err := s.audit.Record(ctx, r); err != nil {
 		return err
 	}

@@ -436,7 +436,7 @@ func TestPrivateListener(t *testing.T) {
 					t.Errorf("%s: %d %s", path, code, body)
 				}
 			}
-			if _, body := get(t, r.client, base+"/metrics", ""); !strings.Contains(body, "culvert_coordinator_audit_records_total 2") {
+			if _, body := get(t, r.client, base+"/metrics", ""); !strings.Contains(body, `culvert_coordinator_audit_records_total{event="policy.change"} 1`) {
 				t.Error("the metrics do not count records")
 			}
 			if code, _ := get(t, r.client, r.url()+"/metrics", ""); code != http.StatusNotFound {

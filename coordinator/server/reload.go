@@ -144,6 +144,7 @@ func (s *Server) Reload(ctx context.Context) error {
 	if err == nil {
 		err = s.take(ctx, next)
 	}
+	s.metrics.took(err)
 	if err != nil {
 		s.log.Error("the changed configuration is refused and the old one stays in force", "code", problem.CodeOf(err), "err", err)
 		return err

@@ -15,6 +15,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/coreos/go-systemd/v22/daemon"
 	"golang.org/x/time/rate"
 
 	"github.com/culvertnet/culvert/coordinator/api"
@@ -46,6 +47,8 @@ type Options struct {
 	Config        *config.Config
 	Reload        time.Duration // how often Config.File is looked at for changes; 0 never, [DefaultReload] is usual
 	Logger        *slog.Logger
+	Version       string        // of the program, for its metrics
+	Drain         time.Duration // how long Run goes on serving after its context has ended, with /readyz failing
 	HeaderTimeout time.Duration // for a request's header to arrive; default 10 s
 	Stdout        io.Writer     // where audit records go besides the log, unless the configuration says otherwise; nil: nowhere
 	API           api.Options   // limits and timings; what the server itself provides is filled in
@@ -77,10 +80,10 @@ type Server struct {
 	private  *private
 	fatal    chan error // buffered
 
-	audit        *audit.Log
-	auditStore   *state.Log
-	auditFile    *copyFile // nil where no file is written
-	auditMetrics *audit.Metrics
+	audit      *audit.Log
+	auditStore *state.Log
+	auditFile  *copyFile // nil where no file is written
+	metrics    *metrics
 
 	mu         sync.Mutex // guards what a reload replaces
 	config     *config.Config
@@ -102,7 +105,7 @@ func New(opts Options) (*Server, error) {
 	if opts.HeaderTimeout <= 0 {
 		opts.HeaderTimeout = headerTimeout
 	}
-	return &Server{opts: opts, log: opts.Logger, config: opts.Config, fatal: make(chan error, 1), auditMetrics: audit.NewMetrics()}, nil
+	return &Server{opts: opts, log: opts.Logger, config: opts.Config, fatal: make(chan error, 1), metrics: newMetrics()}, nil
 }
 
 // Start opens state and listeners and serves. After an error nothing is left open.
@@ -132,10 +135,12 @@ func (s *Server) Start(ctx context.Context) (err error) {
 	if err := s.openPrivate(ctx); err != nil {
 		return err
 	}
+	s.metrics.loaded.SetToCurrentTime()
 	s.wg.Go(func() { _ = s.jobs.Prefetch(run) })   // failures are logged there; the first token tries again
 	s.wg.Go(func() { s.sessions.Reevaluate(run) }) // the rules may have changed while we were away
 	s.wg.Go(func() { s.expireLoop(run) })
 	s.wg.Go(func() { s.sessions.Expire(run) })
+	s.wg.Go(func() { s.watchdog(run) })
 	s.wg.Go(s.serve)
 	if s.opts.Reload > 0 && s.config.File != "" {
 		s.watch = newWatcher(s.config.File)
@@ -235,7 +240,7 @@ func (s *Server) build() (err error) {
 		return err
 	}
 	o := s.opts.API
-	o.Sessions, o.Store, o.Audit, o.Logger = s.sessions, s.store, s.audit, s.log
+	o.Sessions, o.Store, o.Audit, o.Metrics, o.Logger = s.sessions, s.store, s.audit, s.metrics.api, s.log
 	o.Rules, o.TicketKey = s.apiRules(), base64.RawURLEncoding.EncodeToString(s.tickets.Public().(ed25519.PublicKey))
 	if s.relay != nil {
 		o.Relay = s.relay
@@ -347,9 +352,12 @@ func (s *Server) Run(ctx context.Context, grace time.Duration) error {
 		return err
 	}
 	var err error
+	s.notify(daemon.SdNotifyReady)
 	select {
 	case <-ctx.Done():
-		s.log.Info("coordinator stops", "grace", grace)
+		s.notify(daemon.SdNotifyStopping)
+		s.log.Info("coordinator stops", "drain", s.opts.Drain, "grace", grace)
+		err = s.drain()
 	case err = <-s.Failed():
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), grace)

@@ -133,3 +133,14 @@ func (m *mirror) all(k kind, now time.Time) []record {
 	}
 	return out
 }
+
+// each calls f for the records of a kind that live at now; f must not call the mirror.
+func (m *mirror) each(k kind, now time.Time, f func(record)) {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	for _, e := range m.entries[k] {
+		if e.record != nil && now.Before(e.record.until()) {
+			f(e.record)
+		}
+	}
+}

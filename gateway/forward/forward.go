@@ -81,11 +81,12 @@ type Forwarder struct {
 	tcp      *tcp.Forwarder
 	decide   func(*policy.Scope, policy.Flow) policy.Verdict // (*policy.Scope).Decide, but in tests
 
-	sources sources
-	purse   purse
-	flows   atomic.Int64  // open in all
-	busy    atomic.Int64  // sessions with an open flow
-	numbers atomic.Uint64 // of flows
+	requests requests
+	sources  sources
+	purse    purse
+	flows    atomic.Int64  // open in all
+	busy     atomic.Int64  // sessions with an open flow
+	numbers  atomic.Uint64 // of flows
 
 	ctx    context.Context
 	cancel context.CancelFunc

@@ -2,6 +2,7 @@ package forward
 
 import (
 	"net/netip"
+	"sync"
 	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
@@ -23,20 +24,19 @@ const abortRetry = 2 * time.Millisecond
 // handshake completes the job's handshake; nil where that fails or the flow is reset meanwhile. The stack gives the connection
 // away only when it is established, so a reset has to find it by its ends.
 func (fl *flow) handshake(r *tcp.ForwarderRequest, wq *waiter.Queue) tcpip.Endpoint {
-	id, done := r.ID(), make(chan struct{})
+	f, id, done := fl.s.f, r.ID(), make(chan struct{})
 	defer close(done)
-	f := fl.s.f
 	if !fl.onReset(func() { f.work.Go(func() { f.abortHandshake(id, done) }) }) {
-		r.Complete(true)
+		f.complete(r, true)
 		return nil
 	}
 	ep, terr := r.CreateEndpoint(wq)
 	if terr == nil {
-		r.Complete(false)
+		f.complete(r, false)
 		return ep
 	}
 	answered := fl.answered.Load()
-	r.Complete(answered == 0)
+	f.complete(r, answered == 0)
 	if fl.isDead() && answered != 0 {
 		fl.resetAnswered(uint32(answered))
 		return nil
@@ -45,6 +45,52 @@ func (fl *flow) handshake(r *tcp.ForwarderRequest, wq *waiter.Queue) tcpip.Endpo
 	fl.because(wire.CauseReset)
 	fl.s.f.log.Debug("the job did not complete its handshake", "session", fl.s.id, "addr", fl.key.dst, "err", netstack.Errno(terr))
 	return nil
+}
+
+// requests are the connection requests that the stack has handed over and that are not complete, with their flows. The stack
+// drops further ones for the same ends without a word.
+type requests struct {
+	mu    sync.Mutex
+	flows map[stack.TransportEndpointID]*flow // nil while it is decided
+}
+
+// reserve takes the place of a request; false says that there is one already.
+func (r *requests) reserve(id stack.TransportEndpointID) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if _, taken := r.flows[id]; taken {
+		return false
+	}
+	if r.flows == nil {
+		r.flows = map[stack.TransportEndpointID]*flow{}
+	}
+	r.flows[id] = nil
+	return true
+}
+
+func (r *requests) set(id stack.TransportEndpointID, fl *flow) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.flows[id] = fl
+}
+
+func (r *requests) get(id stack.TransportEndpointID) *flow {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.flows[id]
+}
+
+func (r *requests) release(id stack.TransportEndpointID) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	delete(r.flows, id)
+}
+
+// complete ends a request towards the stack, with a reset to the job or without.
+func (f *Forwarder) complete(r *tcp.ForwarderRequest, reset bool) {
+	id := r.ID()
+	r.Complete(reset)
+	f.requests.release(id)
 }
 
 // abortHandshake ends the handshake with these ends, as soon as there is one.
@@ -106,12 +152,17 @@ func (f *Forwarder) clearStale(from, to netip.AddrPort) {
 	if s == nil || f.isLocal(to.Addr()) {
 		return
 	}
-	ep := f.endpoint(stack.TransportEndpointID{
-		LocalAddress: tcpip.AddrFromSlice(to.Addr().AsSlice()), LocalPort: to.Port(),
-		RemoteAddress: tcpip.AddrFromSlice(from.Addr().AsSlice()), RemotePort: from.Port(),
-	})
+	ep := f.endpoint(endpointID(from, to))
 	if ep != nil && s.find(flowKey{policy.TCP, from, to}) == nil {
 		ep.Abort()
+	}
+}
+
+// endpointID is how the stack knows a connection from a job's address to a destination.
+func endpointID(from, to netip.AddrPort) stack.TransportEndpointID {
+	return stack.TransportEndpointID{
+		LocalAddress: tcpip.AddrFromSlice(to.Addr().AsSlice()), LocalPort: to.Port(),
+		RemoteAddress: tcpip.AddrFromSlice(from.Addr().AsSlice()), RemotePort: from.Port(),
 	}
 }
 

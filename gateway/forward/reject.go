@@ -11,6 +11,9 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
+
+	"github.com/culvertnet/culvert/gateway/names"
+	"github.com/culvertnet/culvert/internal/wire"
 )
 
 // rejection is a kind of ICMP destination-unreachable error.
@@ -47,6 +50,8 @@ func rejectFor(err error) rejection {
 		return prohibited // a firewall of the gateway's own host
 	case errors.As(err, &timeout) && timeout.Timeout():
 		return hostUnreachable
+	case causeOf(err) == wire.CauseNoName:
+		return hostUnreachable
 	}
 	return none
 }
@@ -57,6 +62,12 @@ func dialReason(err error) string {
 	switch {
 	case errors.Is(err, context.Canceled):
 		return reasonOver
+	case errors.Is(err, names.ErrNoName):
+		return names.ErrNoName.Error()
+	case errors.Is(err, names.ErrNoData):
+		return names.ErrNoData.Error()
+	case errors.Is(err, names.ErrSilent), errors.Is(err, names.ErrBusy):
+		return "the name cannot be resolved at present"
 	case errors.Is(err, syscall.ECONNREFUSED):
 		return "connection refused"
 	case errors.Is(err, syscall.ENETUNREACH):

@@ -38,17 +38,23 @@ func (f *Forwarder) handleTCP(id stack.TransportEndpointID, pkt *stack.PacketBuf
 	if s == nil {
 		return true // removed since the filter let it in
 	}
+	if !f.requests.reserve(id) {
+		return true // the same job asks again, or the address's next session while the last one's request is being taken down
+	}
 	key := flowKey{policy.TCP, src, dst}
 	fl, why, known := s.admit(key, f.limits.TCPIdle)
-	switch {
-	case known:
-		return true // being dialled
-	case fl == nil:
+	if fl == nil || known {
+		f.requests.release(id)
+		if known {
+			return true
+		}
 		s.deny(key, why)
 		return why.Reason == reasonRate // the job's next SYN finds out
 	}
 	fl.quote, fl.asked = quoteOf(pkt), header.TCP(pkt.TransportHeader().Slice()).SequenceNumber()
+	f.requests.set(id, fl)
 	if !f.tcp.HandlePacket(id, pkt) { // hands the flow to serveTCP
+		f.requests.release(id)
 		fl.close()
 		return false
 	}
@@ -57,15 +63,7 @@ func (f *Forwarder) handleTCP(id stack.TransportEndpointID, pkt *stack.PacketBuf
 
 // serveTCP carries one connection: it dials the target and only then completes the job's handshake.
 func (f *Forwarder) serveTCP(r *tcp.ForwarderRequest) {
-	src, dst := endpoints(r.ID())
-	var fl *flow
-	if s := f.session(src.Addr()); s != nil {
-		fl = s.find(flowKey{policy.TCP, src, dst})
-	}
-	if fl == nil {
-		r.Complete(true)
-		return
-	}
+	fl := f.requests.get(r.ID())
 	defer fl.close()
 	target, err := f.connect(fl, "tcp")
 	if err != nil {
@@ -74,7 +72,7 @@ func (f *Forwarder) serveTCP(r *tcp.ForwarderRequest) {
 	}
 	conn := target.(*net.TCPConn)
 	if !fl.onReset(func() { resetConn(conn) }) {
-		r.Complete(true)
+		f.complete(r, true)
 		return
 	}
 	var wq waiter.Queue
@@ -96,8 +94,9 @@ func (f *Forwarder) serveTCP(r *tcp.ForwarderRequest) {
 
 // refuse shows the job what happened to the dial: a reset where the target refused, an ICMP error where it does not answer.
 func refuse(fl *flow, r *tcp.ForwarderRequest, err error) {
+	f := fl.s.f
 	if fl.ctx.Err() != nil { // the flow was reset, not refused
-		r.Complete(true)
+		f.complete(r, true)
 		return
 	}
 	why := fl.turnAway(err)
@@ -105,7 +104,7 @@ func refuse(fl *flow, r *tcp.ForwarderRequest, err error) {
 		why = none
 	}
 	sent := why != none && fl.s.reject(fl.quote, why)
-	r.Complete(!sent)
+	f.complete(r, !sent)
 }
 
 func keepAlive(ep tcpip.Endpoint) {
