@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -197,10 +198,10 @@ func up(t testing.TB, job *stage.Job, mode string, args ...string) ready {
 	return r
 }
 
-// decode reads what a program printed with --json.
+// decode reads the JSON value that a program printed first.
 func decode(t testing.TB, text string, into any) {
 	t.Helper()
-	if err := json.Unmarshal([]byte(text), into); err != nil {
+	if err := json.NewDecoder(strings.NewReader(text)).Decode(into); err != nil {
 		t.Fatalf("reading %q: %v", text, err)
 	}
 }

@@ -14,41 +14,6 @@ import (
 	"github.com/culvertnet/culvert/internal/stage"
 )
 
-// A coordinator without UDP, as on most container platforms, has relays elsewhere. The session takes the nearest, goes over to
-// another when that dies, and comes back when it is there again; an open connection lives through all of it.
-func TestRelaysElsewhere(t *testing.T) {
-	s := setup(t, stage.Options{NoUDP: true, Rules: grantStream, Relays: []stage.RelayOptions{
-		{Name: "far", Link: lab.Link{Delay: 30 * time.Millisecond}},
-		{Name: "near"},
-	}})
-	must(t, s.Net.Block(s.Runner.Public(), s.GatewayBox.Public()))
-	near := s.Relays[1]
-	job := newJob(t, s, stage.JobOptions{})
-	up(t, job, "tun")
-	over := func(name string) func(path) bool {
-		return func(p path) bool { return p.String() == "relay" && p.Relay == name }
-	}
-	if p, _ := waitPath(t, job, 20*time.Second, over("near")); !over("near")(p) {
-		t.Fatalf("the path is %v through %q, want the nearest relay", p, p.Relay)
-	}
-	stream := startStream(t, s)
-	near.Kill()
-	if p, took := waitPath(t, job, 20*time.Second, over("far")); !over("far")(p) {
-		t.Fatalf("the path is %v through %q, want the other relay", p, p.Relay)
-	} else {
-		t.Logf("on the other relay after %v", took.Round(10*time.Millisecond))
-	}
-	touch(t, s)
-	must(t, near.Start(timeout(t, 20*time.Second)))
-	if p, took := waitPath(t, job, time.Minute, over("near")); !over("near")(p) {
-		t.Errorf("the path is %v through %q, want the nearest relay again", p, p.Relay)
-	} else {
-		t.Logf("back after %v", took.Round(10*time.Millisecond))
-	}
-	touch(t, s)
-	stream.alive(t)
-}
-
 // Without any UDP, and without any other relay, WebSockets to the coordinator carry everything.
 func TestCoordinatorWithoutUDP(t *testing.T) {
 	s := setup(t, stage.Options{NoUDP: true})
