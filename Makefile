@@ -13,7 +13,7 @@ PACKAGES  = $(shell $(GO) list ./... | grep -v '/internal/e2e')
 export CGO_ENABLED = 0
 GOBUILD = $(GO) build -trimpath -ldflags '-s -w -X main.version=$(VERSION)'
 
-.PHONY: build demo test check action unit e2e bench fuzz clean tools-test tools-bench FORCE
+.PHONY: build demo test check action unit e2e matrix bench fuzz clean tools-test tools-bench FORCE
 
 build: $(BINARIES)
 
@@ -61,6 +61,11 @@ action:
 # The real programs in namespaces, alone on the machine because they are timed.
 e2e: build
 	CULVERT_E2E_BIN=$(CURDIR)/bin $(GO) test -count=1 -timeout 10m ./internal/e2e/...
+
+# Every kind of network against every other, 81 pairs on links with delay: minutes. Prints what became of each.
+matrix: tools-test build
+	CULVERT_E2E_BIN=$(CURDIR)/bin CULVERT_E2E_MATRIX=$(CURDIR)/bin/matrix.md \
+		$(GO) test -count=1 -timeout 60m -run '^TestMatrix' -v ./internal/e2e
 
 # Throughput, memory and time to the first byte, in Go's benchmark format.
 bench: tools-bench build

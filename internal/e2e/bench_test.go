@@ -40,20 +40,14 @@ const (
 // over the rounds of culvert's throughput to the baseline's.
 func BenchmarkThroughput(b *testing.B) {
 	iperf := program(b, "iperf3")
-	s := setup(b, stage.Options{Rules: func(s *stage.Stage) string {
-		return fmt.Sprintf("- name: bench\n  network: corp\n  match: {repository_owner_id: %q}\n  allow: [\"tcp %s:%d\", \"tcp %s\"]\n",
-			stage.OwnerID, s.Private.Addr(), portIPF3, s.Target(stage.PortHTTP))
-	}})
+	s := setup(b, stage.Options{Rules: grantIPF3})
 	if _, err := s.Private.Start(lab.Program{Path: iperf, Args: []string{"-s"}}); err != nil {
 		b.Fatal(err)
 	}
 	baseline := rawBaseline(b, s)
 	job := newJob(b, s, stage.JobOptions{})
 	up(b, job, "tun", "--wait-for", s.Target(stage.PortHTTP))
-	for _, direction := range []struct {
-		name  string
-		flags []string
-	}{{"up", nil}, {"down", []string{"-R"}}} {
+	for _, direction := range directions {
 		b.Run(direction.name, func(b *testing.B) {
 			var raw, ours, ratios []float64
 			for range rounds {
@@ -128,6 +122,13 @@ func must(t testing.TB, err error) {
 // measure gives one run's throughput in Mbit/s as the receiver saw it.
 func measure(b *testing.B, s *stage.Stage, iperf string, to netip.Addr, flags []string) float64 {
 	b.Helper()
+	rate, _ := measureAll(b, s, iperf, to, flags)
+	return rate
+}
+
+// measureAll gives all that was carried as well, in Gbit, warm-up included.
+func measureAll(b *testing.B, s *stage.Stage, iperf string, to netip.Addr, flags []string) (rate, carried float64) {
+	b.Helper()
 	args := append([]string{"-c", to.String(), "-t", seconds, "-O", "1", "-J"}, flags...)
 	deadline := time.Now().Add(15 * time.Second)
 	for {
@@ -136,8 +137,13 @@ func measure(b *testing.B, s *stage.Stage, iperf string, to netip.Addr, flags []
 			b.Fatalf("iperf3 %v: %v", args, err)
 		}
 		var report struct {
-			Error string `json:"error"`
-			End   struct {
+			Error     string `json:"error"`
+			Intervals []struct {
+				Sum struct {
+					Bytes float64 `json:"bytes"`
+				} `json:"sum"`
+			} `json:"intervals"`
+			End struct {
 				Received struct {
 					BitsPerSecond float64 `json:"bits_per_second"`
 				} `json:"sum_received"`
@@ -147,7 +153,10 @@ func measure(b *testing.B, s *stage.Stage, iperf string, to netip.Addr, flags []
 			b.Fatalf("iperf3 %v printed %q: %v", args, &out, err)
 		}
 		if got := report.End.Received.BitsPerSecond; report.Error == "" && got > 0 {
-			return got / 1e6
+			for _, i := range report.Intervals {
+				carried += i.Sum.Bytes * 8 / 1e9
+			}
+			return got / 1e6, carried
 		}
 		// The server takes one run at a time, and notices late that the last one is over.
 		if !strings.Contains(report.Error, "busy") || time.Now().After(deadline) {
@@ -169,18 +178,24 @@ func clientPID(b *testing.B, job *stage.Job) int {
 }
 
 // peakMemory is the peak of a process's resident memory so far, in MB.
-func peakMemory(b *testing.B, pid int) float64 {
+func peakMemory(b *testing.B, pid int) float64 { return memory(b, pid, "VmHWM:") }
+
+// residentMemory is a process's resident memory now, in MB.
+func residentMemory(t testing.TB, pid int) float64 { return memory(t, pid, "VmRSS:") }
+
+// memory reads a line of a process's status (proc(5)), in MB.
+func memory(b testing.TB, pid int, name string) float64 {
 	b.Helper()
 	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	must(b, err)
 	for line := range strings.Lines(string(data)) {
-		if rest, ok := strings.CutPrefix(line, "VmHWM:"); ok {
+		if rest, ok := strings.CutPrefix(line, name); ok {
 			kb, err := strconv.ParseFloat(strings.Fields(rest)[0], 64)
 			must(b, err)
 			return kb * 1024 / 1e6
 		}
 	}
-	b.Fatal("no VmHWM")
+	b.Fatalf("no %s", name)
 	return 0
 }
 

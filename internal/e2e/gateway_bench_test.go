@@ -27,10 +27,7 @@ type bench struct {
 
 func newBench(b *testing.B, link lab.Link) *bench {
 	iperf := program(b, "iperf3")
-	s := setup(b, stage.Options{Link: link, Rules: func(s *stage.Stage) string {
-		return fmt.Sprintf("- name: bench\n  network: corp\n  match: {repository_owner_id: %q}\n  allow: [\"tcp %s:%d\", \"tcp %s\"]\n",
-			stage.OwnerID, s.Private.Addr(), portIPF3, s.Target(stage.PortHTTP))
-	}})
+	s := setup(b, stage.Options{Link: link, Rules: grantIPF3})
 	if _, err := s.Private.Start(lab.Program{Path: iperf, Args: []string{"-s"}}); err != nil {
 		b.Fatal(err)
 	}

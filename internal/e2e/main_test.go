@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -195,6 +196,14 @@ func up(t testing.TB, job *stage.Job, mode string, args ...string) ready {
 		t.Fatalf("culvert up --json printed %q: %v", result.Stdout, err)
 	}
 	return r
+}
+
+// decode reads the JSON value that a program printed first.
+func decode(t testing.TB, text string, into any) {
+	t.Helper()
+	if err := json.NewDecoder(strings.NewReader(text)).Decode(into); err != nil {
+		t.Fatalf("reading %q: %v", text, err)
+	}
 }
 
 // program finds a program of the distribution; without it the test is skipped, and fails where CI=true.

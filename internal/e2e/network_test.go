@@ -3,8 +3,6 @@
 package e2e
 
 import (
-	"encoding/json"
-	"strings"
 	"testing"
 	"time"
 
@@ -72,13 +70,6 @@ func TestDoctorsOfTheOtherSides(t *testing.T) {
 	expect(t, &d, map[string]doctor.Status{
 		"coordinator/https": doctor.OK, "coordinator/issuer": doctor.OK, "coordinator/stun": doctor.OK, "coordinator/probe": doctor.OK, "coordinator/nats": doctor.Untested,
 	})
-}
-
-func decode(t *testing.T, text string, v any) {
-	t.Helper()
-	if err := json.NewDecoder(strings.NewReader(text)).Decode(v); err != nil {
-		t.Fatalf("%v in %s", err, text)
-	}
 }
 
 func expect(t *testing.T, r *doctor.Report, want map[string]doctor.Status) {

@@ -1,0 +1,59 @@
+//go:build linux
+
+package e2e
+
+import (
+	"crypto/ed25519"
+	"crypto/rand"
+	"encoding/base64"
+	"testing"
+	"time"
+
+	"github.com/culvertnet/culvert/internal/lab"
+	"github.com/culvertnet/culvert/internal/relay"
+	"github.com/culvertnet/culvert/internal/stage"
+)
+
+// Without any UDP, and without any other relay, WebSockets to the coordinator carry everything.
+func TestCoordinatorWithoutUDP(t *testing.T) {
+	s := setup(t, stage.Options{NoUDP: true})
+	job := newJob(t, s, stage.JobOptions{})
+	up(t, job, "tun", "--wait-for", s.Target(stage.PortHTTP))
+	touch(t, s)
+	echo(t, s)
+}
+
+// A relay believes its coordinators' signatures, as long as what they signed is in force.
+func TestRelayTakesTicketsWhileTheyLast(t *testing.T) {
+	public, signer, err := ed25519.GenerateKey(rand.Reader)
+	must(t, err)
+	s := setup(t, stage.Options{Relays: []stage.RelayOptions{
+		{Name: "alone", TicketKeys: []string{base64.RawURLEncoding.EncodeToString(public)}},
+	}})
+	stranger, err := s.Net.Host("stranger", lab.HostOptions{})
+	must(t, err)
+	v := &victim{Stage: s, out: stranger, at: s.Relays[0].STUN()}
+	now := time.Now()
+	for _, tc := range []struct {
+		name            string
+		issued, expires time.Time
+		want            int
+	}{
+		{"in force", now.Add(-time.Minute), now.Add(time.Minute), 0},
+		{"expired", now.Add(-time.Hour), now.Add(-time.Second), relay.CodeTicket},
+		{"from the future", now.Add(time.Hour), now.Add(2 * time.Hour), relay.CodeTicket},
+	} {
+		key := newKey(t)
+		secret, err := relay.Sign(signer, relay.Claims{
+			Session: key.Public().SessionID(), Side: relay.Client, Key: key.Public(), Issued: tc.issued, Expires: tc.expires,
+		})
+		must(t, err)
+		ticket, err := relay.DecodeTicket(secret)
+		must(t, err)
+		conn := v.socket(t)
+		offer := v.offer(t, conn)
+		if got := v.bind(t, conn, key, ticket, offer.Nonce, offer.Key); got != tc.want {
+			t.Errorf("%s: the relay says %d, want %d", tc.name, got, tc.want)
+		}
+	}
+}
