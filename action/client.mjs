@@ -1,4 +1,4 @@
-// Finds the client: one's own binary, the tool cache, this version's release, a mirror, or the coordinator's /dl/. Whatever the source, the
+// Finds the client: one's own binary, the tool cache, this version's release or a mirror of it. Whatever the source, the
 // program is run only if its SHA-256 is the one that this action pins.
 import { createHash } from 'node:crypto'
 import { accessSync, chmodSync, constants, mkdirSync, readFileSync, renameSync, rmSync, writeFileSync } from 'node:fs'
@@ -11,7 +11,7 @@ import { debug, input, say } from './runner.mjs'
 
 const releases = 'https://github.com/culvertnet/culvert/releases/download'
 const limit = { archive: 32 << 20, binary: 64 << 20 } // bytes
-const tries = 4 // of each source, for faults that may pass
+const tries = 4 // for faults that may pass
 const patience = 30_000 // ms without a byte
 
 /** The platform as releases name it: linux-amd64, darwin-arm64 … */
@@ -30,7 +30,7 @@ export async function client(release = pinned()) {
   const folder = path.join(process.env.RUNNER_TOOL_CACHE || process.env.RUNNER_TEMP || '.', 'culvert', version, platform())
   const program = path.join(folder, `culvert${suffix}`)
   if (matches(read(program), sha256)) return debug(`client from the tool cache: ${program}`), program
-  const binary = await firstOf(sources(version), sha256)
+  const binary = await download(source(version), sha256)
   mkdirSync(folder, { recursive: true })
   const fresh = path.join(folder, `.culvert-${process.pid}${suffix}`)
   try {
@@ -65,33 +65,26 @@ function wanted(release) {
   return { version, sha256 }
 }
 
-function sources(version) {
-  const asset = `culvert-${platform()}.gz`
-  const slashless = (url) => url.replace(/\/+$/, '')
-  return [input('mirror') ? `${slashless(input('mirror'))}/${asset}` : `${releases}/v${version}/${asset}`,
-    `${slashless(input('coordinator'))}/dl/${version}/${asset}`]
+function source(version) {
+  const folder = input('mirror').replace(/\/+$/, '') || `${releases}/v${version}`
+  return `${folder}/culvert-${platform()}.gz`
 }
 
-async function firstOf(urls, sha256) {
-  const failed = []
-  for (const url of urls) {
-    for (let attempt = 1; attempt <= tries; attempt++) {
-      try {
-        const binary = gunzipSync(await get(url), { maxOutputLength: limit.binary })
-        if (!matches(binary, sha256)) throw new Error(`its SHA-256 is not the pinned ${sha256}`)
-        say(`culvert: client from ${new URL(url).host}`)
-        return binary
-      } catch (err) {
-        debug(`${url}, attempt ${attempt}: ${err.message}`)
-        if (attempt === tries || err.permanent) {
-          failed.push(`${url}: ${err.message}`)
-          break
-        }
-        await pause(250 * 2 ** attempt * (0.5 + Math.random()))
+async function download(url, sha256) {
+  for (let attempt = 1; ; attempt++) {
+    try {
+      const binary = gunzipSync(await get(url), { maxOutputLength: limit.binary })
+      if (!matches(binary, sha256)) throw new Error(`its SHA-256 is not the pinned ${sha256}`)
+      say(`culvert: client from ${new URL(url).host}`)
+      return binary
+    } catch (err) {
+      debug(`${url}, attempt ${attempt}: ${err.message}`)
+      if (attempt === tries || err.permanent) {
+        throw new Error(`the client cannot be had from ${url}: ${err.message}\nallow this host, give the input mirror, or bring the client along as the input binary`)
       }
+      await pause(250 * 2 ** attempt * (0.5 + Math.random()))
     }
   }
-  throw new Error(`the client cannot be had:\n  ${failed.join('\n  ')}\nallow one of these hosts, give the input mirror, or bring the client along as the input binary`)
 }
 
 // get fetches a URL, through HTTPS_PROXY where that is set (Node's agents read it when given the environment).

@@ -25,7 +25,6 @@ export function settings() {
     CULVERT_MODE: input('mode'),
     CULVERT_WAIT_FOR: list('wait-for').join(','),
     CULVERT_GATEWAY_KEY: list('gateway-keys').join(','),
-    CULVERT_FORWARD: list('forward').join(','),
     CULVERT_TIMEOUT: input('timeout'),
     CULVERT_INSECURE_HTTP: flag('insecure-http') ? 'true' : '',
     CULVERT_LOG_LEVEL: input('log-level') || (process.env.RUNNER_DEBUG === '1' ? 'debug' : ''),

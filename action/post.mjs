@@ -34,17 +34,7 @@ export function describe(name, status) {
   rows.push(['received, sent', `${size(status.rx_bytes ?? 0)}, ${size(status.tx_bytes ?? 0)}`])
   if (status.rejoins) rows.push(['joined again', String(status.rejoins)])
   if (status.problem) rows.push(['last problem', cell(`${status.problem.message ?? status.problem.detail ?? ''} [${status.problem.code ?? ''}]`)])
-  let text = `### Culvert: ${cell(name)} in network ${cell(status.network)}\n\n| | |\n|---|---|\n${rows.map((r) => `| ${r.join(' | ')} |`).join('\n')}\n`
-  const reached = (status.flows ?? []).filter((f) => f.verdict !== 'denied')
-  const denied = (status.flows ?? []).filter((f) => f.verdict === 'denied')
-  if (reached.length) {
-    text += `\n| reached | flows | bytes | rule |\n|---|---|---|---|\n`
-    text += reached.map((f) => `| ${cell(f.target)} | ${Number(f.count)} | ${size(Number(f.bytes_up) + Number(f.bytes_down))} | ${cell(f.rule)} |\n`).join('')
-  }
-  if (denied.length) {
-    text += `\n| denied | tries | an \`allow\` line that would grant it |\n|---|---|---|\n`
-    text += denied.map((f) => `| ${cell(f.target)} | ${Number(f.count)} | ${cell(`"${f.allow}"`)} |\n`).join('')
-  }
+  const text = `### Culvert: ${cell(name)} in network ${cell(status.network)}\n\n| | |\n|---|---|\n${rows.map((r) => `| ${r.join(' | ')} |`).join('\n')}\n`
   return text + '\n'
 }
 

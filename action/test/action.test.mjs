@@ -100,15 +100,13 @@ test('the client is fetched, checked, and taken from the tool cache the next tim
 
 test('a program with another digest is never run', { timeout: 60_000 }, async (t) => {
   const r = runner(t)
-  const program = stub({ up: { out: ready } }, r.file('calls'))
-  const evil = await web(t, { [asset]: gz('#!/bin/sh\necho evil\n') })
-  r.release('1.2.3', sha256(program))
-  const good = await web(t, { [`/dl/1.2.3${asset}`]: gz(program) })
-  const { code, out } = await r.run('main', { coordinator: good.url, mirror: evil.url, 'insecure-http': 'true' })
-  assert.equal(code, 0, out)
-  assert.match(out, /client from 127\.0\.0\.1/)
-  assert.ok(evil.calls.length >= 1)
-  assert.deepEqual(good.calls, [`/dl/1.2.3${asset}`])
+  const evil = await web(t, { [asset]: gz(stub({ up: { out: ready } }, r.file('calls'))) })
+  r.release('1.2.3', 'a'.repeat(64))
+  const { code, out } = await r.run('main', { coordinator, mirror: evil.url })
+  assert.equal(code, 1)
+  assert.match(out, /its SHA-256 is not the pinned aaaa/)
+  assert.equal(evil.calls.length, 4)
+  assert.equal(r.read('calls'), '')
 })
 
 test('downloads are bounded and whole', { timeout: 120_000 }, async (t) => {
@@ -128,9 +126,7 @@ test('downloads are bounded and whole', { timeout: 120_000 }, async (t) => {
   }
 })
 
-const status = { state: 'up', network: 'corp', gateway: 'gw`|x\n# evil', rules: ['deploy'], path: { kind: 'relay', rtt_ms: 12.34 }, rx_bytes: 1234567, tx_bytes: 10,
-  flows: [{ target: 'tcp db.internal:5432', verdict: 'allowed', rule: 'deploy', count: 2, bytes_up: 10, bytes_down: 2000 },
-    { target: 'tcp 10.0.0.9:22', verdict: 'denied', count: 3, allow: 'tcp 10.0.0.9:22' }] }
+const status = { state: 'up', network: 'corp', gateway: 'gw`|x\n# evil', rules: ['deploy'], path: { kind: 'relay', rtt_ms: 12.34 }, rx_bytes: 1234567, tx_bytes: 10 }
 
 test('post writes the summary and ends the tunnel', async (t) => {
   const r = runner(t)
@@ -140,8 +136,7 @@ test('post writes the summary and ends the tunnel', async (t) => {
   assert.deepEqual(calls(r).map((c) => c.args[0]), ['up', 'status', 'down'])
   const text = r.read('summary')
   assert.match(text, /\| path \| `relay`, 12\.3 ms \|/)
-  assert.match(text, /`tcp db\.internal:5432` \| 2 \| 2\.0 kB \| `deploy`/)
-  assert.match(text, /`tcp 10\.0\.0\.9:22` \| 3 \| `"tcp 10\.0\.0\.9:22"`/)
+  assert.match(text, /\| received, sent \| 1\.2 MB, 10 B \|/)
   assert.ok(!/^# evil/m.test(text), 'text of the other side is no markup')
   assert.ok(!out.includes('::warning'))
 })
