@@ -79,15 +79,19 @@ func join(t *testing.T, client, gateway *end, gatewayPort uint16) (*Peer, *Peer)
 func ping(t *testing.T, client, gateway *end) {
 	t.Helper()
 	exchange := func(from, to *end, packet []byte) {
-		from.tun.Outbound <- packet
-		select {
-		case got := <-to.tun.Inbound:
-			if !bytes.Equal(got, packet) {
-				t.Fatalf("the packet came out changed")
+		// A datagram may be lost, above all while a relay's binding moves, so it is sent again.
+		for range 20 {
+			from.tun.Outbound <- packet
+			select {
+			case got := <-to.tun.Inbound:
+				if !bytes.Equal(got, packet) {
+					t.Fatalf("the packet came out changed")
+				}
+				return
+			case <-time.After(2 * time.Second):
 			}
-		case <-time.After(10 * time.Second):
-			t.Fatalf("no packet came through")
 		}
+		t.Fatalf("no packet came through")
 	}
 	exchange(client, gateway, tuntest.Ping(gatewayIP, clientIP))
 	exchange(gateway, client, tuntest.Ping(clientIP, gatewayIP))
@@ -110,7 +114,7 @@ func TestPacketsFlowOverTheValidatedPath(t *testing.T) {
 	if s := c.Status(); s.Path.Kind != wire.Host || s.Path.Remote != loopback(gateway.Port()) || s.Handshake.IsZero() || s.RxBytes == 0 || s.TxBytes == 0 {
 		t.Errorf("the client's status is %+v", s)
 	}
-	within(t, 5*time.Second, "the gateway follows to the observed address", func() bool {
+	within(t, 30*time.Second, "the gateway follows to the observed address", func() bool {
 		s := g.Status()
 		return s.Path.Kind == wire.Observed && s.Path.Remote == loopback(client.Port())
 	})
@@ -124,7 +128,7 @@ func TestRemovedPeerIsDead(t *testing.T) {
 	gateway.RemovePeer(g)
 	before := gateway.bind.counts.stranger.Load()
 	client.tun.Outbound <- tuntest.Ping(gatewayIP, clientIP)
-	within(t, 5*time.Second, "the packet is a stranger's", func() bool { return gateway.bind.counts.stranger.Load() > before })
+	within(t, 30*time.Second, "the packet is a stranger's", func() bool { return gateway.bind.counts.stranger.Load() > before })
 	select {
 	case <-gateway.tun.Inbound:
 		t.Fatal("a packet of a removed peer came through")
@@ -313,7 +317,7 @@ func attack(t *testing.T, gateway *end, pkt []byte) (from netip.AddrPort, answer
 			t.Fatal(err)
 		}
 	}
-	within(t, 10*time.Second, "the packet is handled", func() bool { return gateway.bind.counts.junk.Load() > before })
+	within(t, 30*time.Second, "the packet is handled", func() bool { return gateway.bind.counts.junk.Load() > before })
 	_ = attacker.SetReadDeadline(time.Now().Add(20 * time.Millisecond))
 	for buf := make([]byte, 2048); ; answers++ {
 		if _, err := attacker.Read(buf); err != nil {
@@ -350,7 +354,7 @@ func TestCaughtCheckOpensNoPath(t *testing.T) {
 	if _, answers := attack(t, gateway, transport); answers > 0 {
 		t.Error("an answer to a stranger")
 	}
-	within(t, 10*time.Second, "the attacker's packet is dropped", func() bool { return gateway.bind.counts.stranger.Load() > before })
+	within(t, 30*time.Second, "the attacker's packet is dropped", func() bool { return gateway.bind.counts.stranger.Load() > before })
 	if got := g.Status().Path.Remote; got == from {
 		t.Fatal("traffic moved to the attacker")
 	}
