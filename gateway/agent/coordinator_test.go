@@ -173,8 +173,8 @@ func (c *coordinator) ask(kind wire.FrameType, v any) (wire.Answer, error) {
 			c.t.Errorf("the problem %s: %v", a.Problem, err)
 		}
 		return a, &p
-	case <-time.After(10 * time.Second):
-		c.t.Fatal("no answer within 10 s")
+	case <-time.After(40 * time.Second):
+		c.t.Fatal("no answer within 40 s")
 		return wire.Answer{}, nil
 	}
 }
@@ -185,8 +185,8 @@ func (c *coordinator) closed() websocket.StatusCode {
 	select {
 	case code := <-c.ended:
 		return code
-	case <-time.After(10 * time.Second):
-		c.t.Fatal("the stream is not closed within 10 s")
+	case <-time.After(40 * time.Second):
+		c.t.Fatal("the stream is not closed within 40 s")
 		return 0
 	}
 }
@@ -197,8 +197,8 @@ func (c *coordinator) hello() wire.Hello {
 	select {
 	case h := <-c.hellos:
 		return h
-	case <-time.After(10 * time.Second):
-		c.t.Fatal("no gateway within 10 s")
+	case <-time.After(40 * time.Second):
+		c.t.Fatal("no gateway within 40 s")
 		return wire.Hello{}
 	}
 }
@@ -206,14 +206,14 @@ func (c *coordinator) hello() wire.Hello {
 // expect waits for a frame of one of these kinds, passing over others.
 func (c *coordinator) expect(kinds ...wire.FrameType) wire.Frame {
 	c.t.Helper()
-	for deadline := time.After(10 * time.Second); ; {
+	for deadline := time.After(40 * time.Second); ; {
 		select {
 		case f := <-c.frames:
 			if slices.Contains(kinds, f.Type) {
 				return f
 			}
 		case <-deadline:
-			c.t.Fatalf("no %v within 10 s", kinds)
+			c.t.Fatalf("no %v within 40 s", kinds)
 		}
 	}
 }

@@ -182,7 +182,7 @@ func (j *job) ping(gateway netip.Addr) {
 }
 
 func (j *job) dial(target netip.AddrPort) (net.Conn, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 40*time.Second)
 	defer cancel()
 	return j.device.DialContext(ctx, "tcp", target.String())
 }

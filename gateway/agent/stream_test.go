@@ -44,9 +44,9 @@ func testStream(t *testing.T, c *coordinator, edit ...func(*stream)) (*stream, c
 // eventually waits for real parts that run beside the test.
 func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); !ok(); time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(40 * time.Second); !ok(); time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
-			t.Fatalf("not within 10 s: %s", what)
+			t.Fatalf("not within 40 s: %s", what)
 		}
 	}
 }
