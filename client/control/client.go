@@ -100,10 +100,11 @@ func (c *Client) explain(ctx context.Context, err error) error {
 }
 
 // turnedAway reports whether a process that we trust took the connection and closed it without a word, as the server does
-// with users whom it does not serve.
+// with users whom it does not serve. How that shows depends on when it is noticed: an end, a broken pipe, or the HTTP client's
+// own word that the server has closed an idle connection.
 func turnedAway(err error) bool {
 	op, ok := errors.AsType[*net.OpError](err)
-	return errors.Is(err, io.EOF) || ok && op.Op != "dial"
+	return !ok || op.Op != "dial"
 }
 
 // errForeign says that something listens that belongs to a user we do not trust.
