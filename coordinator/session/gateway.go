@@ -153,10 +153,10 @@ func (m *Manager) buryPredecessor(ctx context.Context, g Gateway) {
 		live[p.Instance] = true
 	}
 	var dead []state.Lease
-	m.opts.Store.Leases(func(l state.Lease) bool {
-		if l.Network == g.Network && l.GatewayName == g.Name && l.Gateway != "" && !live[l.Gateway] {
-			dead = append(dead, l)
-		}
+	m.opts.Store.LeasesWhere(func(h state.Head) bool {
+		return h.Network == g.Network && h.GatewayName == g.Name && h.Gateway != "" && !live[h.Gateway]
+	}, func(l state.Lease) bool {
+		dead = append(dead, l)
 		return true
 	})
 	var ending errgroup.Group
@@ -261,16 +261,7 @@ func (m *Manager) Ended(ctx context.Context, g Gateway, e wire.End) error {
 }
 
 // Held counts the sessions that a gateway instance holds.
-func (m *Manager) Held(instance string) int {
-	n := 0
-	m.opts.Store.Leases(func(l state.Lease) bool {
-		if l.Gateway == instance && l.Over == "" {
-			n++
-		}
-		return true
-	})
-	return n
-}
+func (m *Manager) Held(instance string) int { return m.opts.Store.Held(instance) }
 
 // SetRules puts a changed configuration into force and ends the running sessions that it no longer carries.
 func (m *Manager) SetRules(ctx context.Context, rules Rules) {

@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
@@ -52,7 +54,7 @@ func (m *Manager) Join(ctx context.Context, j Join) (wire.Session, error) {
 	if err := m.admit(ctx, a); err != nil {
 		return wire.Session{}, m.refused(ctx, a, err)
 	}
-	gateways := m.opts.Store.Gateways(a.join.Network)
+	gateways := choose(m.opts.Store.Gateways(a.join.Network))
 	if len(gateways) == 0 {
 		return wire.Session{}, m.refused(ctx, a, problem.New(problem.NoGateway,
 			fmt.Sprintf("no gateway of network %q is connected", a.join.Network), "start one, or look at its log for why it cannot connect"))
@@ -72,6 +74,21 @@ func (m *Manager) Join(ctx context.Context, j Join) (wire.Session, error) {
 		return wire.Session{}, m.refused(ctx, a, err)
 	}
 	return s, nil
+}
+
+// choose puts the gateway first that is asked first: the one with fewer sessions of two that are drawn. What is known of their
+// loads is up to a second old, and if all joins of that second went to the same one, the others would idle.
+func choose(list []state.Presence) []state.Presence {
+	if len(list) < 3 { // fewest sessions first already
+		return list
+	}
+	i, j := rand.IntN(len(list)), rand.IntN(len(list)-1) //nolint:gosec // spreads load
+	if j >= i {
+		j++
+	}
+	first := min(i, j)
+	g := list[first]
+	return slices.Insert(slices.Delete(list, first, first+1), 0, g)
 }
 
 // admit is everything that decides whether the job may in; it changes nothing but a, whose log knows more about the job
