@@ -163,14 +163,14 @@ func Run(ctx context.Context, opts Options) (Report, error) {
 // open starts the issuer and the gateways; stop ends them and waits.
 func (p *player) open(ctx context.Context) (stop func(), err error) {
 	var stops []func()
-	stop = func() {
+	closeAll := func() {
 		for _, f := range slices.Backward(stops) {
 			f()
 		}
 	}
 	defer func() {
 		if err != nil {
-			stop()
+			closeAll()
 		}
 	}()
 	if p.issuer, err = newIssuer(p.opts); err != nil {
@@ -199,7 +199,7 @@ func (p *player) open(ctx context.Context) (stop func(), err error) {
 	if err == nil {
 		stops = append(stops, closeGateways)
 	}
-	return stop, err
+	return closeAll, err
 }
 
 // warmUpFor is above the minute in which a coordinator fetches an issuer's keys only once: it may know those of an earlier run.

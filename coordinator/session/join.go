@@ -5,9 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"math/rand/v2"
 	"net/netip"
-	"slices"
 	"strings"
 	"time"
 
@@ -42,6 +40,9 @@ type admission struct {
 	secret   wire.Secret
 	lease    state.Lease
 	relays   []wire.Relay      // that both sides get tickets for
+	way      string            // what the tickets are for; "" for the session itself
+	standby  bool              // another gateway carries the session
+	several  bool              // the network has more than one gateway
 	tickets  []wire.RelayGrant // the client's
 	log      *slog.Logger
 }
@@ -54,11 +55,13 @@ func (m *Manager) Join(ctx context.Context, j Join) (wire.Session, error) {
 	if err := m.admit(ctx, a); err != nil {
 		return wire.Session{}, m.refused(ctx, a, err)
 	}
-	gateways := choose(m.opts.Store.Gateways(a.join.Network))
+	gateways := m.opts.Store.Gateways(a.join.Network)
 	if len(gateways) == 0 {
 		return wire.Session{}, m.refused(ctx, a, problem.New(problem.NoGateway,
 			fmt.Sprintf("no gateway of network %q is connected", a.join.Network), "start one, or look at its log for why it cannot connect"))
 	}
+	gateways = m.spread(id, gateways)
+	a.several = len(gateways) > 1
 	if err := m.createLease(ctx, a); err != nil {
 		return wire.Session{}, m.refused(ctx, a, err)
 	}
@@ -74,21 +77,6 @@ func (m *Manager) Join(ctx context.Context, j Join) (wire.Session, error) {
 		return wire.Session{}, m.refused(ctx, a, err)
 	}
 	return s, nil
-}
-
-// choose puts the gateway first that is asked first: the one with fewer sessions of two that are drawn. What is known of their
-// loads is up to a second old, and if all joins of that second went to the same one, the others would idle.
-func choose(list []state.Presence) []state.Presence {
-	if len(list) < 3 { // fewest sessions first already
-		return list
-	}
-	i, j := rand.IntN(len(list)), rand.IntN(len(list)-1) //nolint:gosec // spreads load
-	if j >= i {
-		j++
-	}
-	first := min(i, j)
-	g := list[first]
-	return slices.Insert(slices.Delete(list, first, first+1), 0, g)
 }
 
 // admit is everything that decides whether the job may in; it changes nothing but a, whose log knows more about the job
@@ -254,6 +242,7 @@ func (a *admission) session() wire.Session {
 		Lease:     wire.Duration(a.rules.Config.Lease),
 		Expires:   a.lease.Expires,
 		Ends:      a.lease.Ends,
+		Standby:   a.several,
 	}
 }
 
