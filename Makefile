@@ -13,7 +13,7 @@ PACKAGES  = $(shell $(GO) list ./... | grep -v '/internal/e2e')
 export CGO_ENABLED = 0
 GOBUILD = $(GO) build -trimpath -ldflags '-s -w -X main.version=$(VERSION)'
 
-.PHONY: build demo test check action unit e2e matrix bench fuzz clean tools-test tools-bench FORCE
+.PHONY: build demo test check action unit e2e matrix bench charts fuzz clean tools-test tools-bench FORCE
 
 build: $(BINARIES)
 
@@ -70,6 +70,10 @@ matrix: tools-test build
 # Throughput, memory and time to the first byte, in Go's benchmark format.
 bench: tools-bench build
 	@CULVERT_E2E_BIN=$(CURDIR)/bin $(GO) test -run '^$$' -bench . -benchtime $(BENCHTIME) -timeout 20m ./internal/e2e
+
+# The charts, against the API's types and the table of what Culvert needs. A module of its own, with Kubernetes' dependencies.
+charts:
+	cd deploy/helm/check && $(GO) vet . && $(GO) test -count=1 .
 
 # Every fuzzer for FUZZTIME each.
 fuzz:
