@@ -146,6 +146,7 @@ func (g *Gateway) build() (err error) {
 	g.relays.set, g.relays.status = g.plane.tunnel.SetRelays, g.plane.tunnel.Relays
 	g.relays.keep = g.plane.tunnel.SetStanding
 	g.gather.reflexive, g.gather.refresh, g.gather.changed = g.plane.tunnel.Reflexive, own.refresh, g.out.setCandidates
+	g.gather.found = g.plane.tunnel.SetNAT
 	if g.mapper, err = g.newMapper(); err != nil {
 		return err
 	}
