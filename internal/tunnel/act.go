@@ -63,7 +63,7 @@ func (p *Peer) messages(now time.Time) []outgoing {
 		p.seq++
 		c := nat.Check{
 			ID: p.newID(), Username: p.name, Nominate: p.opts.Initiate && o.path == p.engine.chosen,
-			Seq: p.seq, Call: o.call,
+			Seq: p.seq, Call: o.call, Leave: p.engine.leaving,
 		}
 		if p.opts.Initiate {
 			c.MTU = uint16(p.engine.settle())
@@ -189,6 +189,9 @@ func (p *Peer) requested(from *route, id nat.TxID, asked nat.Asked) {
 			return
 		}
 		answer = true
+		if asked.Leave && p.opts.Initiate && !p.left {
+			p.left, p.leaving = true, true
+		}
 		p.tunnel.bind.table.put(known)
 		p.engine.requested(known, asked, now)
 		if p.opts.Initiate && p.current.Load() == nil && p.hint.Load() == nil {
@@ -215,6 +218,7 @@ func (p *Peer) answered(from *route, id nat.TxID) (validated *path) {
 			return
 		}
 		p.tunnel.bind.table.put(path)
+		p.alive.Store(now.UnixNano())
 		validated = path
 		if path == p.engine.chosen {
 			p.current.Store(path.route)

@@ -225,7 +225,7 @@ func (t *Tunnel) register(opts PeerOptions) (*Peer, error) {
 	defer t.mu.Unlock()
 	own := t.key.Public()
 	p := &Peer{tunnel: t, opts: opts, name: checkName(opts.Session, own)}
-	p.engine = engine{lead: opts.Initiate, most: DefaultMTU, onChange: p.changed, onDrop: p.dropped}
+	p.engine = engine{lead: opts.Initiate, most: DefaultMTU, onChange: p.changed, onDrop: p.dropped, spared: p.spared}
 	p.handshake.done = make(chan struct{})
 	p.mtu.Store(DefaultMTU)
 	p.seq = uint64(time.Now().UnixMicro()) // so that a session that is added again goes on where it was
