@@ -24,6 +24,8 @@ type Check struct {
 	Call bool
 	// Leave tells the other side that the sender is about to go away.
 	Leave bool
+	// Behind says what the sender is behind, where it wants to try the birthday method; else zero.
+	Behind Behind
 }
 
 // Asked is what a check asks for, beside an answer.
@@ -33,6 +35,7 @@ type Asked struct {
 	MTU      uint16
 	Call     bool
 	Leave    bool
+	Behind   Behind
 	Size     int // of the whole check, where it is padded; 0 for a plain one
 }
 
@@ -56,6 +59,7 @@ func AppendCheck(dst []byte, c Check, key []byte, size int) ([]byte, error) {
 		dst = AppendAttr(dst, attrUseCandidate, "")
 	}
 	dst = appendPath(dst, c)
+	dst = c.Behind.append(dst)
 	dst = appendPadding(dst, start, size)
 	return AppendIntegrity(dst, start, key), nil
 }
@@ -148,6 +152,8 @@ func PeekAsked(b []byte) (asked Asked) {
 			asked.MTU = binary.BigEndian.Uint16(a.Value[8:])
 			asked.Call = a.Value[11]&pathCall != 0
 			asked.Leave = a.Value[11]&pathLeave != 0
+		case a.Type == attrBehind:
+			asked.Behind = readBehind(a.Value)
 		}
 	}
 	return asked

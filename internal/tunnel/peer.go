@@ -60,7 +60,7 @@ type Peer struct {
 	rx, tx    atomic.Uint64
 	mtu       atomic.Int32 // what OnMTU was last told
 	alive     atomic.Int64 // when it last answered a check, Unix nanoseconds
-	spare     atomic.Pointer[Peer]
+	successor atomic.Pointer[Peer]
 	handshake handshake
 
 	mu        sync.Mutex // guards what follows, and the engine's paths
@@ -77,6 +77,7 @@ type Peer struct {
 	latestMTU int   // to be told to OnMTU; 0 for nothing
 	left      bool  // the other side has said that it leaves
 	leaving   bool  // to be told to OnLeave
+	punch     punch
 
 	timers sync.WaitGroup
 }
@@ -134,6 +135,7 @@ func (p *Peer) Refresh() {
 				q.route = &route{spot: q.spot}
 			}
 		}
+		p.punch.reset()
 		if c := p.engine.chosen; c != nil {
 			p.current.Store(c.route)
 		}
@@ -231,6 +233,7 @@ func (p *Peer) close() {
 	for _, path := range p.engine.paths {
 		p.dropped(path)
 	}
+	p.closeSpares()
 	p.current.Store(nil)
 	p.hint.Store(nil)
 	p.mu.Unlock()

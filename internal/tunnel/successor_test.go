@@ -32,28 +32,28 @@ func lostIn(t *testing.T, d *drive, in uint64) time.Duration {
 	return d.now.Sub(silent)
 }
 
-// TestSpareShortensTheWait: a sole path that falls silent is given up sooner where the spare answers meanwhile, and only then.
-func TestSpareShortensTheWait(t *testing.T) {
+// TestSuccessorShortensTheWait: a sole path that falls silent is given up sooner where the successor answers meanwhile, and only then.
+func TestSuccessorShortensTheWait(t *testing.T) {
 	alone := lostIn(t, newDrive(true), 0)
 	d := newDrive(true)
 	asked := 0
-	d.spared = func(time.Time) bool { asked++; return false }
+	d.succeeded = func(time.Time) bool { asked++; return false }
 	dead := lostIn(t, d, 0)
 	if dead != alone || asked == 0 {
-		t.Errorf("with a spare that is silent too: lost after %v, without one after %v; asked %d times", dead, alone, asked)
+		t.Errorf("with a successor that is silent too: lost after %v, without one after %v; asked %d times", dead, alone, asked)
 	}
 	d = newDrive(true)
 	var since time.Time
-	d.spared = func(at time.Time) bool { since = at; return true }
+	d.succeeded = func(at time.Time) bool { since = at; return true }
 	quick := lostIn(t, d, 0)
-	if quick > keepBusy+spareLimit+2*samplePeriod+staleRetry || quick < spareLimit || alone < quick+500*time.Millisecond {
-		t.Errorf("with a spare that answers: lost after %v, without one after %v", quick, alone)
+	if quick > keepBusy+successorLimit+2*samplePeriod+staleRetry || quick < successorLimit || alone < quick+500*time.Millisecond {
+		t.Errorf("with a successor that answers: lost after %v, without one after %v", quick, alone)
 	}
-	if since.IsZero() || since.After(d.now.Add(-spareLimit)) {
+	if since.IsZero() || since.After(d.now.Add(-successorLimit)) {
 		t.Errorf("it was asked for answers since %v, at %v", since, d.now)
 	}
 	d = newDrive(true)
-	d.spared = func(time.Time) bool { return true }
+	d.succeeded = func(time.Time) bool { return true }
 	if busy := lostIn(t, d, 1<<20); busy < livelyLimit {
 		t.Errorf("lost after %v though much comes in", busy)
 	}
@@ -122,9 +122,9 @@ func TestLeaveIsHeardOnce(t *testing.T) {
 	}
 }
 
-// TestPeerMovesToItsSpare: a second peer of the same session's client, without allowed IPs, is validated and takes the other's place in
+// TestPeerMovesToItsSuccessor: a second peer of the same session's client, without allowed IPs, is validated and takes the other's place in
 // one step; then the first is heard no more.
-func TestPeerMovesToItsSpare(t *testing.T) {
+func TestPeerMovesToItsSuccessor(t *testing.T) {
 	client, first, second := newEnd(t), newEnd(t), newEnd(t)
 	c, g := join(t, client, first, first.Port())
 	ping(t, client, first)
@@ -139,7 +139,7 @@ func TestPeerMovesToItsSpare(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c.SetSpare(spare)
+	c.SetSuccessor(spare)
 	select {
 	case <-up:
 	case <-time.After(30 * time.Second):
