@@ -65,8 +65,9 @@ type stream struct {
 
 	// Set by open, before any goroutine starts; the presence is the keeper's after that, by way of mu.
 	who      session.Gateway
-	onRecord bool   // that it was let in
-	flows    uint64 // the last batch of flow records that is stored; the worker's
+	onRecord bool      // that it was let in
+	flows    uint64    // the last batch of flow records that is stored; the worker's
+	renew    time.Time // when the gateway is due a fresh ticket for relays; the keeper's
 
 	queue  chan wire.Frame // to the writer
 	work   chan wire.Frame // to the worker

@@ -187,6 +187,7 @@ func (s *stream) keep(ctx context.Context) error {
 			}
 			s.load.Store(int64(s.api.opts.Sessions.Held(s.who.Instance)))
 			s.announce(ctx)
+			s.renewStanding()
 		case <-pings.C:
 			if !pinging {
 				pinging = true
@@ -198,6 +199,34 @@ func (s *stream) keep(ctx context.Context) error {
 				return silent
 			}
 		}
+	}
+}
+
+// standing gives the gateway's ticket for relays and notes when the next one is due. nil where there is none to give.
+func (s *stream) standing() *wire.Standing {
+	if s.api.opts.Standing == nil || len(s.api.rules.Load().Relays) == 0 {
+		return nil
+	}
+	t, err := s.api.opts.Standing(s.presence.Key)
+	if err != nil {
+		s.log.Warn("the gateway gets no ticket to keep relays ready with", "err", err)
+		return nil
+	}
+	s.renew = s.api.opts.Now().Add(time.Duration(t.Life) / 3)
+	return &t
+}
+
+// renewStanding sends the gateway a fresh ticket for relays when a third of the last one's life is over.
+func (s *stream) renewStanding() {
+	if s.api.opts.Now().Before(s.renew) {
+		return
+	}
+	t := s.standing()
+	if t == nil {
+		return
+	}
+	if raw, err := json.Marshal(t); err == nil {
+		_ = s.enqueue(wire.Frame{Type: wire.FrameStanding, Body: raw}) // else the stream is over
 	}
 }
 

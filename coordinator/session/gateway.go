@@ -83,6 +83,11 @@ func (m *Manager) reconcileOne(ctx context.Context, g Gateway, rules Rules, n co
 	case l.Gateway != g.Instance && l.Standby != g.Instance:
 		return m.reassert(ctx, g, l, h)
 	}
+	if l.Gateway != g.Instance && !h.Standby { // it was taken over while nobody could hear of it
+		if err := m.move(ctx, l, byGateway); err != nil {
+			return false, err
+		}
+	}
 	if later := bounded(m, rules, h); later.Expires.After(l.Expires) {
 		_, err = m.change(ctx, h.Session, func(l *state.Lease) bool { // it was renewed in the tunnel meanwhile
 			l.Expires = later.Expires
