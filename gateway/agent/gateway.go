@@ -134,6 +134,7 @@ func (g *Gateway) build() (err error) {
 	g.gather, g.relays = newGatherer(g.plane.tunnel.Port(), o, g.log), newRelays(o, g.log)
 	g.gather.relays, g.relays.lookup = g.relays, g.gather.lookup
 	g.relays.set, g.relays.status = g.plane.tunnel.SetRelays, g.plane.tunnel.Relays
+	g.relays.keep = g.plane.tunnel.SetStanding
 	g.gather.reflexive, g.gather.refresh, g.gather.changed = g.plane.tunnel.Reflexive, own.refresh, g.out.setCandidates
 	g.gather.found = g.plane.tunnel.SetNAT
 	if g.mapper, err = g.newMapper(); err != nil {
@@ -245,6 +246,9 @@ func (g *Gateway) welcome(w wire.Welcome) error {
 		return problem.Wrap(err, problem.Failed, "the overlay addresses cannot be set", "look at the gateway's log for the cause")
 	}
 	g.relays.list(w.Relays)
+	if w.Standing != nil {
+		g.relays.stand(*w.Standing)
+	}
 	g.gather.setServers(w.STUN)
 	g.out.setCandidates(g.gather.current())
 	return nil
@@ -274,6 +278,11 @@ func (g *Gateway) handle(ctx context.Context, f wire.Frame) {
 		if g.parse(f, &a) {
 			g.acked.Store(true)
 			g.traces.Acked(a.Seq)
+		}
+	case wire.FrameStanding:
+		var s wire.Standing
+		if g.parse(f, &s) {
+			g.relays.stand(s)
 		}
 	case wire.FrameEnd:
 		var e wire.End
