@@ -59,6 +59,10 @@ var rules = []rule{
 		why: "only a gateway asks its router for a port: a job has no router of its own, and a coordinator stands in the open",
 	},
 	{
+		from: []string{"internal/cork"}, only: []string{"std"},
+		why: "it stands below TLS on every connection, where nothing that knows sessions has business",
+	},
+	{
 		from: []string{"internal/wire", "internal/problem"}, only: []string{"std"},
 		why: "everything stands on these two, and a second program in another place has to be able to build on them alone",
 	},

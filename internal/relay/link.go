@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/culvertnet/culvert/internal/nat"
@@ -21,6 +22,8 @@ type link struct {
 	nonce  Nonce // good for this connection
 	out    *outbox
 	port   *port // whose socket it sends through towards UDP; nil where there is none
+
+	lone atomic.Bool // it is bound once: a client's
 
 	mu     sync.Mutex
 	bound  map[*binding]struct{}
@@ -123,6 +126,7 @@ func (l *link) remember(b *binding) bool {
 		return false
 	}
 	l.bound[b] = struct{}{}
+	l.lone.Store(len(l.bound) == 1)
 	if len(l.bound) == 1 {
 		l.lonely.Stop()
 		l.server.countUnbound(l.source, -1)
@@ -138,6 +142,7 @@ func (l *link) forget(b *binding) {
 		return
 	}
 	delete(l.bound, b)
+	l.lone.Store(len(l.bound) == 1)
 	if len(l.bound) == 0 {
 		l.lonely.Reset(BindTimeout)
 		l.server.countUnbound(l.source, +1)
@@ -181,7 +186,7 @@ func (l *link) message(msg []byte) error {
 		way = l.port.pool.Get().(*lane)
 		defer l.port.pool.Put(way)
 	}
-	way.counts, way.now = &l.server.counts, time.Now().UnixNano()
+	way.patient, way.counts, way.now = l.lone.Load(), &l.server.counts, time.Now().UnixNano()
 	defer way.flush()
 	from := origin{link: l}
 	blocks := WalkBlocks(msg)
