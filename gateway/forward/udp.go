@@ -33,6 +33,9 @@ func (f *Forwarder) handleUDP(id stack.TransportEndpointID, pkt *stack.PacketBuf
 	if known {
 		return true // between two goroutines of WireGuard: the flow's endpoint is just being made
 	}
+	if fl == nil && why.Reason == reasonHeld {
+		return true
+	}
 	if fl == nil {
 		s.deny(key, why)
 		if dst.Addr().IsGlobalUnicast() || dst.Addr().IsLoopback() {
@@ -60,7 +63,7 @@ func (f *Forwarder) handleUDP(id stack.TransportEndpointID, pkt *stack.PacketBuf
 // udpBuffer sizes a flow's buffer in the stack; it says how much of it is lent.
 func (fl *flow) udpBuffer(ep tcpip.Endpoint) (loan int64) {
 	size := fl.floors.send
-	if fl.s.purse.take(udpBuffer - size) {
+	if fl.s.purse.take(udpBuffer-size, 0) {
 		loan, size = udpBuffer-size, udpBuffer
 	}
 	ep.SocketOptions().SetReceiveBufferSize(size, false)

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/culvertnet/culvert/internal/lab"
@@ -88,6 +89,9 @@ func (r Result) Problem() *problem.Error {
 
 // Setenv adds to the environment of programs started from now on.
 func (j *Job) Setenv(name, value string) { j.env = append(j.env, name+"="+value) }
+
+// Environ is the environment of programs started from now on.
+func (j *Job) Environ() []string { return slices.Clone(j.env) }
 
 // Host is where the job runs.
 func (j *Job) Host() *lab.Host { return j.host }
