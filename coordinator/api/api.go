@@ -27,10 +27,12 @@ import (
 type Sessions interface {
 	Join(ctx context.Context, j session.Join) (wire.Session, error)
 	Update(ctx context.Context, id string, secret wire.Secret, u wire.Update) (wire.Lease, error)
+	Standby(ctx context.Context, id string, secret wire.Secret, r wire.StandbyRequest) (wire.Standby, error)
 	End(ctx context.Context, id string, secret wire.Secret) error
 	Reconcile(ctx context.Context, g session.Gateway, held []wire.Held) (over []string, err error)
 	Renewed(ctx context.Context, g session.Gateway, r wire.Renewed) error
 	Ended(ctx context.Context, g session.Gateway, e wire.End) error
+	Taken(ctx context.Context, g session.Gateway, t wire.Taken) error
 	Flows(ctx context.Context, g session.Gateway, f wire.Flows) error
 	Held(instance string) int
 }
@@ -194,6 +196,7 @@ func (a *API) routes() http.Handler {
 		r.Post(wire.PathSessions, a.join)
 		r.Patch(wire.PathSessions+"/{id}", a.update)
 		r.Delete(wire.PathSessions+"/{id}", a.end)
+		r.Post(wire.PathSessions+"/{id}"+wire.PathStandby, a.standby)
 		r.Get(wire.PathGateway, a.gateway)
 		if a.opts.Relay != nil {
 			r.Get(wire.PathRelay, a.relay)

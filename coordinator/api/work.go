@@ -50,6 +50,13 @@ func (s *stream) workOne(ctx context.Context, f wire.Frame) error {
 		}
 		s.load.Add(-1)
 		return s.api.opts.Sessions.Ended(ctx, s.who, e)
+	case wire.FrameTaken:
+		var t wire.Taken
+		if err := parse(f, &t); err != nil {
+			return err
+		}
+		s.load.Add(1)
+		return s.api.opts.Sessions.Taken(ctx, s.who, t)
 	case wire.FrameCandidates:
 		var t wire.Trickle
 		if err := parse(f, &t); err != nil {

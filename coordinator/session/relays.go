@@ -1,6 +1,7 @@
 package session
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 
@@ -49,13 +50,14 @@ func pick(named []string, listed []wire.Relay) []wire.Relay {
 	return out
 }
 
-// tickets lets one side of a session, which has this key, use the session's relays until the session's end.
+// tickets lets one side of a session, which has this key, use the session's relays until the session's end. Those of its standby are
+// for paths of their own.
 func (m *Manager) tickets(a *admission, side relay.Side, key wire.Key) []wire.RelayGrant {
 	if m.opts.TicketKey == nil || len(a.relays) == 0 {
 		return nil
 	}
 	ticket, err := relay.Sign(m.opts.TicketKey, relay.Claims{
-		Session: a.lease.Session, Side: side, Key: key, Issued: m.opts.Now(), Expires: a.lease.Ends,
+		Session: cmp.Or(a.way, a.lease.Session), Side: side, Key: key, Issued: m.opts.Now(), Expires: a.lease.Ends,
 	})
 	if err != nil { // the session may still find a path of its own
 		a.log.Error("no relay ticket", "side", side, "err", err)

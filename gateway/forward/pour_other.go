@@ -4,11 +4,14 @@ package forward
 
 import (
 	"bytes"
+	"sync"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
 
 	"github.com/culvertnet/culvert/internal/netstack"
 )
+
+var streams = sync.Pool{New: func() any { return &buffer{make([]byte, streamBuffer)} }}
 
 // pour copies from the target to the job until the target has sent all, which is io.EOF, or something fails.
 func (r *relay) pour(writable <-chan struct{}) error {

@@ -6,6 +6,9 @@ import "sync/atomic"
 // borrows from the process's. A flow pays back what it does not use, so that idle connections cost their floors alone, and a
 // job whose connections stall runs out of its own purse and of nobody else's.
 //
+// A send buffer that grows never takes more than half of what is left, so that the first large flows of a session leave
+// something to the next. How fast a flow may grow is not bounded: on a long path it needs megabytes within a second.
+//
 // With more flows open than smallFrom, a session's new flows get smaller floors. So the most that one session can pin is
 //
 //	SessionBytes + smallFrom × (sendFloor + receiveFloor) + (SessionFlows − smallFrom) × 2 × smallFloor
@@ -35,13 +38,13 @@ type purse struct {
 	lent  atomic.Int64
 }
 
-// take borrows n bytes; false where they are not to be had.
-func (p *purse) take(n int64) bool {
-	if p.lent.Add(n) > p.limit {
+// take borrows n bytes; false where they are not to be had, or where less than spare would be left.
+func (p *purse) take(n, spare int64) bool {
+	if p.lent.Add(n) > p.limit-spare {
 		p.lent.Add(-n)
 		return false
 	}
-	if p.from != nil && !p.from.take(n) {
+	if p.from != nil && !p.from.take(n, spare) {
 		p.lent.Add(-n)
 		return false
 	}

@@ -29,10 +29,7 @@ const (
 	maxDatagram  = 65535
 )
 
-var (
-	streams   = sync.Pool{New: func() any { return &buffer{make([]byte, streamBuffer)} }}
-	datagrams = sync.Pool{New: func() any { return &buffer{make([]byte, maxDatagram)} }}
-)
+var datagrams = sync.Pool{New: func() any { return &buffer{make([]byte, maxDatagram)} }}
 
 // socket is what TCP and UDP connections of package net share.
 type socket interface {

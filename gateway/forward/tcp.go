@@ -175,46 +175,44 @@ func (r *relay) up() error {
 	entry, readable := waiter.NewChannelEntry(waiter.ReadableEvents | waiter.EventHUp | waiter.EventErr)
 	r.wq.EventRegister(&entry)
 	defer r.wq.EventUnregister(&entry)
-	for {
-		err := r.drain()
-		switch {
-		case errors.Is(err, io.EOF):
-			return r.conn.CloseWrite()
-		case errors.Is(err, errTargetGone):
-			return nil
-		case err != nil:
-			return err
+	drain, err := r.drain()
+	for err == nil {
+		if err = drain(); err == nil {
+			<-readable // a reset wakes it as well
 		}
-		<-readable // a reset wakes it as well
 	}
+	switch {
+	case errors.Is(err, io.EOF):
+		return r.conn.CloseWrite()
+	case errors.Is(err, errTargetGone):
+		return nil
+	}
+	return err
 }
 
-// drain copies what the job has sent so far. The buffer goes back to the pool before anything waits for more.
-func (r *relay) drain() error {
-	buf := streams.Get().(*buffer)
-	defer streams.Put(buf)
-	for {
-		w := tcpip.SliceWriter(buf.b)
-		res, terr := r.ep.Read(&w, tcpip.ReadOptions{})
-		switch terr.(type) {
-		case nil:
-		case *tcpip.ErrWouldBlock:
-			return nil
-		case *tcpip.ErrClosedForReceive:
-			return io.EOF
-		default:
-			return netstack.Errno(terr)
-		}
-		r.window.took(res.Count)
-		n, err := r.conn.Write(buf.b[:res.Count])
-		r.fl.carry(n, 0)
-		if errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNRESET) {
-			return errTargetGone
-		}
-		if err != nil {
-			return err
-		}
+// took notes that n bytes have gone to the target.
+func (r *relay) took(n int) {
+	r.window.took(n)
+	r.fl.carry(n, 0)
+}
+
+// readError says what it means that the stack gives nothing: nil that nothing is there yet, io.EOF that the job has sent all.
+func readError(terr tcpip.Error) error {
+	switch terr.(type) {
+	case *tcpip.ErrWouldBlock:
+		return nil
+	case *tcpip.ErrClosedForReceive:
+		return io.EOF
 	}
+	return netstack.Errno(terr)
+}
+
+// writeError tells a target that has closed the connection from other failures.
+func writeError(err error) error {
+	if errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNRESET) {
+		return errTargetGone
+	}
+	return err
 }
 
 // down copies from the target to the job.

@@ -60,7 +60,7 @@ func (f *Forwarder) handleUDP(id stack.TransportEndpointID, pkt *stack.PacketBuf
 // udpBuffer sizes a flow's buffer in the stack; it says how much of it is lent.
 func (fl *flow) udpBuffer(ep tcpip.Endpoint) (loan int64) {
 	size := fl.floors.send
-	if fl.s.purse.take(udpBuffer - size) {
+	if fl.s.purse.take(udpBuffer-size, 0) {
 		loan, size = udpBuffer-size, udpBuffer
 	}
 	ep.SocketOptions().SetReceiveBufferSize(size, false)

@@ -10,9 +10,9 @@ import (
 
 // Sizes of a TCP flow's buffers, in bytes.
 const (
-	freeGrowth = 1 << 20 // a send buffer grows to this size without proof that the job takes what is sent
-	mostSend   = 8 << 20
-	mostRead   = 8 << 20
+	freeGrowth = 1 << 20  // a send buffer grows to this size without proof that the job takes what is sent
+	mostSend   = 16 << 20 // 1 Gbit/s at 80 ms: the stack wakes a writer when half of it is free
+	mostRead   = 8 << 20  // 800 Mbit/s at 80 ms
 )
 
 // Small writes cost the stack a kilobyte each, whatever they hold.
@@ -25,8 +25,8 @@ const (
 
 // window sizes the buffers that a TCP flow has in the stack and pays for them.
 //
-// A send buffer grows when it is full: at first freely, beyond freeGrowth only once twice its size has been carried, so that
-// the job has acknowledged at least a whole one. It shrinks to its floor when the flow rests, unless bytes still wait in it.
+// A send buffer grows when it is full: at first freely, beyond freeGrowth only once the job has acknowledged half of it, so
+// that it is always ahead of the congestion window, which doubles with each round trip at most. It shrinks to its floor when the flow rests, unless bytes still wait in it.
 // A receive buffer grows as the stack measures what the flow needs, and never shrinks: the job has been promised the window.
 type window struct {
 	ep     *tcp.Endpoint
@@ -63,7 +63,7 @@ func (w *window) setSend(n int64) {
 func (w *window) grow(carried int64) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.closed || w.send >= mostSend || w.send >= freeGrowth && carried < 2*w.send || !w.purse.take(w.send) {
+	if w.closed || w.send >= mostSend || w.send >= freeGrowth && carried < w.send+w.send/2 || !w.purse.take(w.send, w.send) {
 		return
 	}
 	w.sendLoan += w.send
@@ -79,7 +79,7 @@ func (w *window) took(n int) {
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.closed || !w.purse.take(mostRead-before) {
+	if w.closed || !w.purse.take(mostRead-before, 0) {
 		return
 	}
 	w.ep.ModerateRecvBuf(n)

@@ -47,10 +47,10 @@ type actions struct {
 	forged    string // the same, but what is served has another digest
 }
 
-// actionRules grants db.internal to pushes to main.
-func actionRules(*stage.Stage) string {
+// actionRules grants db.internal and the service's HTTP port to pushes to main.
+func actionRules(s *stage.Stage) string {
 	return fmt.Sprintf("- name: deploy\n  network: %s\n  match: {repository_owner_id: %q, repository: %s, ref: refs/heads/main}\n"+
-		"  allow: [\"tcp db.internal:5432\"]\n", stage.Network, stage.OwnerID, stage.Repository)
+		"  allow: [\"tcp db.internal:5432\", \"tcp %s\"]\n", stage.Network, stage.OwnerID, stage.Repository, s.Target(stage.PortHTTP))
 }
 
 func newActions(t testing.TB, opts stage.Options) *actions {

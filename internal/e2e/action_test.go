@@ -12,7 +12,7 @@ import (
 	"time"
 
 	"github.com/culvertnet/culvert/internal/lab"
-	"github.com/culvertnet/culvert/internal/snippets"
+	shown "github.com/culvertnet/culvert/internal/snippets"
 	"github.com/culvertnet/culvert/internal/stage"
 )
 
@@ -84,6 +84,9 @@ func TestWorkflows(t *testing.T) {
 					t.Errorf("the log says %s", never)
 				}
 			}
+			if tc.code == 0 && !strings.Contains(m.summary(t), "| path | `") {
+				t.Errorf("the job's summary is %q", m.summary(t))
+			}
 			m.clean(t, before)
 			if t.Failed() {
 				t.Log(log)
@@ -125,12 +128,12 @@ func TestWorkflows(t *testing.T) {
 }
 
 // documented are the workflows of README and docs, with this stage's coordinator in place of the example's.
-func (a *actions) documented(t testing.TB) []snippets.Workflow {
+func (a *actions) documented(t testing.TB) []shown.Workflow {
 	t.Helper()
-	all, err := snippets.Find("../..")
+	all, err := shown.Find("../..")
 	must(t, err)
 	for i := range all {
-		all[i].Text = strings.ReplaceAll(all[i].Text, "https://culvert.example.com", a.URL)
+		all[i].Text = strings.NewReplacer("https://culvert.example.com", a.URL, "10.20.0.5", a.Private.Addr().String()).Replace(all[i].Text)
 	}
 	return all
 }

@@ -80,10 +80,10 @@ type run struct {
 }
 
 // most is how many packets one Read gives: what fits into one UDP segmentation batch once WireGuard has added its 32 bytes to
-// each. More would make fewer calls, but WireGuard encrypts what one Read gave on one core and sends it when all is done:
+// each and a relay's frame its four; one more, and each batch through a relay would be followed by a single packet. More would make fewer calls, but WireGuard encrypts what one Read gave on one core and sends it when all is done:
 // with one batch at a time both cores encrypt, and the network never waits for long (an eighth more throughput on two cores).
 func (s *splitter) most() int {
-	const batchBytes, overhead = 65445, 32 // see maxBatch of package tunnel
+	const batchBytes, overhead = 65445, 32 + 4 // see MaxRun of package udpconn
 	return min(batchSize, max(1, batchBytes/(s.mtu+overhead)))
 }
 

@@ -20,7 +20,7 @@ type Workflow struct {
 func (w Workflow) Name() string { return fmt.Sprintf("%s:%d", w.File, w.Line) }
 
 var (
-	fence = regexp.MustCompile("(?ms)^```ya?ml\\n(.*?)^```$")
+	fence = regexp.MustCompile("(?ms)^```ya?ml[^\\n]*\\n(.*?)^```$")
 	ours  = regexp.MustCompile(`(?m)\buses: +culvertnet/culvert@`)
 )
 
@@ -58,13 +58,15 @@ func complete(text string) string {
 	case regexp.MustCompile(`(?m)^jobs:`).MatchString(text):
 		return "on: push\n" + text
 	}
-	job := "    runs-on: ubuntu-latest\n"
-	if regexp.MustCompile(`(?m)^runs-on:`).MatchString(text) {
+	job, indent := "    runs-on: ubuntu-latest\n", "    "
+	if regexp.MustCompile(`(?m)^- `).MatchString(text) { // steps alone
+		job, indent = job+"    permissions: {id-token: write, contents: read}\n    steps:\n", "      "
+	} else if regexp.MustCompile(`(?m)^runs-on:`).MatchString(text) {
 		job = ""
 	}
 	for line := range strings.Lines(text) {
 		if strings.TrimSpace(line) != "" {
-			line = "    " + line
+			line = indent + line
 		}
 		job += line
 	}

@@ -4,6 +4,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -12,7 +13,7 @@ const root = "../.."
 
 func TestFind(t *testing.T) {
 	dir := t.TempDir()
-	page := "# x\n\n```yaml\nsteps:\n  - uses: culvertnet/culvert@v1\n\n  - run: x\n```\n\n```yaml\nrules: []\n```\n\n```yaml\njobs:\n  a: {steps: [{uses: culvertnet/culvert@v1}]}\n```\n"
+	page := "# x\n\n```yaml\nsteps:\n  - uses: culvertnet/culvert@v1\n\n  - run: x\n```\n\n```yaml\nrules: []\n```\n\n```yaml workflow\njobs:\n  a: {steps: [{uses: culvertnet/culvert@v1}]}\n```\n```yaml\n- uses: culvertnet/culvert@v1\n```\n"
 	if err := os.WriteFile(filepath.Join(dir, "README.md"), []byte(page), 0o644); err != nil {
 		t.Fatal(err)
 	}
@@ -23,8 +24,9 @@ func TestFind(t *testing.T) {
 	want := []Workflow{
 		{"README.md", 4, "on: push\njobs:\n  example:\n    runs-on: ubuntu-latest\n    steps:\n      - uses: culvertnet/culvert@v1\n\n      - run: x\n"},
 		{"README.md", 15, "on: push\njobs:\n  a: {steps: [{uses: culvertnet/culvert@v1}]}\n"},
+		{"README.md", 19, "on: push\njobs:\n  example:\n    runs-on: ubuntu-latest\n    permissions: {id-token: write, contents: read}\n    steps:\n      - uses: culvertnet/culvert@v1\n"},
 	}
-	if len(all) != len(want) || all[0] != want[0] || all[1] != want[1] {
+	if !slices.Equal(all, want) {
 		t.Errorf("found %+v", all)
 	}
 	if _, err := Find(filepath.Join(dir, "missing")); err == nil {

@@ -98,6 +98,11 @@ const ReleaseHost = "github.com"
 // Authority is a TLS configuration with the stage's certificate for its hosts on the internet.
 func (s *Stage) Authority() *tls.Config { return s.ca.serverConfig() }
 
+// Certificate maps the files of the stage's certificate to the names under which documentation speaks of them.
+func (s *Stage) Certificate() map[string]string {
+	return map[string]string{s.ca.certFile(): "tls.crt", s.ca.keyFile(): "tls.key"}
+}
+
 // Serve serves HTTP on a host until the stage is closed, over TLS where conf is set.
 func (s *Stage) Serve(h *lab.Host, port uint16, conf *tls.Config, handler http.Handler) error {
 	l, err := h.Listen(netip.AddrPortFrom(h.Addr(), port).String())

@@ -24,7 +24,7 @@ const (
 	FrameOffer      FrameType = "offer"      // coordinator → gateway: [Offer], answered under the same id
 	FrameAnswer     FrameType = "answer"     // gateway → coordinator: [Answer]
 	FrameCandidates FrameType = "candidates" // either way: [Trickle]
-	FrameRenewed    FrameType = "renewed"    // gateway → coordinator: [Renewed]
+	FrameRenewed    FrameType = "renewed"    // gateway → coordinator, and on to the session's standby: [Renewed]
 	FrameRenew      FrameType = "renew"      // coordinator → gateway: [Renewed], a token that came to the coordinator; answered with [Answer]
 	FrameEnd        FrameType = "end"        // either way: [End]
 	FrameCredential FrameType = "credential" // gateway → coordinator: [Credential], before the one that the stream was opened with runs out
@@ -58,6 +58,7 @@ type Held struct {
 	Rules     []string     `json:"rules"`
 	Expires   time.Time    `json:"expires"`
 	Ends      time.Time    `json:"ends"`
+	Standby   bool         `json:"standby,omitempty"` // another gateway carries it
 }
 
 // Welcome accepts a gateway and tells it what holds in its network.
@@ -84,6 +85,9 @@ type Offer struct {
 	Grants     []Grant      `json:"grants"`
 	Lease      Duration     `json:"lease"`
 	MaxSession Duration     `json:"max_session"`
+	// Standby: another gateway carries the session, and this one is to be ready for it. Paths go by [StandbyID] then. A standby that is
+	// offered again is put in place anew.
+	Standby bool `json:"standby,omitempty"`
 }
 
 // Answer is a gateway's word on an offer or a renewal: either Problem is set, or the session is in place.

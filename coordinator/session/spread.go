@@ -1,0 +1,78 @@
+package session
+
+import (
+	"cmp"
+	"crypto/sha256"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/culvertnet/culvert/coordinator/state"
+)
+
+// placedFor is how long a session that this node has placed counts on top of what its gateway's presence says: by then the
+// presence counts it.
+const placedFor = time.Second
+
+// placements are the sessions that this node has placed within the last moment, by gateway instance. Without them, jobs that
+// join at once would all meet the gateway that was the least loaded before the first of them.
+type placements struct {
+	mu sync.Mutex
+	at map[string][]time.Time // the oldest first
+}
+
+// note counts a session that is being placed.
+func (p *placements) note(instance string, now time.Time) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.at == nil {
+		p.at = map[string][]time.Time{}
+	}
+	p.at[instance] = append(p.at[instance], now)
+}
+
+// recent counts an instance's, and forgets those that are not recent.
+func (p *placements) recent(instance string, now time.Time) int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	list := p.at[instance]
+	old := 0
+	for old < len(list) && now.Sub(list[old]) >= placedFor {
+		old++
+	}
+	if old == len(list) {
+		delete(p.at, instance)
+		return 0
+	}
+	p.at[instance] = list[old:]
+	return len(list) - old
+}
+
+// spread orders a network's gateways for a session: the less loaded of two that its id picks, then the others, the least loaded
+// first. Several nodes that know of each other's sessions a moment late would all rush to the one that is the least loaded of all;
+// of two that each session picks for itself, they do not.
+func (m *Manager) spread(id string, gateways []state.Presence) []state.Presence {
+	now := m.opts.Now()
+	load := make(map[string]int, len(gateways))
+	for _, g := range gateways {
+		load[g.Instance] = g.Sessions + m.placed.recent(g.Instance, now)
+	}
+	lighter := func(a, b state.Presence) int {
+		return cmp.Or(cmp.Compare(load[a.Instance], load[b.Instance]), cmp.Compare(a.Instance, b.Instance))
+	}
+	out := slices.Clone(gateways)
+	if len(out) > 2 {
+		slices.SortFunc(out, func(a, b state.Presence) int { return cmp.Compare(rank(id, a), rank(id, b)) })
+		slices.SortFunc(out[:2], lighter)
+		slices.SortFunc(out[1:], lighter)
+		return out
+	}
+	slices.SortFunc(out, lighter)
+	return out
+}
+
+// rank is a gateway's place in the order that is a session's own.
+func rank(id string, g state.Presence) string {
+	sum := sha256.Sum256([]byte(id + "\x00" + g.Instance))
+	return string(sum[:])
+}
