@@ -16,7 +16,7 @@ PACKAGES  = $(shell $(GO) list ./... | grep -v '/internal/e2e')
 export CGO_ENABLED = 0
 GOBUILD = $(GO) build -trimpath -ldflags '-s -w -X main.version=$(VERSION)'
 
-.PHONY: build demo test check action unit e2e act matrix bench fuzz clean tools-test tools-bench FORCE
+.PHONY: build demo test check action unit e2e act matrix bench charts dist pin pinned reproducible fuzz clean tools-test tools-bench FORCE
 
 build: $(BINARIES)
 
@@ -71,14 +71,19 @@ e2e: build
 act: tools-test build
 	CULVERT_E2E_BIN=$(CURDIR)/bin CULVERT_E2E_ACT=all $(GO) test -count=1 -timeout 10m -run '^TestWorkflows' -v ./internal/e2e
 
-# Every kind of network against every other, 81 pairs on links with delay: minutes. Prints what became of each.
+# Every kind of network against every other, 81 pairs on links with delay: about 10 minutes. Writes the tables of docs/paths.md.
 matrix: tools-test build
-	CULVERT_E2E_BIN=$(CURDIR)/bin CULVERT_E2E_MATRIX=$(CURDIR)/bin/matrix.md \
+	@rm -f bin/matrix.json
+	CULVERT_E2E_BIN=$(CURDIR)/bin CULVERT_E2E_MATRIX=$(CURDIR)/bin/matrix.json \
 		$(GO) test -count=1 -timeout 60m -run '^TestMatrix' -v ./internal/e2e
 
 # Throughput, memory and time to the first byte, in Go's benchmark format.
 bench: tools-bench build
 	@CULVERT_E2E_BIN=$(CURDIR)/bin $(GO) test -run '^$$' -bench . -benchtime $(BENCHTIME) -timeout 20m ./internal/e2e
+
+# The charts, against the API's types and the table of what Culvert needs. A module of its own, with Kubernetes' dependencies.
+charts:
+	cd deploy/helm/check && $(GO) vet . && $(GO) test -count=1 .
 
 # Every fuzzer for FUZZTIME each.
 fuzz:
@@ -90,7 +95,42 @@ fuzz:
 	done
 
 clean:
-	rm -rf bin
+	rm -rf bin dist
+
+# A release's files, the same bytes wherever they are built from the same sources with the same Go: nothing in them depends on the
+# commit, so that the commit can hold their digests. The client as the action wants it, the others with licence and units.
+CLIENTS := linux-amd64 linux-arm64 darwin-amd64 darwin-arm64 windows-amd64
+SERVERS := linux-amd64 linux-arm64
+RELEASE  = $(GO) build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)'
+ROOTED  := tar --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner
+dist:
+	@case "$(VERSION)" in [0-9]*.[0-9]*.[0-9]*) ;; *) echo "say which: make dist VERSION=1.2.3"; exit 1;; esac
+	@rm -rf dist && mkdir dist
+	@set -e; sums=; for p in $(CLIENTS); do \
+		GOOS=$${p%-*} GOARCH=$${p#*-} $(RELEASE) -o dist/culvert ./client; \
+		sums="$$sums$${sums:+, }\"$$p\": \"$$(sha256sum dist/culvert | cut -d' ' -f1)\""; \
+		gzip -n -9 < dist/culvert > dist/culvert-$$p.gz; rm dist/culvert; \
+	done; echo "{\"version\": \"$(VERSION)\", \"sha256\": {$$sums}}" > dist/release.json
+	@set -e; for p in $(SERVERS); do for program in coordinator gateway; do \
+		mkdir -p dist/tree; cp LICENSE deploy/systemd/*.service dist/tree/; \
+		GOOS=$${p%-*} GOARCH=$${p#*-} $(RELEASE) -o dist/tree/culvert-$$program ./$$program; \
+		$(ROOTED) -C dist/tree -cf - . | gzip -n -9 > dist/culvert-$$program-$$p.tar.gz; rm -r dist/tree; \
+	done; done
+	@$(GO) list -deps -f '{{with .Module}}{{.Path}} {{.Version}}{{end}}' ./client ./coordinator ./gateway | sort -u > dist/modules.txt
+	@cd dist && sha256sum -- * > SHA256SUMS && cat SHA256SUMS
+
+# Before tagging: make dist pin VERSION=1.2.3, and commit. The release workflow then builds anew and stops where anything differs.
+pin:
+	cp dist/release.json action/release.json
+pinned:
+	@cmp dist/release.json action/release.json || { echo "action/release.json is not what these sources give: make dist pin VERSION=$(VERSION)"; exit 1; }
+
+# Two builds without a common cache, from two folders, give the same bytes.
+reproducible:
+	@set -e; dir="$$(mktemp -d)"; trap 'chmod -R u+w "$$dir"; rm -rf "$$dir"' EXIT; for n in 1 2; do \
+		mkdir "$$dir/$$n"; git archive HEAD | tar -x -C "$$dir/$$n"; \
+		GOCACHE="$$dir/cache$$n" $(MAKE) -s -C "$$dir/$$n" dist VERSION=0.0.0 CLIENTS=linux-amd64 SERVERS=linux-amd64 > "$$dir/sums$$n"; \
+	done; diff "$$dir/sums1" "$$dir/sums2" && cat "$$dir/sums1"
 
 # What the tests use of the distribution. Only root on Debian has it installed; elsewhere the tests name what they miss.
 tools-test:

@@ -145,6 +145,7 @@ func (g *Gateway) build() (err error) {
 	g.gather.relays, g.relays.lookup = g.relays, g.gather.lookup
 	g.relays.set, g.relays.status = g.plane.tunnel.SetRelays, g.plane.tunnel.Relays
 	g.gather.reflexive, g.gather.refresh, g.gather.changed = g.plane.tunnel.Reflexive, own.refresh, g.out.setCandidates
+	g.gather.found = g.plane.tunnel.SetNAT
 	if g.mapper, err = g.newMapper(); err != nil {
 		return err
 	}

@@ -32,21 +32,22 @@ func TestWorkflows(t *testing.T) {
 	a := newActions(t, stage.Options{})
 	const query = `psql -h db.internal -At -c "select 'answer', 6*7"`
 	for _, tc := range []struct {
-		name   string
-		with   string
-		steps  []string
-		env    []string
-		claims map[string]any
-		forged bool // what is downloaded is not what the action pins
-		cut    bool // the runner's network lets nothing out
-		code   int
-		want   []string // patterns in the log
-		never  []string
+		name    string
+		with    string
+		steps   []string
+		env     []string
+		claims  map[string]any
+		forged  bool // what is downloaded is not what the action pins
+		cut     bool // the runner's network lets nothing out
+		code    int
+		want    []string // patterns in the log
+		never   []string
+		summary string // what it says; act keeps it where the job failed
 	}{
 		{name: "node 24", steps: []string{"node --version", query},
 			want: []string{`v24\.`, `answer\|42`, `culvert: up in network corp`, `Success - Post culvertnet/culvert@v1`}, never: []string{`::error`}},
 		{name: "step fails", steps: []string{query + "; exit 7"}, code: 1,
-			want: []string{`answer\|42`, `Failure - Main`, `Success - Post culvertnet/culvert@v1`}},
+			want: []string{`answer\|42`, `Failure - Main`, `Success - Post culvertnet/culvert@v1`}, summary: "| path | `reflexive`"},
 		{name: "no id-token", env: []string{"ACTIONS_ID_TOKEN_REQUEST_URL=", "ACTIONS_ID_TOKEN_REQUEST_TOKEN="}, code: 1,
 			want: []string{`::error title=culvert%3A token-unavailable::.*id-token: write`, `Success - Post`}},
 		{name: "wrong audience", claims: map[string]any{"aud": "https://elsewhere.example.com"}, code: 1,
@@ -84,8 +85,8 @@ func TestWorkflows(t *testing.T) {
 					t.Errorf("the log says %s", never)
 				}
 			}
-			if tc.code == 0 && !strings.Contains(m.summary(t), "| path | `") {
-				t.Errorf("the job's summary is %q", m.summary(t))
+			if summary := m.summary(t); tc.summary != "" && !strings.Contains(summary, tc.summary) {
+				t.Errorf("the job's summary is %q", summary)
 			}
 			m.clean(t, before)
 			if t.Failed() {

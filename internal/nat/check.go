@@ -22,6 +22,8 @@ type Check struct {
 	MTU uint16
 	// Call asks the other side to check its candidates again, once and quickly: the sender is about to.
 	Call bool
+	// Behind says what the sender is behind, where it wants to try the birthday method; else zero.
+	Behind Behind
 }
 
 // Asked is what a check asks for, beside an answer.
@@ -30,6 +32,7 @@ type Asked struct {
 	Seq      uint64
 	MTU      uint16
 	Call     bool
+	Behind   Behind
 	Size     int // of the whole check, where it is padded; 0 for a plain one
 }
 
@@ -53,6 +56,7 @@ func AppendCheck(dst []byte, c Check, key []byte, size int) ([]byte, error) {
 		dst = AppendAttr(dst, attrUseCandidate, "")
 	}
 	dst = appendPath(dst, c)
+	dst = c.Behind.append(dst)
 	dst = appendPadding(dst, start, size)
 	return AppendIntegrity(dst, start, key), nil
 }
@@ -140,6 +144,8 @@ func PeekAsked(b []byte) (asked Asked) {
 			asked.Seq = binary.BigEndian.Uint64(a.Value)
 			asked.MTU = binary.BigEndian.Uint16(a.Value[8:])
 			asked.Call = a.Value[11]&pathCall != 0
+		case a.Type == attrBehind:
+			asked.Behind = readBehind(a.Value)
 		}
 	}
 	return asked

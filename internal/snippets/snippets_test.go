@@ -34,7 +34,7 @@ func TestFind(t *testing.T) {
 	}
 }
 
-// Every workflow in the documentation is one that GitHub takes, with inputs that the action has. actionlint knows an action's inputs
+// Every workflow in the documentation, and of this repository, is one that GitHub takes, with inputs that the action has. actionlint knows an action's inputs
 // only where the action is in the repository itself, so it gets a copy that says ./culvert.
 func TestActionlint(t *testing.T) {
 	program := os.Getenv("CULVERT_TEST_ACTIONLINT")
@@ -52,6 +52,10 @@ func TestActionlint(t *testing.T) {
 	}
 	if len(all) == 0 {
 		t.Fatal("the documentation shows no workflow")
+	}
+	own, err := filepath.Glob(filepath.Join(root, ".github", "workflows", "*.yml"))
+	if err != nil {
+		t.Fatal(err)
 	}
 	dir := t.TempDir()
 	definition, err := os.ReadFile(filepath.Join(root, "action.yml"))
@@ -84,6 +88,13 @@ func TestActionlint(t *testing.T) {
 	for _, w := range all {
 		if out, err := lint(w.Text); err != nil {
 			t.Errorf("%s: %v\n%s\n%s", w.Name(), err, out, w.Text)
+		}
+	}
+	for _, file := range own {
+		if text, err := os.ReadFile(file); err != nil {
+			t.Error(err)
+		} else if out, err := lint(string(text)); err != nil {
+			t.Errorf("%s: %v\n%s", file, err, out)
 		}
 	}
 	if out, err := lint(strings.Replace(all[0].Text, "coordinator:", "cordinator:", 1)); err == nil {

@@ -78,8 +78,9 @@ type engine struct {
 // order is one check to be sent.
 type order struct {
 	*path
-	mtu  int  // padded to stand for a packet of this size inside the tunnel; 0 for a plain check
-	call bool // asks the other side to check its candidates again
+	mtu    int        // padded to stand for a packet of this size inside the tunnel; 0 for a plain check
+	call   bool       // asks the other side to check its candidates again
+	behind nat.Behind // says what we are behind, or nothing
 }
 
 // find gives the path of a spot.

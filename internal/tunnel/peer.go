@@ -71,6 +71,7 @@ type Peer struct {
 	notifying bool
 	latest    *Path // to be told to OnPath
 	latestMTU int   // to be told to OnMTU; 0 for nothing
+	punch     punch
 
 	timers sync.WaitGroup
 }
@@ -128,6 +129,7 @@ func (p *Peer) Refresh() {
 				q.route = &route{spot: q.spot}
 			}
 		}
+		p.punch.reset()
 		if c := p.engine.chosen; c != nil {
 			p.current.Store(c.route)
 		}
@@ -219,6 +221,7 @@ func (p *Peer) close() {
 	for _, path := range p.engine.paths {
 		p.dropped(path)
 	}
+	p.closeSpares()
 	p.current.Store(nil)
 	p.hint.Store(nil)
 	p.mu.Unlock()
