@@ -27,7 +27,7 @@ type rule struct {
 }
 
 // assemblies put whole programs together for tests and the demo; no program imports them.
-var assemblies = []string{"internal/e2e/...", "internal/demo/...", "internal/lab/...", "internal/stage/..."}
+var assemblies = []string{"internal/e2e/...", "internal/demo/...", "internal/lab/...", "internal/stage/...", "internal/snippets"}
 
 var rules = []rule{
 	{
