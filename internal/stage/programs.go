@@ -254,6 +254,9 @@ func (s *Stage) launchGateway(log string, port uint16, args ...string) (*lab.Pro
 	if s.opts.Flat { // the router there is this machine's own
 		args = append(args, "--port-mapping", "off")
 	}
+	if len(s.opts.Names) > 0 {
+		args = append(args, "--resolver", s.resolver())
+	}
 	if s.opts.Policy != nil {
 		args = append(args, "--policy", s.file("policy.yaml"))
 	} else {
