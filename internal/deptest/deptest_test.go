@@ -27,7 +27,7 @@ type rule struct {
 }
 
 // assemblies put whole programs together for tests and the demo; no program imports them.
-var assemblies = []string{"internal/e2e/...", "internal/demo/...", "internal/lab/...", "internal/stage/..."}
+var assemblies = []string{"internal/e2e/...", "internal/demo/...", "internal/lab/...", "internal/stage/...", "internal/snippets"}
 
 var rules = []rule{
 	{
@@ -57,6 +57,10 @@ var rules = []rule{
 	{
 		from: []string{"client/...", "coordinator/..."}, never: []string{"internal/portmap"},
 		why: "only a gateway asks its router for a port: a job has no router of its own, and a coordinator stands in the open",
+	},
+	{
+		from: []string{"internal/cork"}, only: []string{"std"},
+		why: "it stands below TLS on every connection, where nothing that knows sessions has business",
 	},
 	{
 		from: []string{"..."}, never: []string{"mod:github.com/pion"},
