@@ -236,7 +236,7 @@ func checkSession(s *wire.Session, key wire.Key) error {
 			return bad("a gateway lacks its key, its name or its address, or has too much of something")
 		}
 		for _, addr := range gw.Addresses {
-			if !unicast(addr) {
+			if !unicast(addr) || contains(never, addr) {
 				return bad("a gateway has an address that no host can have")
 			}
 		}

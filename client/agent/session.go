@@ -224,7 +224,9 @@ func (s *session) meet(gw wire.Gateway, final bool) error {
 	return nil
 }
 
-func allowed(gw wire.Gateway) []netip.Prefix { return append(hostPrefixes(gw.Addresses), gw.Routes...) }
+func allowed(gw wire.Gateway) []netip.Prefix {
+	return append(hostPrefixes(gw.Addresses), routable(gw.Routes)...)
+}
 
 func (s *session) addPeer(gw wire.Gateway) error {
 	a := s.agent
