@@ -14,6 +14,7 @@ type lane struct {
 	arena  []byte         // answers that wait in queue
 	now    int64          // nanoseconds since 1970, when the batch in hand came
 	shares *shares        // of a UDP socket's reader; nil elsewhere
+	asks   *asks          // likewise
 
 	packets, bytes uint64 // in queue
 }
