@@ -2,6 +2,9 @@
 
 GO          ?= go
 STATICCHECK ?= honnef.co/go/tools/cmd/staticcheck@v0.8.2
+ACTIONLINT  ?= github.com/rhysd/actionlint/cmd/actionlint@v1.7.12
+ACT         ?= github.com/nektos/act@v0.2.89
+NODE        ?= 24
 FUZZTIME    ?= 10s
 BENCHTIME   ?= 1x
 VERSION     ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
@@ -13,7 +16,7 @@ PACKAGES  = $(shell $(GO) list ./... | grep -v '/internal/e2e')
 export CGO_ENABLED = 0
 GOBUILD = $(GO) build -trimpath -ldflags '-s -w -X main.version=$(VERSION)'
 
-.PHONY: build demo test check action unit e2e matrix bench charts dist pin pinned reproducible fuzz clean tools-test tools-bench FORCE
+.PHONY: build demo test check action unit e2e act matrix bench charts dist pin pinned reproducible fuzz clean tools-test tools-bench FORCE
 
 build: $(BINARIES)
 
@@ -42,6 +45,8 @@ check:
 		echo "$(GO) run $(STATICCHECK) ./..."; $(GO) run $(STATICCHECK) ./...; \
 	elif [ "$$CI" = true ]; then echo "staticcheck cannot be fetched, and CI must not skip"; exit 1; \
 	else echo "skipped: staticcheck cannot be fetched ($(STATICCHECK))"; fi
+	@$(call go-tool,actionlint,$(ACTIONLINT))
+	$(GO) test -count=1 ./internal/snippets
 
 # The race detector needs a C compiler.
 unit: build
@@ -61,6 +66,10 @@ action:
 # The real programs in namespaces, alone on the machine because they are timed.
 e2e: build
 	CULVERT_E2E_BIN=$(CURDIR)/bin $(GO) test -count=1 -timeout 10m ./internal/e2e/...
+
+# Workflows under act: twenty jobs at once, and what the action costs beyond `culvert up`.
+act: tools-test build
+	CULVERT_E2E_BIN=$(CURDIR)/bin CULVERT_E2E_ACT=all $(GO) test -count=1 -timeout 10m -run '^TestWorkflows' -v ./internal/e2e
 
 # Every kind of network against every other, 81 pairs on links with delay: about 10 minutes. Writes the tables of docs/paths.md.
 matrix: tools-test build
@@ -128,7 +137,10 @@ tools-test:
 	@$(call want,curl gcc tinyproxy,curl gcc libc6-dev tinyproxy-bin)
 	@$(call want,miniupnpd,miniupnpd-nftables)
 	@$(call want,dbus-daemon,dbus-daemon)
+	@$(call want,psql initdb,postgresql)
 	@$(unpack-resolved)
+	@$(call go-tool,act,$(ACT))
+	@$(get-node)
 tools-bench:
 	@$(call want,iperf3,iperf3)
 
@@ -143,8 +155,19 @@ unpack-resolved = if [ ! -e /lib/systemd/systemd-resolved ] && [ ! -e $(RESOLVED
 			|| echo "could not unpack systemd-resolved"; \
 	fi
 
+# What plays GitHub's runner, and its Node, which is newer than Debian's; in bin/tools.
+export CULVERT_TEST_ACTIONLINT = $(CURDIR)/bin/tools/actionlint
+export CULVERT_TEST_ACT = $(CURDIR)/bin/tools/act
+export CULVERT_TEST_NODE = $(CURDIR)/bin/tools/node$(NODE)/node_modules/node-linux-$(NODE_ARCH)/bin/node
+NODE_ARCH := $(if $(filter aarch64 arm64,$(shell uname -m)),arm64,x64)
+go-tool = if [ ! -e bin/tools/$(1) ]; then echo "fetching $(2)"; \
+	GOBIN=$(CURDIR)/bin/tools $(GO) install $(2) 2>/dev/null || echo "could not fetch $(2)"; fi
+get-node = if [ ! -e $(CULVERT_TEST_NODE) ] && command -v npm >/dev/null; then echo "fetching node $(NODE)"; \
+	npm install --silent --no-audit --no-fund --prefix bin/tools/node$(NODE) node-linux-$(NODE_ARCH)@$(NODE) >/dev/null 2>&1 \
+		|| echo "could not fetch node $(NODE)"; fi
+
 # want PROGRAMS,PACKAGES installs the packages where one of the programs is missing and that is possible.
-want = missing=; for p in $(1); do command -v $$p >/dev/null || missing="$$missing $$p"; done; \
+want = PATH="$$PATH:$$(ls -d /usr/lib/postgresql/*/bin 2>/dev/null | tail -1)"; missing=; for p in $(1); do command -v $$p >/dev/null || missing="$$missing $$p"; done; \
 	if [ -n "$$missing" ]; then \
 		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 			echo "installing $(2)"; \

@@ -74,6 +74,7 @@ type stream struct {
 	kick   chan struct{}   // to the keeper: say again that we are live, something changed
 	proofs *rate.Limiter   // of credentials
 	load   atomic.Int64    // sessions that the gateway holds, roughly
+	said   atomic.Int64    // load as it was announced last
 	over   chan struct{}   // closed by end
 	gone   chan struct{}   // closed when run is through
 
@@ -276,7 +277,6 @@ func (s *stream) call(ctx context.Context, f wire.Frame) []byte {
 	case body := <-reply:
 		if f.Type == wire.FrameOffer && !isStandby(f) {
 			s.load.Add(1) // corrected by the keeper where it was refused
-			s.changed()
 		}
 		return body
 	case <-ctx.Done():

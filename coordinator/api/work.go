@@ -15,6 +15,9 @@ import (
 // workTimeout bounds what one of a gateway's messages may take.
 const workTimeout = 15 * time.Second
 
+// loadEvery is how often a changed load is said: for each session it would be a write to the state for each join.
+const loadEvery = 250 * time.Millisecond
+
 // workAll works a gateway's own messages off, in their order.
 func (s *stream) workAll(ctx context.Context) {
 	for {
@@ -160,6 +163,8 @@ func (s *stream) keep(ctx context.Context) error {
 	defer pings.Stop()
 	presences := time.NewTicker(s.api.opts.PresenceEvery)
 	defer presences.Stop()
+	loads := time.NewTicker(loadEvery)
+	defer loads.Stop()
 	pinged := make(chan error, 1)
 	pinging := false
 	s.announce(ctx)
@@ -172,6 +177,10 @@ func (s *stream) keep(ctx context.Context) error {
 			return nil
 		case <-s.kick:
 			s.announce(ctx)
+		case <-loads.C:
+			if s.load.Load() != s.said.Load() {
+				s.announce(ctx)
+			}
 		case <-presences.C:
 			if s.runOut(s.api.opts.Now()) {
 				return expired
@@ -232,7 +241,9 @@ func (s *stream) announce(ctx context.Context) {
 	s.mu.Lock()
 	p := s.presence
 	s.mu.Unlock()
-	p.Sessions = max(0, int(s.load.Load()))
+	load := s.load.Load()
+	s.said.Store(load)
+	p.Sessions = max(0, int(load))
 	ctx, cancel := context.WithTimeout(ctx, s.api.opts.PresenceEvery)
 	defer cancel()
 	if err := s.api.opts.Store.PutPresence(ctx, p, s.api.opts.PresenceTTL); err != nil && ctx.Err() == nil {
