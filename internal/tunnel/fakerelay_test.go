@@ -236,6 +236,8 @@ func (s *fakeStream) Send(c relay.Channel, packets [][]byte) int {
 	return len(packets)
 }
 
+func (*fakeStream) Wait(relay.Channel, time.Duration) {}
+
 func (s *fakeStream) SendSTUN(msg []byte) bool {
 	s.relay.take(append([]byte(nil), msg...), fakeEnd{stream: s})
 	return true
