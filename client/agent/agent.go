@@ -263,6 +263,7 @@ func (a *Agent) hold(ctx context.Context, s *session) error {
 		}
 		a.note(control.Rejoining, "lost the session: "+why)
 		a.log.Warn("lost the session, joining again", "session", s.ID, "reason", why)
+		a.cut()
 		a.discard(s)
 		if time.Since(began) > time.Minute {
 			pause = backoff{}
@@ -276,7 +277,19 @@ func (a *Agent) hold(ctx context.Context, s *session) error {
 		a.rejoins++
 		a.mu.Unlock()
 		a.note(control.Up, "up again as session "+s.ID)
-		a.log.Info("joined again", "session", s.ID, "gateway", s.gateway.Name)
+		gw, _ := s.at()
+		a.log.Info("joined again", "session", s.ID, "gateway", gw.Name)
+	}
+}
+
+// cut resets the connections through a session that is lost: the next one has another address, and they would hang.
+func (a *Agent) cut() {
+	reset, err := a.openedLink().Established()
+	if err == nil {
+		err = reset()
+	}
+	if err != nil {
+		a.log.Warn("open connections may hang", "err", err)
 	}
 }
 
@@ -345,14 +358,15 @@ func (a *Agent) startProxy() error {
 }
 
 func (a *Agent) ready(s *session) {
+	gw, peer := s.at()
 	a.mu.Lock()
 	a.marks.set(&a.marks.total)
 	r := Ready{
 		Session: s.ID,
 		Network: s.Network,
 		Address: s.Addresses[0].String(),
-		Gateway: s.gateway.Name,
-		Path:    describe(s.peer.Status().Path),
+		Gateway: gw.Name,
+		Path:    describe(peer.Status().Path),
 		Mode:    a.opts.Mode,
 		Timings: a.marks.timings(),
 	}
@@ -361,6 +375,6 @@ func (a *Agent) ready(s *session) {
 	}
 	a.mu.Unlock()
 	a.note(control.Up, "up")
-	a.log.Info("up", "session", s.ID, "network", s.Network, "gateway", s.gateway.Name, "addr", r.Path.Remote)
+	a.log.Info("up", "session", s.ID, "network", s.Network, "gateway", gw.Name, "addr", r.Path.Remote)
 	a.opts.OnReady(r)
 }

@@ -22,6 +22,7 @@ const (
 	lostFor      = 5 * time.Minute         // … within this time
 	keepChosen   = 10 * time.Second        // checks on the chosen path
 	keepBusy     = time.Second             // while it carries traffic: only an answer proves both directions
+	keepAfter    = 4 * time.Second         // and for so long after it has ended: who only receives may be waiting for more
 	keepOther    = 15 * time.Second        // and on the others that are validated
 	staleRetry   = 250 * time.Millisecond  // retry of a check on a validated path, at least; at most twice that
 	staleTries   = 3                       // unanswered checks after which a validated path may be lost
@@ -369,10 +370,11 @@ func (e *engine) traffic(rx, tx uint64, now time.Time) {
 	in, out := rx-e.rx, tx-e.tx
 	e.rx, e.tx, e.sampled = rx, tx, now
 	e.lively, e.much = e.much && in >= livelyBytes, in >= livelyBytes
-	if in == 0 && out == 0 {
+	if in > 0 || out > 0 {
+		e.busy = now
+	} else if now.Sub(e.busy) >= keepAfter {
 		return
 	}
-	e.busy = now
 	if p := e.chosen; p != nil && p.tries == 0 && now.Sub(p.answered) >= keepBusy {
 		p.next = now
 	}
