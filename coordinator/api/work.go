@@ -274,6 +274,7 @@ func (s *stream) announce(ctx context.Context) {
 	s.mu.Lock()
 	p := s.presence
 	s.mu.Unlock()
+	p.Counted = s.api.opts.Now()
 	load := s.load.Load()
 	s.said.Store(load)
 	p.Sessions = max(0, int(load))

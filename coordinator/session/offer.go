@@ -69,7 +69,8 @@ func (a *admission) announce(g state.Presence) error {
 // offer asks one gateway.
 func (m *Manager) offer(ctx context.Context, a *admission, g state.Presence) (wire.Answer, error) {
 	if !a.standby {
-		m.placed.note(g.Instance, m.opts.Now())
+		answered := m.placed.note(g.Instance)
+		defer func() { answered(m.opts.Now()) }()
 	}
 	answer, err := m.ask(ctx, g.Instance, wire.FrameOffer, wire.Offer{
 		Standby:    a.standby,

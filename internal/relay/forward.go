@@ -16,6 +16,7 @@ type lane struct {
 	now     int64          // nanoseconds since 1970, when the batch in hand came
 	patient bool           // waits for room in a WebSocket's outbox; see enqueue
 	shares  *shares        // of a UDP socket's reader; nil elsewhere
+	asks    *asks          // likewise
 
 	packets, bytes uint64 // in queue
 }
