@@ -69,7 +69,8 @@ func (a *admission) announce(g state.Presence) error {
 // offer asks one gateway.
 func (m *Manager) offer(ctx context.Context, a *admission, g state.Presence) (wire.Answer, error) {
 	if !a.standby {
-		m.placed.note(g.Instance, m.opts.Now())
+		answered := m.placed.note(g.Instance)
+		defer func() { answered(m.opts.Now()) }()
 	}
 	answer, err := m.ask(ctx, g.Instance, wire.FrameOffer, wire.Offer{
 		Standby:    a.standby,
@@ -201,7 +202,7 @@ func encode(t wire.FrameType, body any) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("encode a %s frame: %w", t, err)
 	}
-	return json.Marshal(wire.Frame{Type: t, Body: raw})
+	return wire.Frame{Type: t, Body: raw}.Encode(), nil
 }
 
 // free removes a lease that no gateway holds, also for a caller that has gone.
