@@ -68,7 +68,10 @@ func (a *admission) announce(g state.Presence) error {
 
 // offer asks one gateway.
 func (m *Manager) offer(ctx context.Context, a *admission, g state.Presence) (wire.Answer, error) {
-	if !a.standby {
+	longest := a.lease.Ends.Sub(a.lease.Created)
+	if a.standby { // what is left of the session
+		longest = max(a.lease.Ends.Sub(m.opts.Now()), time.Second)
+	} else {
 		m.placed.note(g.Instance, m.opts.Now())
 	}
 	answer, err := m.ask(ctx, g.Instance, wire.FrameOffer, wire.Offer{
@@ -82,7 +85,7 @@ func (m *Manager) offer(ctx context.Context, a *admission, g state.Presence) (wi
 		Relays:     m.tickets(a, relay.Gateway, g.Key),
 		Grants:     a.decision.Grants,
 		Lease:      wire.Duration(a.rules.Config.Lease),
-		MaxSession: wire.Duration(a.lease.Ends.Sub(a.lease.Created)),
+		MaxSession: wire.Duration(longest),
 	})
 	if err != nil {
 		return answer, err
