@@ -72,7 +72,8 @@ func (m *Manager) offer(ctx context.Context, a *admission, g state.Presence) (wi
 	if a.standby { // what is left of the session
 		longest = max(a.lease.Ends.Sub(m.opts.Now()), time.Second)
 	} else {
-		m.placed.note(g.Instance, m.opts.Now())
+		answered := m.placed.note(g.Instance)
+		defer func() { answered(m.opts.Now()) }()
 	}
 	answer, err := m.ask(ctx, g.Instance, wire.FrameOffer, wire.Offer{
 		Standby:    a.standby,
@@ -204,7 +205,7 @@ func encode(t wire.FrameType, body any) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("encode a %s frame: %w", t, err)
 	}
-	return json.Marshal(wire.Frame{Type: t, Body: raw})
+	return wire.Frame{Type: t, Body: raw}.Encode(), nil
 }
 
 // free removes a lease that no gateway holds, also for a caller that has gone.

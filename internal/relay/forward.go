@@ -15,6 +15,7 @@ type lane struct {
 	arena  []byte         // answers that wait in queue
 	now    int64          // nanoseconds since 1970, when the batch in hand came
 	shares *shares        // of a UDP socket's reader; nil elsewhere
+	asks   *asks          // likewise
 
 	// patience is how long it may still wait for room in WebSockets' outboxes, for the sake of the message in hand; see enqueue.
 	patience time.Duration
