@@ -64,6 +64,7 @@ func (g *gatherer) run(ctx context.Context, t *tunnel.Tunnel) {
 		g.agent.api.http.CloseIdleConnections() // they may lead nowhere now
 		t.Refresh()
 		g.reset()
+		t.SetNAT(wire.MappingUnknown, nil)
 		g.round(ctx, t, true)
 	}
 }
@@ -130,7 +131,7 @@ func (g *gatherer) ask(ctx context.Context, t *tunnel.Tunnel, server string) {
 				g.agent.log.Debug("a STUN server did not answer", "addr", server, "err", err)
 				return
 			}
-			g.observe(nat.Observation{Server: addr, Mapped: mapped})
+			g.observe(t, nat.Observation{Server: addr, Mapped: mapped})
 		})
 	}
 	wait.Wait()
@@ -145,16 +146,17 @@ func (g *gatherer) hear(ctx context.Context, t *tunnel.Tunnel, relay string) {
 	}
 	i := slices.IndexFunc(r.UDP, func(a netip.AddrPort) bool { return a.Addr().Is4() == r.Mapped.Addr().Is4() })
 	if i >= 0 {
-		g.observe(nat.Observation{Server: r.UDP[i], Mapped: r.Mapped, RTT: r.RTT})
+		g.observe(t, nat.Observation{Server: r.UDP[i], Mapped: r.Mapped, RTT: r.RTT})
 	}
 }
 
 // observe takes what one server sees of us. Behind a hard NAT each sees another port, none of which is of use to anybody else:
 // one for each address says where we are.
-func (g *gatherer) observe(o nat.Observation) {
+func (g *gatherer) observe(t *tunnel.Tunnel, o nat.Observation) {
 	g.mu.Lock()
 	g.seen = append(g.seen, o)
 	g.mapping = nat.Classify(g.seen, g.own).Mapping
+	t.SetNAT(g.mapping, g.seen)
 	hard := g.mapping == wire.MappingHard
 	known := slices.ContainsFunc(g.found, func(c wire.Candidate) bool {
 		return c.Kind == wire.Reflexive && c.Addr.Addr() == o.Mapped.Addr()
@@ -210,6 +212,13 @@ func (g *gatherer) take() (wire.Update, bool) {
 	}
 	g.taken, g.told = len(g.found), g.mapping
 	return u, len(u.Candidates) > 0 || u.Mapping != wire.MappingUnknown
+}
+
+// all gives everything that is known.
+func (g *gatherer) all() wire.Update {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return wire.Update{Candidates: slices.Clone(g.found), Mapping: g.mapping}
 }
 
 // untake has everything told again.

@@ -117,6 +117,7 @@ func (s *session) keep(ctx context.Context) (why string, err error) {
 		},
 		renewed: func(expires time.Time) {
 			s.agent.recovered()
+			s.renewed()
 			s.agent.log.Info("renewed", "session", s.ID, "expires", expires)
 		},
 	})
@@ -129,7 +130,7 @@ func (s *session) worthLeaving(ctx context.Context) bool {
 	defer cancel()
 	stand := make(chan bool, 1)
 	go func() { stand <- s.relaysStand(ctx) }()
-	_, err := s.agent.api.info(ctx, func() {})
+	_, err := s.agent.api.info(ctx, func(bool) {})
 	relays := <-stand
 	return err == nil && (relays || !s.hasRelays() || s.keeper.without(time.Now()) > relayPatience)
 }

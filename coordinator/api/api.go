@@ -27,10 +27,12 @@ import (
 type Sessions interface {
 	Join(ctx context.Context, j session.Join) (wire.Session, error)
 	Update(ctx context.Context, id string, secret wire.Secret, u wire.Update) (wire.Lease, error)
+	Standby(ctx context.Context, id string, secret wire.Secret, r wire.StandbyRequest) (wire.Standby, error)
 	End(ctx context.Context, id string, secret wire.Secret) error
 	Reconcile(ctx context.Context, g session.Gateway, held []wire.Held) (over []string, err error)
 	Renewed(ctx context.Context, g session.Gateway, r wire.Renewed) error
 	Ended(ctx context.Context, g session.Gateway, e wire.End) error
+	Taken(ctx context.Context, g session.Gateway, t wire.Taken) error
 	Flows(ctx context.Context, g session.Gateway, f wire.Flows) error
 	Held(instance string) int
 }
@@ -73,6 +75,8 @@ type Options struct {
 	Logger   *slog.Logger
 	// TicketKey is the public key of relay tickets as relay.yaml takes it.
 	TicketKey string
+	// Standing gives a gateway the ticket with which it keeps WebSockets to relays ready; nil: none.
+	Standing func(gateway wire.Key) (wire.Standing, error)
 	// Relay serves this node's own relay over WebSocket; nil where it has none.
 	Relay http.Handler
 
@@ -194,6 +198,7 @@ func (a *API) routes() http.Handler {
 		r.Post(wire.PathSessions, a.join)
 		r.Patch(wire.PathSessions+"/{id}", a.update)
 		r.Delete(wire.PathSessions+"/{id}", a.end)
+		r.Post(wire.PathSessions+"/{id}"+wire.PathStandby, a.standby)
 		r.Get(wire.PathGateway, a.gateway)
 		if a.opts.Relay != nil {
 			r.Get(wire.PathRelay, a.relay)

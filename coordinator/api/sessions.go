@@ -191,6 +191,28 @@ func (a *API) update(w http.ResponseWriter, r *http.Request) {
 	answer(w, lease)
 }
 
+// standby is POST /v1/sessions/{id}/standby.
+func (a *API) standby(w http.ResponseWriter, r *http.Request) {
+	secret, err := bearer(r)
+	if err != nil {
+		a.fail(w, err)
+		return
+	}
+	var q wire.StandbyRequest
+	if err := a.read(w, r, &q); err != nil {
+		a.fail(w, err)
+		return
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), a.opts.JoinTimeout)
+	defer cancel()
+	s, err := a.opts.Sessions.Standby(ctx, chi.URLParam(r, "id"), secret, q)
+	if err != nil {
+		a.fail(w, err)
+		return
+	}
+	answer(w, s)
+}
+
 // end is DELETE /v1/sessions/{id}.
 func (a *API) end(w http.ResponseWriter, r *http.Request) {
 	secret, err := bearer(r)

@@ -51,8 +51,8 @@ var (
 // stream is one gateway's WebSocket. Four goroutines share it:
 //
 //	reader ── answers ──► the calls that wait for them
-//	   └───── renewed, end, candidates, leaving ──► worker
-//	calls ── offer, renew, end, candidates ──► queue ──► writer
+//	   └───── renewed, end, taken, candidates, leaving ──► worker
+//	calls ── offer, renew, renewed, end, candidates ──► queue ──► writer
 //	keeper: pings, presence
 //
 // Whatever ends it first says why; the others follow, and run waits for them.
@@ -65,14 +65,16 @@ type stream struct {
 
 	// Set by open, before any goroutine starts; the presence is the keeper's after that, by way of mu.
 	who      session.Gateway
-	onRecord bool   // that it was let in
-	flows    uint64 // the last batch of flow records that is stored; the worker's
+	onRecord bool      // that it was let in
+	flows    uint64    // the last batch of flow records that is stored; the worker's
+	renew    time.Time // when the gateway is due a fresh ticket for relays; the keeper's
 
 	queue  chan wire.Frame // to the writer
 	work   chan wire.Frame // to the worker
 	kick   chan struct{}   // to the keeper: say again that we are live, something changed
 	proofs *rate.Limiter   // of credentials
 	load   atomic.Int64    // sessions that the gateway holds, roughly
+	said   atomic.Int64    // load as it was announced last
 	over   chan struct{}   // closed by end
 	gone   chan struct{}   // closed when run is through
 
@@ -194,7 +196,7 @@ func (s *stream) readAll(ctx context.Context) error {
 		switch f.Type {
 		case wire.FrameAnswer:
 			s.settle(f.ID, f.Body)
-		case wire.FrameRenewed, wire.FrameEnd, wire.FrameCandidates, wire.FrameCredential, wire.FrameLeaving, wire.FrameFlows:
+		case wire.FrameRenewed, wire.FrameEnd, wire.FrameCandidates, wire.FrameCredential, wire.FrameLeaving, wire.FrameFlows, wire.FrameTaken:
 			select {
 			case s.work <- f:
 			case <-s.over:
@@ -273,9 +275,8 @@ func (s *stream) call(ctx context.Context, f wire.Frame) []byte {
 	}
 	select {
 	case body := <-reply:
-		if f.Type == wire.FrameOffer {
+		if f.Type == wire.FrameOffer && !isStandby(f) {
 			s.load.Add(1) // corrected by the keeper where it was refused
-			s.changed()
 		}
 		return body
 	case <-ctx.Done():
@@ -283,6 +284,14 @@ func (s *stream) call(ctx context.Context, f wire.Frame) []byte {
 	case <-s.over:
 		return refusal(problem.New(problem.GatewayTimeout, "the gateway's stream broke", "try again in a few seconds"))
 	}
+}
+
+// isStandby reports whether an offer is of a session that another gateway carries.
+func isStandby(f wire.Frame) bool {
+	var o struct {
+		Standby bool `json:"standby"`
+	}
+	return json.Unmarshal(f.Body, &o) == nil && o.Standby
 }
 
 // settle gives an answer to the call that waits for it, if it still does.

@@ -27,6 +27,7 @@ const (
 	Denied     Event = "session.deny"       // policy said no to a verified token
 	Renew      Event = "session.renew"      //
 	RenewDeny  Event = "session.renew-deny" //
+	Moved      Event = "session.move"       // the standby gateway carries the session from now on
 	Adopted    Event = "session.adopt"      // a gateway holds a session that is not known here, and keeps it
 	End        Event = "session.end"        //
 	Flows      Event = "session.flows"      // a batch of flows, as the gateway reports them
@@ -206,7 +207,7 @@ var kinds = map[Event]kind{
 	Broken: {lifecycleClass, otherActivity}, Lost: {lifecycleClass, otherActivity},
 	Started: {lifecycleClass, 3}, Stopped: {lifecycleClass, 4}, Policy: {entityClass, 3}, KeyChange: {entityClass, 3},
 	Join: {tunnelClass, 1}, Placed: {tunnelClass, otherActivity}, Unplaced: {tunnelClass, 2}, Denied: {tunnelClass, 1},
-	Renew: {tunnelClass, 3}, RenewDeny: {tunnelClass, 3}, Adopted: {tunnelClass, otherActivity}, End: {tunnelClass, 2},
+	Renew: {tunnelClass, 3}, RenewDeny: {tunnelClass, 3}, Adopted: {tunnelClass, otherActivity}, Moved: {tunnelClass, otherActivity}, End: {tunnelClass, 2},
 	Flows: {networkClass, 6}, Enrolled: {authClass, 1}, Unenrolled: {authClass, 2}, Refused: {authClass, 1},
 }
 

@@ -122,7 +122,7 @@ func (m *Manager) flowsOf(ctx context.Context, g Gateway, id string) (audit.Reco
 	}
 	r := audit.Record{Session: &audit.Session{UID: id}}
 	switch {
-	case err == nil && (l.Network != g.Network || l.Gateway != g.Instance):
+	case err == nil && (l.Network != g.Network || l.Gateway != g.Instance && l.Standby != g.Instance && !slices.Contains(l.Former, g.Instance)):
 		return r, errNotIts
 	case err == nil:
 		r = recordOf("", l)

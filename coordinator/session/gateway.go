@@ -80,8 +80,13 @@ func (m *Manager) reconcileOne(ctx context.Context, g Gateway, rules Rules, n co
 		// Either a join of this node is about to write its answer down, or the node died while offering it and the client
 		// never got an answer.
 		return m.offering(h.Session), nil
-	case l.Gateway != g.Instance:
-		return false, nil // another gateway holds it now
+	case l.Gateway != g.Instance && l.Standby != g.Instance:
+		return m.reassert(ctx, g, l, h)
+	}
+	if l.Gateway != g.Instance && !h.Standby { // it was taken over while nobody could hear of it
+		if err := m.move(ctx, l, byGateway); err != nil {
+			return false, err
+		}
 	}
 	if later := bounded(m, rules, h); later.Expires.After(l.Expires) {
 		_, err = m.change(ctx, h.Session, func(l *state.Lease) bool { // it was renewed in the tunnel meanwhile
@@ -127,6 +132,7 @@ func (m *Manager) adopt(ctx context.Context, g Gateway, rules Rules, n config.Ne
 		Addresses:   h.Addresses,
 		Gateway:     g.Instance,
 		GatewayName: g.Name,
+		Standby:     standbyOf(g, h),
 		Rules:       h.Rules,
 		Created:     m.opts.Now(),
 		Expires:     until.Expires,
@@ -146,15 +152,47 @@ func (m *Manager) adopt(ctx context.Context, g Gateway, rules Rules, n config.Ne
 	return true, nil
 }
 
+// standbyOf marks a session that only its standby has spoken of yet: that is both then, until the gateway that carries it comes.
+func standbyOf(g Gateway, h wire.Held) string {
+	if h.Standby {
+		return g.Instance
+	}
+	return ""
+}
+
+// reassert decides on a session that a gateway holds and another one carries, by the store: one of the two may have been unknown
+// when the other was adopted.
+func (m *Manager) reassert(ctx context.Context, g Gateway, l state.Lease, h wire.Held) (keep bool, err error) {
+	_, err = m.change(ctx, l.Session, func(l *state.Lease) bool {
+		switch {
+		case h.Standby && l.Standby == "":
+			l.Standby, l.StandbyName = g.Instance, g.Name
+		case !h.Standby && l.Standby == l.Gateway:
+			l.StandbyName, l.Gateway, l.GatewayName = l.GatewayName, g.Instance, g.Name
+		default:
+			return false // another gateway holds it now
+		}
+		return l.Over == ""
+	})
+	if problem.CodeOf(err) == problem.SessionOver {
+		return false, nil
+	}
+	return err == nil, err
+}
+
 // buryPredecessor ends the leases of a gateway's earlier instance, unless that one is live: two gateways of one name.
 func (m *Manager) buryPredecessor(ctx context.Context, g Gateway) {
 	live := map[string]bool{g.Instance: true}
 	for _, p := range m.opts.Store.Gateways(g.Network) {
 		live[p.Instance] = true
 	}
-	var dead []state.Lease
-	m.opts.Store.Leases(func(l state.Lease) bool {
-		if l.Network == g.Network && l.GatewayName == g.Name && l.Gateway != "" && !live[l.Gateway] {
+	var dead, orphans []state.Lease
+	m.opts.Store.LeasesWhere(func(h state.Head) bool {
+		return h.Network == g.Network && h.GatewayName == g.Name && h.Gateway != "" && !live[h.Gateway]
+	}, func(l state.Lease) bool {
+		if l.Standby != l.Gateway && live[l.Standby] && l.Over == "" {
+			orphans = append(orphans, l)
+		} else {
 			dead = append(dead, l)
 		}
 		return true
@@ -166,6 +204,9 @@ func (m *Manager) buryPredecessor(ctx context.Context, g Gateway) {
 			m.bury(ctx, l)
 			return nil
 		})
+	}
+	for _, l := range orphans {
+		ending.Go(func() error { return m.move(ctx, l, byCoordinator) })
 	}
 	_ = ending.Wait()
 }
@@ -200,12 +241,13 @@ func (m *Manager) Renewed(ctx context.Context, g Gateway, r wire.Renewed) error 
 	l, err = m.extend(ctx, l.Session, c, rules)
 	if err == nil {
 		m.audited(ctx, renewed(l, byGateway))
+		m.tell(ctx, l.Standby, wire.FrameRenewed, wire.Renewed{Session: l.Session, Token: r.Token})
 		m.logOf(l).Info("session renewed", "by", "gateway", "expires", l.Expires)
 	}
 	return err
 }
 
-// heldBy reads the lease of a session that a gateway speaks of, if that gateway holds it.
+// heldBy reads the lease of a session that a gateway speaks of, if that gateway holds it, be it as a standby.
 func (m *Manager) heldBy(ctx context.Context, g Gateway, id string) (state.Lease, error) {
 	if !sessionID.MatchString(id) {
 		return state.Lease{}, errUnknown()
@@ -217,7 +259,7 @@ func (m *Manager) heldBy(ctx context.Context, g Gateway, id string) (state.Lease
 	if err != nil {
 		return l, storeAway(err)
 	}
-	if l.Network != g.Network || l.Gateway != g.Instance || l.Over != "" {
+	if l.Network != g.Network || l.Gateway != g.Instance && l.Standby != g.Instance || l.Over != "" {
 		return l, errUnknown()
 	}
 	return l, nil
@@ -236,8 +278,15 @@ func (m *Manager) Ended(ctx context.Context, g Gateway, e wire.End) error {
 	if err != nil {
 		return storeAway(err)
 	}
-	if l.Network != g.Network || l.Gateway != g.Instance {
+	switch {
+	case l.Network == g.Network && slices.Contains(l.Former, g.Instance):
+		return nil // it was told to let go
+	case l.Network != g.Network || l.Gateway != g.Instance && l.Standby != g.Instance:
 		return errUnknown()
+	case l.Gateway != g.Instance:
+		return m.alone(ctx, l.Session, g.Instance)
+	case l.Standby != "" && l.Standby != g.Instance && l.Over == "":
+		return m.move(ctx, l, byGateway) // where the client is gone as well, the standby's lease runs out
 	}
 	_, err = m.change(ctx, e.Session, func(l *state.Lease) bool { // only one of several ends is the one that is logged
 		before := l.Over
@@ -261,16 +310,7 @@ func (m *Manager) Ended(ctx context.Context, g Gateway, e wire.End) error {
 }
 
 // Held counts the sessions that a gateway instance holds.
-func (m *Manager) Held(instance string) int {
-	n := 0
-	m.opts.Store.Leases(func(l state.Lease) bool {
-		if l.Gateway == instance && l.Over == "" {
-			n++
-		}
-		return true
-	})
-	return n
-}
+func (m *Manager) Held(instance string) int { return m.opts.Store.Held(instance) }
 
 // SetRules puts a changed configuration into force and ends the running sessions that it no longer carries.
 func (m *Manager) SetRules(ctx context.Context, rules Rules) {

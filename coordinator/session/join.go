@@ -40,6 +40,9 @@ type admission struct {
 	secret   wire.Secret
 	lease    state.Lease
 	relays   []wire.Relay      // that both sides get tickets for
+	way      string            // what the tickets are for; "" for the session itself
+	standby  bool              // another gateway carries the session
+	several  bool              // the network has more than one gateway
 	tickets  []wire.RelayGrant // the client's
 	log      *slog.Logger
 }
@@ -57,6 +60,8 @@ func (m *Manager) Join(ctx context.Context, j Join) (wire.Session, error) {
 		return wire.Session{}, m.refused(ctx, a, problem.New(problem.NoGateway,
 			fmt.Sprintf("no gateway of network %q is connected", a.join.Network), "start one, or look at its log for why it cannot connect"))
 	}
+	gateways = m.spread(id, gateways)
+	a.several = len(gateways) > 1
 	if err := m.createLease(ctx, a); err != nil {
 		return wire.Session{}, m.refused(ctx, a, err)
 	}
@@ -237,6 +242,7 @@ func (a *admission) session() wire.Session {
 		Lease:     wire.Duration(a.rules.Config.Lease),
 		Expires:   a.lease.Expires,
 		Ends:      a.lease.Ends,
+		Standby:   a.several,
 	}
 }
 

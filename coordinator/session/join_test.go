@@ -245,6 +245,7 @@ func TestOfferFails(t *testing.T) {
 				t.Errorf("%d leases are left", n)
 			}
 			second := b.gateway("b")
+			b.m.placed.forget() // or the second would be asked first
 			j := b.job()
 			if s := j.mustJoin(); s.Gateways[0].Key != second.key {
 				t.Errorf("got gateway %v", s.Gateways)

@@ -38,7 +38,7 @@ func (m *Manager) place(ctx context.Context, a *admission, gateways []state.Pres
 			}
 			return s, err
 		}
-		m.tell(ctx, g.Instance, wire.FrameEnd, wire.End{Session: a.lease.Session, Reason: "the offer was withdrawn"})
+		m.tell(ctx, g.Instance, wire.FrameEnd, wire.End{Session: a.lease.Session, Reason: reasonWithdrawn})
 		a.log.Warn("offer failed", "gateway", g.Name, "code", problem.CodeOf(err), "err", err)
 		refusal = worse(refusal, err)
 		if ctx.Err() != nil {
@@ -68,7 +68,12 @@ func (a *admission) announce(g state.Presence) error {
 
 // offer asks one gateway.
 func (m *Manager) offer(ctx context.Context, a *admission, g state.Presence) (wire.Answer, error) {
+	if !a.standby {
+		answered := m.placed.note(g.Instance)
+		defer func() { answered(m.opts.Now()) }()
+	}
 	answer, err := m.ask(ctx, g.Instance, wire.FrameOffer, wire.Offer{
+		Standby:    a.standby,
 		Session:    a.lease.Session,
 		Key:        a.lease.Key,
 		Token:      a.join.Token,

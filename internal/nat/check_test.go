@@ -9,6 +9,8 @@ import (
 
 	"github.com/pion/stun/v2"
 	"pgregory.net/rapid"
+
+	"github.com/culvertnet/culvert/internal/wire"
 )
 
 // The samples of RFC 5769, sections 2.1 to 2.3.
@@ -62,8 +64,36 @@ func drawCheck(t *rapid.T) (Check, []byte, int) {
 			Seq:      rapid.Uint64().Draw(t, "seq"),
 			MTU:      rapid.Uint16().Draw(t, "mtu"),
 			Call:     rapid.Bool().Draw(t, "call"),
+			Behind:   drawBehind(t),
 		}, rapid.SliceOfN(rapid.Byte(), 1, 100).Draw(t, "key"),
 		rapid.IntRange(-1, MaxMessage).Draw(t, "size")
+}
+
+func drawBehind(t *rapid.T) Behind {
+	mappings := []wire.Mapping{wire.MappingUnknown, wire.MappingEasy, wire.MappingHard}
+	b := Behind{Mapping: rapid.SampledFrom(mappings).Draw(t, "mapping")}
+	if !b.Known() {
+		return Behind{}
+	}
+	b.Ready, b.Round = rapid.Bool().Draw(t, "ready"), rapid.Uint8().Draw(t, "round")
+	if rapid.Bool().Draw(t, "ports") {
+		b.Low = rapid.Uint16Min(1).Draw(t, "low")
+		b.High = rapid.Uint16Min(b.Low).Draw(t, "high")
+	}
+	return b
+}
+
+// What makes no sense says nothing.
+func TestBehindIsHeldToSense(t *testing.T) {
+	for name, v := range map[string][]byte{
+		"empty": {}, "short": {behindEasy, 0, 0, 0, 0}, "long": {behindEasy, 0, 0, 0, 0, 0, 0},
+		"no mapping": {behindReady, 1, 0, 0, 0, 0}, "both mappings": {behindEasy | behindHard, 1, 0, 0, 0, 0}, "other flags": {behindHard | 0x80, 1, 0, 1, 0, 2},
+		"upside down": {behindHard, 1, 0, 2, 0, 1}, "no lowest port": {behindHard, 1, 0, 0, 0, 1},
+	} {
+		if got := readBehind(v); got != (Behind{}) {
+			t.Errorf("%s: %+v", name, got)
+		}
+	}
 }
 
 func TestCheckAgreesWithPion(t *testing.T) {
@@ -87,7 +117,7 @@ func TestCheckAgreesWithPion(t *testing.T) {
 		if !ok || string(name) != c.Username || id != c.ID || !VerifyCheck(b, key) {
 			t.Fatalf("we read %q, %x, %v", name, id, ok)
 		}
-		want := Asked{Nominate: c.Nominate, Seq: c.Seq, MTU: c.MTU, Call: c.Call}
+		want := Asked{Nominate: c.Nominate, Seq: c.Seq, MTU: c.MTU, Call: c.Call, Behind: c.Behind}
 		bare, _ := AppendCheck(nil, c, key, 0)
 		if len(b) > len(bare) {
 			want.Size = len(b)

@@ -5,12 +5,21 @@ import (
 	"testing"
 
 	"github.com/pion/stun/v2"
+
+	"github.com/culvertnet/culvert/internal/wire"
 )
 
 // seed adds one message of each kind, the RFC's samples and some broken ones.
 func seed(f *testing.F) {
 	f.Helper()
 	s := makeSamples(f)
+	told := benchCheck
+	told.Behind = Behind{Mapping: wire.MappingHard, Ready: true, Round: 1, Low: 30000, High: 30999}
+	behind, err := AppendCheck(nil, told, benchKey, 0)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(behind)
 	for _, b := range [][]byte{
 		s.plain, s.check, s.padded, s.response, s.check[:len(s.check)-1], s.check[:headerSize], nil,
 		[]byte(rfc5769Request), []byte(rfc5769Response4), []byte(rfc5769Response6),
@@ -38,6 +47,23 @@ func FuzzPeekUsername(f *testing.F) {
 		}
 		if v, err := m.Get(stun.AttrUsername); err != nil || !bytes.Equal(v, name) || TxID(m.TransactionID) != id {
 			t.Fatalf("pion reads %q (%v), we %q", v, err, name)
+		}
+	})
+}
+
+func FuzzPeekAsked(f *testing.F) {
+	seed(f)
+	f.Fuzz(func(t *testing.T, b []byte) {
+		before := bytes.Clone(b)
+		asked := PeekAsked(b)
+		if !bytes.Equal(b, before) {
+			t.Fatal("wrote to its input")
+		}
+		if w := asked.Behind; !w.Mapping.Valid() || w.Low > w.High || !w.Known() && w != (Behind{}) {
+			t.Fatalf("believes %+v", w)
+		}
+		if asked.Behind.Known() && readBehind(asked.Behind.append(nil)[attrHeader:][:behindSize]) != asked.Behind {
+			t.Fatalf("%+v does not come back", asked.Behind)
 		}
 	})
 }

@@ -28,6 +28,7 @@ const (
 	attrPadding          = 0x0026 // RFC 5780, section 7.6
 	attrFingerprint      = 0x8028
 	attrPath             = 0xC057 // our own, comprehension-optional: what a check says beside its question
+	attrBehind           = 0xC058 // our own, comprehension-optional: what the sender of a check is behind
 
 	familyIPv4 = 0x01
 	familyIPv6 = 0x02

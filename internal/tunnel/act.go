@@ -59,11 +59,17 @@ func (p *Peer) messages(now time.Time) []outgoing {
 			out = append(out, *o)
 		}
 	}
-	for _, o := range p.engine.due(now) {
+	say, probes := p.punching(now)
+	out = append(out, probes...)
+	orders := p.engine.due(now)
+	if c := p.engine.chosen; say != nil && c != nil {
+		orders = append(orders, order{path: c, behind: *say})
+	}
+	for _, o := range orders {
 		p.seq++
 		c := nat.Check{
 			ID: p.newID(), Username: p.name, Nominate: p.opts.Initiate && o.path == p.engine.chosen,
-			Seq: p.seq, Call: o.call,
+			Seq: p.seq, Call: o.call, Leave: p.engine.leaving, Behind: o.behind,
 		}
 		if p.opts.Initiate {
 			c.MTU = uint16(p.engine.settle())
@@ -115,7 +121,7 @@ func randomID() nat.TxID {
 
 // rearm sets the timer for the next thing to do.
 func (p *Peer) rearm(now time.Time) {
-	wake := sooner(p.engine.wake(now), p.handshake.wake())
+	wake := sooner(sooner(p.engine.wake(now), p.handshake.wake()), p.punch.wake())
 	for _, l := range p.legs {
 		wake = sooner(wake, l.next)
 	}
@@ -182,15 +188,22 @@ func (p *Peer) requested(from *route, id nat.TxID, asked nat.Asked) {
 			return
 		}
 		known := p.engine.find(from.spot)
-		if known == nil && from.header == 0 && from.via == nil { // through a relay only where we are bound
+		if known == nil && from.header == 0 && (from.via == nil || p.punch.owns(from.via)) { // through a relay only where we are bound
 			known = p.engine.add(&path{peer: p, spot: from.spot, kind: wire.Observed}, now)
 		}
 		if known == nil {
 			return
 		}
+		if s, ok := from.via.(*spare); ok {
+			s.hit.Store(true)
+		}
 		answer = true
+		if asked.Leave && p.opts.Initiate && !p.left {
+			p.left, p.leaving = true, true
+		}
 		p.tunnel.bind.table.put(known)
 		p.engine.requested(known, asked, now)
+		p.heed(asked.Behind, now)
 		if p.opts.Initiate && p.current.Load() == nil && p.hint.Load() == nil {
 			p.hint.Store(from)
 			p.start()
@@ -215,6 +228,7 @@ func (p *Peer) answered(from *route, id nat.TxID) (validated *path) {
 			return
 		}
 		p.tunnel.bind.table.put(path)
+		p.alive.Store(now.UnixNano())
 		validated = path
 		if path == p.engine.chosen {
 			p.current.Store(path.route)

@@ -22,6 +22,7 @@ const (
 	lostFor      = 5 * time.Minute         // … within this time
 	keepChosen   = 10 * time.Second        // checks on the chosen path
 	keepBusy     = time.Second             // while it carries traffic: only an answer proves both directions
+	keepAfter    = 4 * time.Second         // and for so long after it has ended: who only receives may be waiting for more
 	keepOther    = 15 * time.Second        // and on the others that are validated
 	staleRetry   = 250 * time.Millisecond  // retry of a check on a validated path, at least; at most twice that
 	staleTries   = 3                       // unanswered checks after which a validated path may be lost
@@ -69,17 +70,21 @@ type engine struct {
 	// Following.
 	nominee   *path  // the leader's last word
 	nominated uint64 // its number
+	leaving   bool   // our checks say so, see [Peer.Leave]
 
 	history  []Change
 	onChange func(p *path) // traffic moves to p; nil where no path is left
 	onDrop   func(p *path) // nothing is taken from p any more
+	// succeeded reports whether another peer, which would take this one's place, has answered since. It asks it; see [Peer.SetSuccessor].
+	succeeded func(since time.Time) bool
 }
 
 // order is one check to be sent.
 type order struct {
 	*path
-	mtu  int  // padded to stand for a packet of this size inside the tunnel; 0 for a plain check
-	call bool // asks the other side to check its candidates again
+	mtu    int        // padded to stand for a packet of this size inside the tunnel; 0 for a plain check
+	call   bool       // asks the other side to check its candidates again
+	behind nat.Behind // says what we are behind, or nothing
 }
 
 // find gives the path of a spot.
@@ -170,6 +175,8 @@ func (e *engine) check(p *path, now time.Time) order {
 // after gives the time of the check that follows the one sent now.
 func (e *engine) after(p *path, now time.Time) time.Time {
 	switch {
+	case p.valid && !e.lead && e.leaving && p.tries < leaveTries:
+		return now.Add(staleRetry)
 	case p.valid && !e.lead:
 		return time.Time{} // the leader keeps it alive
 	case p.valid:
@@ -195,6 +202,7 @@ func (e *engine) rest(p *path, now time.Time) time.Duration {
 
 // warm has the other validated paths checked, as soon as the chosen one fails to answer: traffic moves only to a path that is known to be alive.
 func (e *engine) warm(c *path, now time.Time) {
+	e.succeeded(c.suspected)
 	for _, p := range e.paths {
 		if p != c && p.valid && p.tries == 0 && !p.answered.After(c.suspected) {
 			p.next = now
@@ -224,7 +232,7 @@ func (e *engine) overdue(p *path, now time.Time) {
 		}
 		others = true // it is being checked
 	}
-	if !others && silent >= soleLimit {
+	if !others && silent >= soleLimit || silent >= successorLimit && e.succeeded(p.suspected) {
 		e.invalidate(p, now)
 	}
 }
@@ -362,10 +370,11 @@ func (e *engine) traffic(rx, tx uint64, now time.Time) {
 	in, out := rx-e.rx, tx-e.tx
 	e.rx, e.tx, e.sampled = rx, tx, now
 	e.lively, e.much = e.much && in >= livelyBytes, in >= livelyBytes
-	if in == 0 && out == 0 {
+	if in > 0 || out > 0 {
+		e.busy = now
+	} else if now.Sub(e.busy) >= keepAfter {
 		return
 	}
-	e.busy = now
 	if p := e.chosen; p != nil && p.tries == 0 && now.Sub(p.answered) >= keepBusy {
 		p.next = now
 	}
@@ -382,6 +391,25 @@ func (e *engine) refresh(now time.Time) {
 			p.size.search(e.most, now)
 		}
 	}
+}
+
+// moved replaces a validated path by the same one over another transport: the relay has confirmed that we are bound there now, and
+// takes nothing from the old place any more. The way behind the relay has not changed.
+func (e *engine) moved(from, to *path, now time.Time) {
+	to.valid, to.since, to.heard, to.answered, to.srtt = true, now, now, now, from.srtt
+	to.route = &route{spot: to.spot}
+	to.tries, to.next = 0, now
+	to.open.Store(true)
+	if e.lead {
+		to.size.search(e.most, now)
+	}
+	if e.nominee == from {
+		e.nominee = to
+	}
+	if e.chosen == from {
+		e.use(to, now, "moved")
+	}
+	e.drop(from, now)
 }
 
 // drop forgets a path.

@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/time/rate"
@@ -59,6 +60,9 @@ type Tunnel struct {
 	relays *relays
 	port   uint16
 	tasks  sync.WaitGroup
+	crowd  *crowd
+	mapper atomic.Pointer[mapper] // what the NAT in front does
+	public func(netip.Addr) bool  // [public], but in tests
 
 	mu        sync.RWMutex // guards what follows
 	key       wire.PrivateKey
@@ -84,7 +88,10 @@ func New(opts Options) (*Tunnel, error) {
 		indexes:   map[uint32]*Peer{},
 		reflexive: map[nat.TxID]chan<- netip.AddrPort{},
 		bindKeys:  map[wire.Key]relay.BindKey{},
+		crowd:     newCrowd(),
+		public:    public,
 	}
+	t.mapper.Store(&mapper{})
 	t.relays = newRelays(t, opts.Relays)
 	in, out := newWindow(opts.Window), newWindow(opts.Window)
 	t.bind = &bind{stun: t.handleSTUN, side: newSideEntrance(), find: t.session, in: in, out: out}
@@ -225,7 +232,8 @@ func (t *Tunnel) register(opts PeerOptions) (*Peer, error) {
 	defer t.mu.Unlock()
 	own := t.key.Public()
 	p := &Peer{tunnel: t, opts: opts, name: checkName(opts.Session, own)}
-	p.engine = engine{lead: opts.Initiate, most: DefaultMTU, onChange: p.changed, onDrop: p.dropped}
+	p.engine = engine{lead: opts.Initiate, most: DefaultMTU, onChange: p.changed, onDrop: p.dropped, succeeded: p.succeeded}
+	p.punch = newPunch(opts.Initiate, t.crowd)
 	p.handshake.done = make(chan struct{})
 	p.mtu.Store(DefaultMTU)
 	p.seq = uint64(time.Now().UnixMicro()) // so that a session that is added again goes on where it was

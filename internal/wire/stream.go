@@ -24,10 +24,11 @@ const (
 	FrameOffer      FrameType = "offer"      // coordinator → gateway: [Offer], answered under the same id
 	FrameAnswer     FrameType = "answer"     // gateway → coordinator: [Answer]
 	FrameCandidates FrameType = "candidates" // either way: [Trickle]
-	FrameRenewed    FrameType = "renewed"    // gateway → coordinator: [Renewed]
+	FrameRenewed    FrameType = "renewed"    // gateway → coordinator, and on to the session's standby: [Renewed]
 	FrameRenew      FrameType = "renew"      // coordinator → gateway: [Renewed], a token that came to the coordinator; answered with [Answer]
 	FrameEnd        FrameType = "end"        // either way: [End]
 	FrameCredential FrameType = "credential" // gateway → coordinator: [Credential], before the one that the stream was opened with runs out
+	FrameStanding   FrameType = "standing"   // coordinator → gateway: [Standing], before the one of the welcome runs out
 	FrameLeaving    FrameType = "leaving"    // gateway → coordinator: no new sessions, please
 )
 
@@ -58,6 +59,7 @@ type Held struct {
 	Rules     []string     `json:"rules"`
 	Expires   time.Time    `json:"expires"`
 	Ends      time.Time    `json:"ends"`
+	Standby   bool         `json:"standby,omitempty"` // another gateway carries it
 }
 
 // Welcome accepts a gateway and tells it what holds in its network.
@@ -69,7 +71,15 @@ type Welcome struct {
 	Services  netip.Prefix   `json:"services,omitzero"` // IPv4 range of service addresses; the IPv6 overlay mirrors it
 	STUN      []string       `json:"stun"`
 	Relays    []Relay        `json:"relays,omitempty"` // to be kept ready: an offer may name any of them
-	End       []string       `json:"end"`              // sessions of Hello that are over
+	Standing  *Standing      `json:"standing,omitempty"`
+	End       []string       `json:"end"` // sessions of Hello that are over
+}
+
+// Standing lets a gateway keep a WebSocket to each relay ready before a session needs it. It forwards nothing: each session has
+// tickets of its own, see [RelayGrant].
+type Standing struct {
+	Ticket Secret   `json:"ticket"`
+	Life   Duration `json:"life"` // from now on
 }
 
 // Offer asks a gateway to admit a session. The gateway believes none of it: it verifies the token for itself.
@@ -84,6 +94,9 @@ type Offer struct {
 	Grants     []Grant      `json:"grants"`
 	Lease      Duration     `json:"lease"`
 	MaxSession Duration     `json:"max_session"`
+	// Standby: another gateway carries the session, and this one is to be ready for it. Paths go by [StandbyID] then. A standby that is
+	// offered again is put in place anew.
+	Standby bool `json:"standby,omitempty"`
 }
 
 // Answer is a gateway's word on an offer or a renewal: either Problem is set, or the session is in place.

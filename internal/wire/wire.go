@@ -103,9 +103,10 @@ type Session struct {
 	Gateways  []Gateway    `json:"gateways"`
 	Relays    []RelayGrant `json:"relays,omitempty"`
 	Rules     []string     `json:"rules"`
-	Lease     Duration     `json:"lease"`   // how long one lease lasts
-	Expires   time.Time    `json:"expires"` // when this lease ends unless renewed
-	Ends      time.Time    `json:"ends"`    // no renewal reaches past this
+	Lease     Duration     `json:"lease"`             // how long one lease lasts
+	Expires   time.Time    `json:"expires"`           // when this lease ends unless renewed
+	Ends      time.Time    `json:"ends"`              // no renewal reaches past this
+	Standby   bool         `json:"standby,omitempty"` // the network has another gateway, which may be asked for at [PathStandby]
 }
 
 // Gateway is one gateway as a client sees it.

@@ -1,0 +1,170 @@
+// Package docs has no code: it holds the documentation to what is there.
+package docs
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// pages are all Markdown files of the project, by path from this folder.
+func pages(t *testing.T) map[string]string {
+	t.Helper()
+	out := map[string]string{}
+	for _, pattern := range []string{"../*.md", "*.md", "adr/*.md", "../deploy/*.md", "../deploy/*/*.md", "../deploy/*/*/*.md"} {
+		files, err := filepath.Glob(pattern)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range files {
+			text, err := os.ReadFile(f)
+			if err != nil {
+				t.Fatal(err)
+			}
+			out[filepath.Clean(filepath.Join("../docs", f))] = string(text)
+		}
+	}
+	if len(out) < 10 {
+		t.Fatalf("found %d pages", len(out))
+	}
+	return out
+}
+
+var (
+	codeBlock = regexp.MustCompile("(?ms)^```.*?^```$|^    [^\n]*$")
+	code      = regexp.MustCompile("`[^`\n]*`")
+	link      = regexp.MustCompile(`\]\(([^)\s]+)\)`)
+	heading   = regexp.MustCompile(`(?m)^#+ +(.*)$`)
+	unslugged = regexp.MustCompile("[^a-z0-9 _-]")
+)
+
+// slugs are the anchors of a page's headings, as GitHub makes them.
+func slugs(text string) []string {
+	var out []string
+	for _, m := range heading.FindAllStringSubmatch(text, -1) {
+		words := unslugged.ReplaceAllString(strings.ToLower(m[1]), "")
+		out = append(out, strings.ReplaceAll(words, " ", "-"))
+	}
+	return out
+}
+
+// TestLinks: every link to a file leads to one, and every link to a heading to one. Links to other sites are not followed.
+func TestLinks(t *testing.T) {
+	all := pages(t)
+	for page, text := range all {
+		prose := code.ReplaceAllString(codeBlock.ReplaceAllString(text, ""), "")
+		for _, m := range link.FindAllStringSubmatch(prose, -1) {
+			to, anchor, _ := strings.Cut(m[1], "#")
+			if strings.Contains(to, "://") || strings.HasPrefix(to, "mailto:") {
+				continue
+			}
+			target := page
+			if to != "" {
+				target = filepath.Join(filepath.Dir(page), to)
+			}
+			if _, err := os.Stat(target); err != nil {
+				t.Errorf("%s links to %s, which is not there", page, m[1])
+			} else if anchor != "" && !slices.Contains(slugs(all[target]), anchor) {
+				t.Errorf("%s links to %s, and no heading of that page is so called", page, m[1])
+			}
+		}
+	}
+}
+
+// TestEveryErrorHasAdvice: each code of errors.md has a heading of its own in troubleshooting.md, and there are no others.
+func TestEveryErrorHasAdvice(t *testing.T) {
+	all := pages(t)
+	var listed, advised []string
+	for _, m := range regexp.MustCompile("(?m)^\\| `([a-z-]+)` \\|").FindAllStringSubmatch(all["../docs/errors.md"], -1) {
+		listed = append(listed, m[1])
+	}
+	for _, m := range regexp.MustCompile("(?m)^### (.*)$").FindAllStringSubmatch(all["../docs/troubleshooting.md"], -1) {
+		for _, c := range regexp.MustCompile("`([a-z-]+)`").FindAllStringSubmatch(m[1], -1) {
+			advised = append(advised, c[1])
+		}
+	}
+	slices.Sort(listed)
+	slices.Sort(advised)
+	if len(listed) < 30 || !slices.Equal(listed, advised) {
+		t.Errorf("errors.md lists\n%q\nand troubleshooting.md has advice on\n%q", listed, advised)
+	}
+}
+
+var (
+	command = regexp.MustCompile(`(?:^|[\s` + "`" + `(])(culvert(?:-coordinator|-gateway)?) +([^` + "`" + `\n]*)`)
+	flag    = regexp.MustCompile(`(?:^|\s)--([a-z][a-z-]*)`)
+)
+
+// TestCommands: every command line in the documentation names a command that exists, with flags that it has.
+func TestCommands(t *testing.T) {
+	bin := programs(t)
+	help := map[string]string{}
+	seen := 0
+	for page, text := range pages(t) {
+		for _, where := range append(codeBlock.FindAllString(text, -1), code.FindAllString(codeBlock.ReplaceAllString(text, ""), -1)...) {
+			for _, m := range command.FindAllStringSubmatch(where, -1) {
+				line, _, _ := strings.Cut(m[2], " # ")
+				ours, _, _ := strings.Cut(line, " -- ") // what follows is another program's
+				path := subcommand(t, bin, help, m[1], strings.Fields(ours))
+				if path == "" {
+					continue
+				}
+				seen++
+				for _, f := range flag.FindAllStringSubmatch(ours, -1) {
+					if name := strings.TrimPrefix(f[1], "no-"); !strings.Contains(help[path], "--"+f[1]) && !strings.Contains(help[path], "--[no-]"+name) {
+						t.Errorf("%s: %s has no flag --%s: %q", page, path, f[1], strings.TrimSpace(where))
+					}
+				}
+			}
+		}
+	}
+	if seen < 40 {
+		t.Errorf("found %d command lines", seen)
+	}
+}
+
+// subcommand finds the longest run of words that is a command of a program, and keeps its help. It is empty where the words are
+// prose, such as "culvert is".
+func subcommand(t *testing.T, bin string, help map[string]string, program string, words []string) string {
+	t.Helper()
+	path := program
+	if _, ok := help[path]; !ok {
+		help[path] = ask(bin, program)
+	}
+	found := ""
+	for _, w := range words {
+		next := path + " " + w
+		if !regexp.MustCompile(`^[a-z]+$`).MatchString(w) || !strings.Contains(help[path], "\n  "+strings.TrimPrefix(next, program+" ")) {
+			break
+		}
+		if _, ok := help[next]; !ok {
+			help[next] = ask(bin, program, strings.Fields(next)[1:]...)
+		}
+		path, found = next, next
+	}
+	return found
+}
+
+func ask(bin, program string, args ...string) string {
+	out, _ := exec.Command(filepath.Join(bin, program), append(args, "--help")...).CombinedOutput()
+	return string(out)
+}
+
+// programs is a folder with the three programs: the one that the environment names, or one built here.
+func programs(t *testing.T) string {
+	t.Helper()
+	if dir := os.Getenv("CULVERT_E2E_BIN"); dir != "" {
+		return dir
+	}
+	dir := t.TempDir()
+	for name, folder := range map[string]string{"culvert-coordinator": "../coordinator", "culvert-gateway": "../gateway", "culvert": "../client"} {
+		if out, err := exec.Command("go", "build", "-o", filepath.Join(dir, name), folder).CombinedOutput(); err != nil {
+			t.Fatalf("build %s: %v\n%s", name, err, out)
+		}
+	}
+	return dir
+}

@@ -1,0 +1,14 @@
+//go:build unix
+
+package tunnel
+
+import "golang.org/x/sys/unix"
+
+// descriptors is how many file descriptors this process may have.
+func descriptors() int {
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		return 1024
+	}
+	return int(min(uint64(limit.Cur), 1<<20)) //nolint:unconvert // signed on some systems
+}
