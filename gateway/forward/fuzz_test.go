@@ -29,7 +29,7 @@ func mend(p []byte) []byte {
 		ip := header.IPv6(p)
 		ip.SetPayloadLength(uint16(len(p) - header.IPv6MinimumSize))
 		ip.SetSourceAddress(tcpip.AddrFromSlice(job6.AsSlice()))
-		sumUp(ip.TransportProtocol(), p[header.IPv6MinimumSize:], ip.SourceAddress(), ip.DestinationAddress())
+		sumUp(tcpip.TransportProtocolNumber(ip.NextHeader()), p[header.IPv6MinimumSize:], ip.SourceAddress(), ip.DestinationAddress())
 	}
 	return p
 }
