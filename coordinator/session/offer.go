@@ -202,7 +202,7 @@ func encode(t wire.FrameType, body any) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("encode a %s frame: %w", t, err)
 	}
-	return json.Marshal(wire.Frame{Type: t, Body: raw})
+	return wire.Frame{Type: t, Body: raw}.Encode(), nil
 }
 
 // free removes a lease that no gateway holds, also for a caller that has gone.
