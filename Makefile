@@ -2,6 +2,9 @@
 
 GO          ?= go
 STATICCHECK ?= honnef.co/go/tools/cmd/staticcheck@v0.8.2
+ACTIONLINT  ?= github.com/rhysd/actionlint/cmd/actionlint@v1.7.12
+ACT         ?= github.com/nektos/act@v0.2.89
+NODE        ?= 24
 FUZZTIME    ?= 10s
 BENCHTIME   ?= 1x
 VERSION     ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
@@ -13,7 +16,7 @@ PACKAGES  = $(shell $(GO) list ./... | grep -v '/internal/e2e')
 export CGO_ENABLED = 0
 GOBUILD = $(GO) build -trimpath -ldflags '-s -w -X main.version=$(VERSION)'
 
-.PHONY: build demo test check action unit e2e matrix bench fuzz clean tools-test tools-bench FORCE
+.PHONY: build demo test check action unit e2e act matrix bench charts dist pin pinned reproducible fuzz clean tools-test tools-bench FORCE
 
 build: $(BINARIES)
 
@@ -42,6 +45,8 @@ check:
 		echo "$(GO) run $(STATICCHECK) ./..."; $(GO) run $(STATICCHECK) ./...; \
 	elif [ "$$CI" = true ]; then echo "staticcheck cannot be fetched, and CI must not skip"; exit 1; \
 	else echo "skipped: staticcheck cannot be fetched ($(STATICCHECK))"; fi
+	@$(call go-tool,actionlint,$(ACTIONLINT))
+	$(GO) test -count=1 ./internal/snippets
 
 # The race detector needs a C compiler.
 unit: build
@@ -62,6 +67,10 @@ action:
 e2e: build
 	CULVERT_E2E_BIN=$(CURDIR)/bin $(GO) test -count=1 -timeout 10m ./internal/e2e/...
 
+# Workflows under act: twenty jobs at once, and what the action costs beyond `culvert up`.
+act: tools-test build
+	CULVERT_E2E_BIN=$(CURDIR)/bin CULVERT_E2E_ACT=all $(GO) test -count=1 -timeout 10m -run '^TestWorkflows' -v ./internal/e2e
+
 # Every kind of network against every other, 81 pairs on links with delay: about 10 minutes. Writes the tables of docs/paths.md.
 matrix: tools-test build
 	@rm -f bin/matrix.json
@@ -71,6 +80,10 @@ matrix: tools-test build
 # Throughput, memory and time to the first byte, in Go's benchmark format.
 bench: tools-bench build
 	@CULVERT_E2E_BIN=$(CURDIR)/bin $(GO) test -run '^$$' -bench . -benchtime $(BENCHTIME) -timeout 20m ./internal/e2e
+
+# The charts, against the API's types and the table of what Culvert needs. A module of its own, with Kubernetes' dependencies.
+charts:
+	cd deploy/helm/check && $(GO) vet . && $(GO) test -count=1 .
 
 # Every fuzzer for FUZZTIME each.
 fuzz:
@@ -82,14 +95,52 @@ fuzz:
 	done
 
 clean:
-	rm -rf bin
+	rm -rf bin dist
+
+# A release's files, the same bytes wherever they are built from the same sources with the same Go: nothing in them depends on the
+# commit, so that the commit can hold their digests. The client as the action wants it, the others with licence and units.
+CLIENTS := linux-amd64 linux-arm64 darwin-amd64 darwin-arm64 windows-amd64
+SERVERS := linux-amd64 linux-arm64
+RELEASE  = $(GO) build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)'
+ROOTED  := tar --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner
+dist:
+	@case "$(VERSION)" in [0-9]*.[0-9]*.[0-9]*) ;; *) echo "say which: make dist VERSION=1.2.3"; exit 1;; esac
+	@rm -rf dist && mkdir dist
+	@set -e; sums=; for p in $(CLIENTS); do \
+		GOOS=$${p%-*} GOARCH=$${p#*-} $(RELEASE) -o dist/culvert ./client; \
+		sums="$$sums$${sums:+, }\"$$p\": \"$$(sha256sum dist/culvert | cut -d' ' -f1)\""; \
+		gzip -n -9 < dist/culvert > dist/culvert-$$p.gz; rm dist/culvert; \
+	done; echo "{\"version\": \"$(VERSION)\", \"sha256\": {$$sums}}" > dist/release.json
+	@set -e; for p in $(SERVERS); do for program in coordinator gateway; do \
+		mkdir -p dist/tree; cp LICENSE deploy/systemd/*.service dist/tree/; \
+		GOOS=$${p%-*} GOARCH=$${p#*-} $(RELEASE) -o dist/tree/culvert-$$program ./$$program; \
+		$(ROOTED) -C dist/tree -cf - . | gzip -n -9 > dist/culvert-$$program-$$p.tar.gz; rm -r dist/tree; \
+	done; done
+	@$(GO) list -deps -f '{{with .Module}}{{.Path}} {{.Version}}{{end}}' ./client ./coordinator ./gateway | sort -u > dist/modules.txt
+	@cd dist && sha256sum -- * > SHA256SUMS && cat SHA256SUMS
+
+# Before tagging: make dist pin VERSION=1.2.3, and commit. The release workflow then builds anew and stops where anything differs.
+pin:
+	cp dist/release.json action/release.json
+pinned:
+	@cmp dist/release.json action/release.json || { echo "action/release.json is not what these sources give: make dist pin VERSION=$(VERSION)"; exit 1; }
+
+# Two builds without a common cache, from two folders, give the same bytes.
+reproducible:
+	@set -e; dir="$$(mktemp -d)"; trap 'chmod -R u+w "$$dir"; rm -rf "$$dir"' EXIT; for n in 1 2; do \
+		mkdir "$$dir/$$n"; git archive HEAD | tar -x -C "$$dir/$$n"; \
+		GOCACHE="$$dir/cache$$n" $(MAKE) -s -C "$$dir/$$n" dist VERSION=0.0.0 CLIENTS=linux-amd64 SERVERS=linux-amd64 > "$$dir/sums$$n"; \
+	done; diff "$$dir/sums1" "$$dir/sums2" && cat "$$dir/sums1"
 
 # What the tests use of the distribution. Only root on Debian has it installed; elsewhere the tests name what they miss.
 tools-test:
 	@$(call want,curl gcc tinyproxy,curl gcc libc6-dev tinyproxy-bin)
 	@$(call want,miniupnpd,miniupnpd-nftables)
 	@$(call want,dbus-daemon,dbus-daemon)
+	@$(call want,psql initdb,postgresql)
 	@$(unpack-resolved)
+	@$(call go-tool,act,$(ACT))
+	@$(get-node)
 tools-bench:
 	@$(call want,iperf3,iperf3)
 
@@ -104,8 +155,19 @@ unpack-resolved = if [ ! -e /lib/systemd/systemd-resolved ] && [ ! -e $(RESOLVED
 			|| echo "could not unpack systemd-resolved"; \
 	fi
 
+# What plays GitHub's runner, and its Node, which is newer than Debian's; in bin/tools.
+export CULVERT_TEST_ACTIONLINT = $(CURDIR)/bin/tools/actionlint
+export CULVERT_TEST_ACT = $(CURDIR)/bin/tools/act
+export CULVERT_TEST_NODE = $(CURDIR)/bin/tools/node$(NODE)/node_modules/node-linux-$(NODE_ARCH)/bin/node
+NODE_ARCH := $(if $(filter aarch64 arm64,$(shell uname -m)),arm64,x64)
+go-tool = if [ ! -e bin/tools/$(1) ]; then echo "fetching $(2)"; \
+	GOBIN=$(CURDIR)/bin/tools $(GO) install $(2) 2>/dev/null || echo "could not fetch $(2)"; fi
+get-node = if [ ! -e $(CULVERT_TEST_NODE) ] && command -v npm >/dev/null; then echo "fetching node $(NODE)"; \
+	npm install --silent --no-audit --no-fund --prefix bin/tools/node$(NODE) node-linux-$(NODE_ARCH)@$(NODE) >/dev/null 2>&1 \
+		|| echo "could not fetch node $(NODE)"; fi
+
 # want PROGRAMS,PACKAGES installs the packages where one of the programs is missing and that is possible.
-want = missing=; for p in $(1); do command -v $$p >/dev/null || missing="$$missing $$p"; done; \
+want = PATH="$$PATH:$$(ls -d /usr/lib/postgresql/*/bin 2>/dev/null | tail -1)"; missing=; for p in $(1); do command -v $$p >/dev/null || missing="$$missing $$p"; done; \
 	if [ -n "$$missing" ]; then \
 		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 			echo "installing $(2)"; \

@@ -27,6 +27,7 @@ type cli struct {
 	Audit   auditCmd   `cmd:"" help:"Read and verify the audit log."`
 	Suggest suggestCmd `cmd:"" help:"Write the smallest allow list that covers what jobs did."`
 	Policy  policyCmd  `cmd:"" help:"Hold the rules against cases."`
+	Load    loadCmd    `cmd:"" help:"Play gateways and jobs against a coordinator, to size its machine."`
 	Schema  schemaCmd  `cmd:"" help:"Print the JSON Schema of a file, for editors."`
 	Doctor  doctorCmd  `cmd:"" help:"Test every name and port that a coordinator needs, and print the table for a firewall team."`
 	Version versionCmd `cmd:"" help:"Print the version."`

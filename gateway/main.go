@@ -11,6 +11,7 @@ import (
 	"os/signal"
 	"runtime"
 	"syscall"
+	"time"
 
 	"github.com/alecthomas/kong"
 
@@ -45,6 +46,7 @@ type runCmd struct {
 	Issuer            []string          `placeholder:"URL" help:"Issuer of jobs' tokens; default GitHub's. --owner is about GitHub's own, or about the only one."`
 	JWKSFile          map[string]string `name:"jwks-file" placeholder:"URL=FILE" help:"Read this issuer's keys from a file instead of fetching them."`
 	Resolver          []netip.AddrPort  `placeholder:"IP:PORT" help:"DNS server for granted names; may be repeated; default the host's."`
+	Drain             time.Duration     `default:"25s" help:"When told to stop, give sessions so long to move to another gateway or to finish; 0 stops at once."`
 	MaxSessions       int               `default:"20000" help:"Sessions held at once."`
 	InsecureHTTP      bool              `name:"insecure-http" help:"Accept plain HTTP beyond loopback."`
 	LogFormat         string            `enum:"json,text" default:"json" help:"Logs on stderr: json or text."`
@@ -56,7 +58,7 @@ func (c *runCmd) Run() error {
 		Coordinator: c.Coordinator, Network: c.Network, Owners: c.Owner, PolicyFile: c.Policy,
 		IdentityTokenFile: c.IdentityTokenFile, EnrolTokenFile: c.EnrolTokenFile, Listen: c.Listen,
 		PublicAddress: c.PublicAddress, PortMapping: c.PortMapping == "auto", StateDir: c.StateDir, Metrics: c.Metrics, Name: c.Name,
-		InsecureHTTP: c.InsecureHTTP, Resolvers: c.Resolver, Program: "culvert-gateway/" + version,
+		InsecureHTTP: c.InsecureHTTP, Resolvers: c.Resolver, Drain: c.Drain, Program: "culvert-gateway/" + version,
 		Limits: agent.Limits{Sessions: c.MaxSessions}, Logger: c.logger(),
 	}
 	if len(c.Issuer) == 0 {
@@ -71,7 +73,15 @@ func (c *runCmd) Run() error {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	defer stop()
-	return agent.Run(ctx, opts)
+	g, err := agent.Start(ctx, opts)
+	if err != nil {
+		return err
+	}
+	<-ctx.Done()
+	again, stopAgain := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt) // whoever asks twice does not want to wait
+	defer stopAgain()
+	g.Drain(again)
+	return g.Close()
 }
 
 func (c *runCmd) logger() *slog.Logger {

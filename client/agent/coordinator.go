@@ -31,12 +31,12 @@ type coordinator struct {
 }
 
 // info asks what may be known before joining. Its real use is the connection, which the join then finds open: connected
-// is called once it is, or once it is clear that it will not be.
-func (c *coordinator) info(ctx context.Context, connected func()) (wire.Info, error) {
+// is called once it is, or with false once it is clear that it will not be.
+func (c *coordinator) info(ctx context.Context, connected func(open bool)) (wire.Info, error) {
 	var once sync.Once
-	defer once.Do(connected)
+	defer once.Do(func() { connected(false) })
 	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
-		GotConn: func(httptrace.GotConnInfo) { once.Do(connected) },
+		GotConn: func(httptrace.GotConnInfo) { once.Do(func() { connected(true) }) },
 	})
 	var info wire.Info
 	err := c.call(ctx, http.MethodGet, wire.PathInfo, "", nil, &info)

@@ -91,7 +91,7 @@ func TestCoordinatorsThatCannotBeTalkedTo(t *testing.T) {
 		"nobody listens":        {closed, problem.Unreachable, "refused"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			_, err := client(t, c.base).info(t.Context(), func() {})
+			_, err := client(t, c.base).info(t.Context(), func(bool) {})
 			if p := problem.From(err); p.Code != c.want || !strings.Contains(p.Message, c.says) || p.Next == "" {
 				t.Errorf("error = %v", err)
 			}
@@ -111,7 +111,7 @@ func TestTheCauseOfACancelledRequestIsItsError(t *testing.T) {
 	cause := problem.New(problem.TokenUnavailable, "no token", "")
 	ctx, cancel := context.WithCancelCause(t.Context())
 	cancel(cause)
-	_, err := api(t, func(http.ResponseWriter, *http.Request) {}).info(ctx, func() {})
+	_, err := api(t, func(http.ResponseWriter, *http.Request) {}).info(ctx, func(bool) {})
 	if problem.CodeOf(err) != problem.TokenUnavailable {
 		t.Errorf("error = %v", err)
 	}
@@ -123,7 +123,7 @@ func TestConnectedIsToldOnceWhateverHappens(t *testing.T) {
 		"away":    client(t, "http://127.0.0.1:1"),
 	} {
 		told := 0
-		_, _ = c.info(t.Context(), func() { told++ })
+		_, _ = c.info(t.Context(), func(bool) { told++ })
 		if told != 1 {
 			t.Errorf("%s: told %d times", name, told)
 		}

@@ -69,11 +69,31 @@ func (a *Agent) gaveUp(ctx context.Context, last error) error {
 	case p.Code == problem.NoPath || p.Code == problem.NotUsable:
 		return p
 	case errors.Is(last, context.DeadlineExceeded) || errors.Is(last, errGaveUp):
-		return problem.Wrap(last, problem.Timeout, fmt.Sprintf("not up within %s", a.opts.Timeout),
-			"try again, or give it more time with --timeout")
+		missing, next := a.missing()
+		return problem.Wrap(last, problem.Timeout, fmt.Sprintf("not up within %s%s", a.opts.Timeout, missing), next)
 	default:
 		return problem.Wrap(last, problem.Timeout, fmt.Sprintf("not up within %s: %s", a.opts.Timeout, p.Message), p.Next)
 	}
+}
+
+// missing says what a join has waited for in vain, and what to do about it.
+func (a *Agent) missing() (what, next string) {
+	m := &a.marks
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	const ask = "`culvert doctor` tells what this network lets through and what it does not"
+	host := a.opts.url.Host
+	switch {
+	case m.connect.IsZero() && m.token.IsZero():
+		return fmt.Sprintf(": neither %s nor GitHub's token service answers", host), ask
+	case m.connect.IsZero():
+		return fmt.Sprintf(": no connection to the coordinator at %s", host), ask
+	case m.token.IsZero():
+		return ": GitHub's token service does not answer", ask
+	case m.join.IsZero():
+		return fmt.Sprintf(": the coordinator at %s does not answer", host), "try again, or look at the coordinator's log"
+	}
+	return "", "try again, or give it more time with --timeout"
 }
 
 // attempt is one try to get from nothing to bytes through the tunnel. Until the session is there, nothing waits for

@@ -129,7 +129,7 @@ func (s *session) worthLeaving(ctx context.Context) bool {
 	defer cancel()
 	stand := make(chan bool, 1)
 	go func() { stand <- s.relaysStand(ctx) }()
-	_, err := s.agent.api.info(ctx, func() {})
+	_, err := s.agent.api.info(ctx, func(bool) {})
 	relays := <-stand
 	return err == nil && (relays || !s.hasRelays() || s.keeper.without(time.Now()) > relayPatience)
 }

@@ -127,8 +127,10 @@ func (s *session) start(do func(context.Context) error) {
 // which tells what is wrong better than we could here.
 func (s *session) preconnect(ctx context.Context, connected chan struct{}) error {
 	a := s.agent
-	info, err := a.api.info(ctx, func() {
-		a.marks.set(&a.marks.connect)
+	info, err := a.api.info(ctx, func(open bool) {
+		if open {
+			a.marks.set(&a.marks.connect)
+		}
 		close(connected)
 	})
 	if err != nil {

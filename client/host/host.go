@@ -107,5 +107,9 @@ func (i *Interface) SetRoutes(want []netip.Prefix, keep []netip.Addr) (left []ne
 	return i.link.setRoutes(want, keep)
 }
 
+// Established takes stock of the host's TCP connections that are established from the interface's addresses, and gives what resets
+// these and no others. Where the kernel cannot (CONFIG_INET_DIAG_DESTROY), reset says so.
+func (i *Interface) Established() (reset func() error, err error) { return i.link.established() }
+
 // Privileged reports whether Open can work here: the process may make network devices, and there is a TUN driver.
 func Privileged() bool { return privileged() }

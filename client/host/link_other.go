@@ -25,6 +25,8 @@ func (*link) setAddresses([]netip.Addr) error { return unsupported() }
 func (*link) setMTU(int) error                { return unsupported() }
 func (*link) skippedAddresses() []netip.Addr  { return nil }
 
+func (*link) established() (func() error, error) { return nil, unsupported() }
+
 func (*link) setRoutes([]netip.Prefix, []netip.Addr) ([]netip.Prefix, error) {
 	return nil, unsupported()
 }

@@ -75,6 +75,8 @@ type Options struct {
 	Logger   *slog.Logger
 	// TicketKey is the public key of relay tickets as relay.yaml takes it.
 	TicketKey string
+	// Standing gives a gateway the ticket with which it keeps WebSockets to relays ready; nil: none.
+	Standing func(gateway wire.Key) (wire.Standing, error)
 	// Relay serves this node's own relay over WebSocket; nil where it has none.
 	Relay http.Handler
 

@@ -171,7 +171,7 @@ func (s *stream) welcome(ctx context.Context, h wire.Hello) error {
 	body := wire.Welcome{
 		Version: wire.Version, Network: s.network, Addresses: network.Gateway(), Overlay: network.Overlay(),
 		Services: network.Services,
-		STUN:     rules.STUN, Relays: rules.Relays, End: over,
+		STUN:     rules.STUN, Relays: rules.Relays, Standing: s.standing(), End: over,
 	}
 	raw, err := json.Marshal(body)
 	if err != nil {

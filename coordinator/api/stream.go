@@ -65,14 +65,16 @@ type stream struct {
 
 	// Set by open, before any goroutine starts; the presence is the keeper's after that, by way of mu.
 	who      session.Gateway
-	onRecord bool   // that it was let in
-	flows    uint64 // the last batch of flow records that is stored; the worker's
+	onRecord bool      // that it was let in
+	flows    uint64    // the last batch of flow records that is stored; the worker's
+	renew    time.Time // when the gateway is due a fresh ticket for relays; the keeper's
 
 	queue  chan wire.Frame // to the writer
 	work   chan wire.Frame // to the worker
 	kick   chan struct{}   // to the keeper: say again that we are live, something changed
 	proofs *rate.Limiter   // of credentials
 	load   atomic.Int64    // sessions that the gateway holds, roughly
+	said   atomic.Int64    // load as it was announced last
 	over   chan struct{}   // closed by end
 	gone   chan struct{}   // closed when run is through
 
@@ -275,7 +277,6 @@ func (s *stream) call(ctx context.Context, f wire.Frame) []byte {
 	case body := <-reply:
 		if f.Type == wire.FrameOffer && !isStandby(f) {
 			s.load.Add(1) // corrected by the keeper where it was refused
-			s.changed()
 		}
 		return body
 	case <-ctx.Done():

@@ -15,6 +15,9 @@ import (
 // workTimeout bounds what one of a gateway's messages may take.
 const workTimeout = 15 * time.Second
 
+// loadEvery is how often a changed load is said: for each session it would be a write to the state for each join.
+const loadEvery = 250 * time.Millisecond
+
 // workAll works a gateway's own messages off, in their order.
 func (s *stream) workAll(ctx context.Context) {
 	for {
@@ -160,6 +163,8 @@ func (s *stream) keep(ctx context.Context) error {
 	defer pings.Stop()
 	presences := time.NewTicker(s.api.opts.PresenceEvery)
 	defer presences.Stop()
+	loads := time.NewTicker(loadEvery)
+	defer loads.Stop()
 	pinged := make(chan error, 1)
 	pinging := false
 	s.announce(ctx)
@@ -172,12 +177,17 @@ func (s *stream) keep(ctx context.Context) error {
 			return nil
 		case <-s.kick:
 			s.announce(ctx)
+		case <-loads.C:
+			if s.load.Load() != s.said.Load() {
+				s.announce(ctx)
+			}
 		case <-presences.C:
 			if s.runOut(s.api.opts.Now()) {
 				return expired
 			}
 			s.load.Store(int64(s.api.opts.Sessions.Held(s.who.Instance)))
 			s.announce(ctx)
+			s.renewStanding()
 		case <-pings.C:
 			if !pinging {
 				pinging = true
@@ -192,6 +202,34 @@ func (s *stream) keep(ctx context.Context) error {
 	}
 }
 
+// standing gives the gateway's ticket for relays and notes when the next one is due. nil where there is none to give.
+func (s *stream) standing() *wire.Standing {
+	if s.api.opts.Standing == nil || len(s.api.rules.Load().Relays) == 0 {
+		return nil
+	}
+	t, err := s.api.opts.Standing(s.presence.Key)
+	if err != nil {
+		s.log.Warn("the gateway gets no ticket to keep relays ready with", "err", err)
+		return nil
+	}
+	s.renew = s.api.opts.Now().Add(time.Duration(t.Life) / 3)
+	return &t
+}
+
+// renewStanding sends the gateway a fresh ticket for relays when a third of the last one's life is over.
+func (s *stream) renewStanding() {
+	if s.api.opts.Now().Before(s.renew) {
+		return
+	}
+	t := s.standing()
+	if t == nil {
+		return
+	}
+	if raw, err := json.Marshal(t); err == nil {
+		_ = s.enqueue(wire.Frame{Type: wire.FrameStanding, Body: raw}) // else the stream is over
+	}
+}
+
 func (s *stream) ping(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, s.api.opts.PingEvery)
 	defer cancel()
@@ -203,7 +241,9 @@ func (s *stream) announce(ctx context.Context) {
 	s.mu.Lock()
 	p := s.presence
 	s.mu.Unlock()
-	p.Sessions = max(0, int(s.load.Load()))
+	load := s.load.Load()
+	s.said.Store(load)
+	p.Sessions = max(0, int(load))
 	ctx, cancel := context.WithTimeout(ctx, s.api.opts.PresenceEvery)
 	defer cancel()
 	if err := s.api.opts.Store.PutPresence(ctx, p, s.api.opts.PresenceTTL); err != nil && ctx.Err() == nil {

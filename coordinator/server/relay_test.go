@@ -7,12 +7,14 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/coder/websocket"
 	"github.com/nats-io/nats-server/v2/server"
 
+	"github.com/culvertnet/culvert/coordinator/api"
 	"github.com/culvertnet/culvert/coordinator/api/apitest"
 	"github.com/culvertnet/culvert/internal/nat"
 	"github.com/culvertnet/culvert/internal/relay"
@@ -259,4 +261,38 @@ func TestRelaysASession(t *testing.T) {
 		}
 		r.start()
 	}
+}
+
+// TestGatewaysMayStand: a gateway is given what it keeps WebSockets to relays ready with, for its own key, and again in time.
+func TestGatewaysMayStand(t *testing.T) {
+	var ahead atomic.Int64
+	clock := func() time.Time { return time.Now().Add(time.Duration(ahead.Load())) }
+	r := newRig(t, Options{API: api.Options{Now: clock, PresenceEvery: 20 * time.Millisecond, PresenceTTL: time.Minute}})
+	h := hello("stands")
+	g := r.gateway(func(o *apitest.Options) { o.Hello = h })
+	stands := func(s *wire.Standing) {
+		t.Helper()
+		if s == nil {
+			t.Fatal("the gateway gets no ticket")
+		}
+		ticket, err := relay.DecodeStanding(s.Ticket)
+		if err != nil {
+			t.Fatal(err)
+		}
+		key, expires, err := relay.VerifyStanding(ticket, ticketKey(t, r), time.Now())
+		if err != nil || key != h.Key || time.Until(expires) > time.Duration(s.Life) {
+			t.Errorf("for %v until %v, %v", key, expires, err)
+		}
+	}
+	stands(g.Welcome.Standing)
+	if n := len(g.Frames(wire.FrameStanding)); n != 0 {
+		t.Errorf("%d more at once", n)
+	}
+	ahead.Store(int64(time.Duration(g.Welcome.Standing.Life) / 2))
+	r.eventually("the next ticket comes", func() bool { return len(g.Frames(wire.FrameStanding)) > 0 })
+	var next wire.Standing
+	if err := json.Unmarshal(g.Frames(wire.FrameStanding)[0].Body, &next); err != nil {
+		t.Fatal(err)
+	}
+	stands(&next)
 }

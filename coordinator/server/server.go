@@ -242,6 +242,7 @@ func (s *Server) build() (err error) {
 	o := s.opts.API
 	o.Sessions, o.Store, o.Audit, o.Metrics, o.Logger = s.sessions, s.store, s.audit, s.metrics.api, s.log
 	o.Rules, o.TicketKey = s.apiRules(), base64.RawURLEncoding.EncodeToString(s.tickets.Public().(ed25519.PublicKey))
+	o.Standing = s.sessions.Standing
 	if s.relay != nil {
 		o.Relay = s.relay
 	}

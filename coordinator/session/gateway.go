@@ -83,6 +83,11 @@ func (m *Manager) reconcileOne(ctx context.Context, g Gateway, rules Rules, n co
 	case l.Gateway != g.Instance && l.Standby != g.Instance:
 		return m.reassert(ctx, g, l, h)
 	}
+	if l.Gateway != g.Instance && !h.Standby { // it was taken over while nobody could hear of it
+		if err := m.move(ctx, l, byGateway); err != nil {
+			return false, err
+		}
+	}
 	if later := bounded(m, rules, h); later.Expires.After(l.Expires) {
 		_, err = m.change(ctx, h.Session, func(l *state.Lease) bool { // it was renewed in the tunnel meanwhile
 			l.Expires = later.Expires
@@ -182,12 +187,12 @@ func (m *Manager) buryPredecessor(ctx context.Context, g Gateway) {
 		live[p.Instance] = true
 	}
 	var dead, orphans []state.Lease
-	m.opts.Store.Leases(func(l state.Lease) bool {
-		switch {
-		case l.Network != g.Network || l.GatewayName != g.Name || l.Gateway == "" || live[l.Gateway]:
-		case l.Standby != l.Gateway && live[l.Standby] && l.Over == "":
+	m.opts.Store.LeasesWhere(func(h state.Head) bool {
+		return h.Network == g.Network && h.GatewayName == g.Name && h.Gateway != "" && !live[h.Gateway]
+	}, func(l state.Lease) bool {
+		if l.Standby != l.Gateway && live[l.Standby] && l.Over == "" {
 			orphans = append(orphans, l)
-		default:
+		} else {
 			dead = append(dead, l)
 		}
 		return true
@@ -305,16 +310,7 @@ func (m *Manager) Ended(ctx context.Context, g Gateway, e wire.End) error {
 }
 
 // Held counts the sessions that a gateway instance holds.
-func (m *Manager) Held(instance string) int {
-	n := 0
-	m.opts.Store.Leases(func(l state.Lease) bool {
-		if l.Gateway == instance && l.Over == "" {
-			n++
-		}
-		return true
-	})
-	return n
-}
+func (m *Manager) Held(instance string) int { return m.opts.Store.Held(instance) }
 
 // SetRules puts a changed configuration into force and ends the running sessions that it no longer carries.
 func (m *Manager) SetRules(ctx context.Context, rules Rules) {

@@ -2,8 +2,10 @@ package session
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"slices"
+	"time"
 
 	"github.com/culvertnet/culvert/internal/problem"
 	"github.com/culvertnet/culvert/internal/relay"
@@ -68,4 +70,20 @@ func (m *Manager) tickets(a *admission, side relay.Side, key wire.Key) []wire.Re
 		out[i] = wire.RelayGrant{Relay: r, Ticket: ticket, Expires: a.lease.Ends}
 	}
 	return out
+}
+
+// standingLife is how long a gateway may rely on a standing ticket. It is short because nothing takes one back.
+const standingLife = 10 * time.Minute
+
+// errNoTickets is what is given where nobody signs relay tickets.
+var errNoTickets = errors.New("no key for relay tickets")
+
+// Standing gives a gateway what it keeps WebSockets to relays ready with.
+func (m *Manager) Standing(gateway wire.Key) (wire.Standing, error) {
+	if m.opts.TicketKey == nil {
+		return wire.Standing{}, errNoTickets
+	}
+	now := m.opts.Now()
+	ticket, err := relay.SignStanding(m.opts.TicketKey, gateway, now, now.Add(standingLife))
+	return wire.Standing{Ticket: ticket, Life: wire.Duration(standingLife)}, err
 }

@@ -26,6 +26,8 @@ type Store interface {
 	Expired() <-chan state.Lease
 	ClaimEnd(ctx context.Context, session string) (bool, error)
 	Leases(yield func(state.Lease) bool)
+	LeasesWhere(match func(state.Head) bool, yield func(state.Lease) bool)
+	Held(instance string) int
 	Gateways(network string) []state.Presence
 	Ask(ctx context.Context, instance string, msg []byte) ([]byte, error)
 }

@@ -2,7 +2,8 @@ package session
 
 import (
 	"cmp"
-	"crypto/sha256"
+	"hash/fnv"
+	"io"
 	"slices"
 	"sync"
 	"time"
@@ -62,7 +63,7 @@ func (m *Manager) spread(id string, gateways []state.Presence) []state.Presence 
 	}
 	out := slices.Clone(gateways)
 	if len(out) > 2 {
-		slices.SortFunc(out, func(a, b state.Presence) int { return cmp.Compare(rank(id, a), rank(id, b)) })
+		draw(id, out)
 		slices.SortFunc(out[:2], lighter)
 		slices.SortFunc(out[1:], lighter)
 		return out
@@ -71,8 +72,31 @@ func (m *Manager) spread(id string, gateways []state.Presence) []state.Presence 
 	return out
 }
 
+// draw puts two gateways to the front, by a session's id: the first two of the order that is its own.
+func draw(id string, list []state.Presence) {
+	ranks := make([]uint64, len(list))
+	for i := range list {
+		ranks[i] = rank(id, &list[i])
+	}
+	for place := range 2 {
+		best := place
+		for i := place + 1; i < len(list); i++ {
+			if ranks[i] < ranks[best] {
+				best = i
+			}
+		}
+		list[place], list[best] = list[best], list[place]
+		ranks[place], ranks[best] = ranks[best], ranks[place]
+	}
+}
+
 // rank is a gateway's place in the order that is a session's own.
-func rank(id string, g state.Presence) string {
-	sum := sha256.Sum256([]byte(id + "\x00" + g.Instance))
-	return string(sum[:])
+func rank(id string, g *state.Presence) uint64 {
+	h := fnv.New64a()
+	_, _ = io.WriteString(h, id)
+	_, _ = io.WriteString(h, g.Instance)
+	x := h.Sum64()
+	x ^= x >> 33 // FNV mixes the last bytes badly upwards
+	x *= 0xff51afd7ed558ccd
+	return x ^ x>>33
 }

@@ -182,6 +182,22 @@ func TestStandbyTakesOver(t *testing.T) {
 	}
 }
 
+// TestStandbyTookOverUnheard: a gateway that comes back and does not only stand by any more has taken over meanwhile.
+func TestStandbyTookOverUnheard(t *testing.T) {
+	p := newPair(t, Options{})
+	h := heldBy(p)
+	h.Standby = true
+	if over := p.reconcile(p.second, h); len(over) != 0 {
+		t.Fatalf("over: %v", over)
+	}
+	p.carried(p.first, p.second)
+	h.Standby = false
+	if over := p.reconcile(p.second, h); len(over) != 0 {
+		t.Fatalf("over: %v", over)
+	}
+	p.carried(p.second, nil)
+}
+
 // TestOnlyTheStandbyTakesOver: no other gateway can.
 func TestOnlyTheStandbyTakesOver(t *testing.T) {
 	p := newPair(t, Options{})

@@ -130,7 +130,10 @@ func (b *bucket) publish(ctx context.Context, msg *nats.Msg, k kind, id string, 
 	}
 	if l, ok := r.(Lease); ok {
 		l.Revision = ack.Sequence
-		r = l
+		if r, err = pack(l); err != nil { // the watch brings it
+			b.log.Warn("a lease does not pack", "err", err)
+			return ack.Sequence, nil
+		}
 	}
 	b.mirror.wrote(k, id, r, ack.Sequence)
 	return ack.Sequence, nil
@@ -243,6 +246,9 @@ func (b *bucket) take(e jetstream.KeyValueEntry) {
 			return
 		}
 		r, err := decode(k, e.Value(), e.Revision())
+		if l, ok := r.(Lease); ok && err == nil {
+			r, err = pack(l)
+		}
 		if err != nil {
 			b.log.Warn("a value in the state's bucket does not decode", "err", err)
 			return

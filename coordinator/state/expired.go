@@ -38,12 +38,17 @@ func (s *Store) ClaimEnd(ctx context.Context, session string) (bool, error) {
 // vanished takes the record of a key that is gone from the bucket: a lease that was still to be held when its time came has
 // run out.
 func (b *bucket) vanished(r record) {
-	l, ok := r.(Lease)
-	if !ok || l.Over != "" || b.now().Before(l.Expires) {
+	c, ok := r.(*compact)
+	if !ok || c.over != unover || b.now().Before(c.until()) {
+		return
+	}
+	l, err := c.lease()
+	if err != nil {
+		b.log.Warn("a lease has run out, and nobody hears of it", "err", err)
 		return
 	}
 	select {
-	case b.expired <- l.clone():
+	case b.expired <- l:
 	default:
 		b.log.Warn("a lease has run out, and nobody hears of it", "session", l.Session)
 	}

@@ -308,9 +308,29 @@ func (s *Store) undo(ctx context.Context, f func(ctx context.Context) error) {
 }
 
 // Leases calls yield for every live lease, from the node's own mirror. The leases are the caller's to keep.
-func (s *Store) Leases(yield func(Lease) bool) {
-	for _, r := range s.bucket.mirror.all(leaseKind, s.now()) {
-		if !yield(r.(Lease).clone()) {
+func (s *Store) Leases(yield func(Lease) bool) { s.LeasesWhere(func(Head) bool { return true }, yield) }
+
+// Head is what can be told of a lease without unpacking it.
+type Head struct {
+	Network, Gateway, GatewayName string
+	Over                          bool
+}
+
+// LeasesWhere is Leases for those alone whose head matches: others cost next to nothing. match must not call the store.
+func (s *Store) LeasesWhere(match func(Head) bool, yield func(Lease) bool) {
+	var found []*compact
+	s.bucket.mirror.each(leaseKind, s.now(), func(r record) {
+		if c := r.(*compact); match(c.head()) {
+			found = append(found, c)
+		}
+	})
+	for _, c := range found {
+		l, err := c.lease()
+		if err != nil {
+			s.log.Error("a lease in memory does not unpack", "err", err)
+			continue
+		}
+		if !yield(l) {
 			return
 		}
 	}

@@ -3,6 +3,7 @@ package state
 import (
 	"sync"
 	"time"
+	"unique"
 )
 
 // kind is what a key names.
@@ -15,7 +16,7 @@ const (
 	kinds int = iota
 )
 
-// record is a value of the bucket: a [Lease], a [holder] or a [presence].
+// record is a value of the bucket: a [Lease] (in the mirror, a *compact), a [holder] or a [presence].
 type record interface {
 	until() time.Time   // when it ends by its own word, whatever the bucket's clock says
 	lasting() time.Time // until when a value that this one has replaced could still live
@@ -34,14 +35,15 @@ type mirror struct {
 	mu         sync.RWMutex
 	entries    [kinds]map[string]entry
 	generation uint64
-	seen       uint64 // what the watch has brought; our own writes up to here are known already
+	seen       uint64                        // what the watch has brought; our own writes up to here are known already
+	held       map[unique.Handle[string]]int // leases that are not over, by gateway
 
 	ready     chan struct{} // closed once a first watch has brought everything
 	readyOnce sync.Once
 }
 
 func newMirror() *mirror {
-	m := &mirror{ready: make(chan struct{})}
+	m := &mirror{ready: make(chan struct{}), held: map[unique.Handle[string]]int{}}
 	for k := range m.entries {
 		m.entries[k] = map[string]entry{}
 	}
@@ -60,11 +62,11 @@ func (m *mirror) begin() {
 func (m *mirror) settle() (gone []record) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	for _, entries := range m.entries {
+	for k, entries := range m.entries {
 		for id, e := range entries {
 			if e.generation != m.generation {
 				gone = append(gone, e.record)
-				delete(entries, id)
+				m.set(kind(k), id, nil)
 			}
 		}
 	}
@@ -83,7 +85,7 @@ func (m *mirror) knows(k kind, id string, revision uint64) bool {
 	}
 	m.seen = max(m.seen, revision)
 	e.generation = m.generation
-	m.entries[k][id] = e
+	m.set(k, id, &e)
 	return true
 }
 
@@ -95,10 +97,10 @@ func (m *mirror) watched(k kind, id string, r record, revision uint64) (gone rec
 	switch old, ok := m.entries[k][id]; {
 	case ok && old.revision > revision:
 	case r == nil:
-		delete(m.entries[k], id)
+		m.set(k, id, nil)
 		return old.record
 	default:
-		m.entries[k][id] = entry{r, revision, m.generation}
+		m.set(k, id, &entry{r, revision, m.generation})
 	}
 	return nil
 }
@@ -110,7 +112,42 @@ func (m *mirror) wrote(k kind, id string, r record, revision uint64) {
 	if old, ok := m.entries[k][id]; revision <= m.seen || ok && old.revision >= revision {
 		return
 	}
-	m.entries[k][id] = entry{r, revision, m.generation}
+	m.set(k, id, &entry{r, revision, m.generation})
+}
+
+// set replaces an entry, or deletes it where e is nil, and counts what gateways hold; mu is held.
+func (m *mirror) set(k kind, id string, e *entry) {
+	if k == leaseKind {
+		m.count(m.entries[k][id].record, -1)
+	}
+	if e == nil {
+		delete(m.entries[k], id)
+		return
+	}
+	if k == leaseKind {
+		m.count(e.record, 1)
+	}
+	m.entries[k][id] = *e
+}
+
+func (m *mirror) count(r record, by int) {
+	c, ok := r.(*compact)
+	if !ok || c.over != unover {
+		return
+	}
+	if m.held[c.gateway] += by; m.held[c.gateway] == 0 {
+		delete(m.held, c.gateway)
+	}
+}
+
+// unover is how a lease that is not over says so.
+var unover = unique.Make("")
+
+// heldBy counts the leases of a gateway that are not over.
+func (m *mirror) heldBy(instance string) int {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	return m.held[unique.Make(instance)]
 }
 
 // get gives a record that is there, expired or not, and its revision; nil and 0 where there is none.

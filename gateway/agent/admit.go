@@ -37,6 +37,7 @@ type opener interface {
 type reach struct {
 	candidates []wire.Candidate
 	relays     []tunnel.Grant
+	way        string // what path checks and relays call the session, where that is not its id
 }
 
 // door admits, renews and ends sessions.
@@ -56,7 +57,10 @@ type door struct {
 	// candidates are the gateway's own at this moment, and what its NAT does.
 	candidates func() ([]wire.Candidate, wire.Mapping)
 	// grants are the relays of an offer that the gateway may use, with its tickets.
-	grants func(ctx context.Context, in []wire.RelayGrant, ends time.Time) []tunnel.Grant
+	grants   func(ctx context.Context, in []wire.RelayGrant, ends time.Time) []tunnel.Grant
+	draining draining
+	// taken tells the coordinator that a session for which this gateway stood by is carried by it now.
+	taken func(wire.Taken)
 	// renewed passes a renewal that came through the tunnel on to the coordinator.
 	renewed func(wire.Renewed)
 }
@@ -73,7 +77,7 @@ func (d *door) admit(ctx context.Context, o wire.Offer) (wire.Answer, error) {
 	d.metrics.admitted.Add(1)
 	lease := d.table.leaseOf(s)
 	candidates, mapping := d.candidates()
-	d.log.Info("session admitted", "session", s.id, "repository", s.repo, "run_id", s.who.run, "addr", s.addrs[0],
+	d.log.Info("session admitted", "session", s.id, "repository", s.repo, "run_id", s.who.run, "addr", s.addrs[0], "standby", o.Standby,
 		"rule", s.rules, "expires", lease.Expires, "ends", lease.Ends)
 	routes, named := d.reach(s)
 	return wire.Answer{Lease: &lease, Gateway: &wire.Gateway{
@@ -87,6 +91,9 @@ func (d *door) tryAdmit(ctx context.Context, o wire.Offer) (*session, error) {
 	if err != nil {
 		return nil, err
 	}
+	if o.Standby {
+		d.table.displace(o.Session)
+	}
 	done, err := d.table.arrive(o.Session)
 	if err != nil {
 		return nil, err
@@ -97,7 +104,10 @@ func (d *door) tryAdmit(ctx context.Context, o wire.Offer) (*session, error) {
 		return nil, err
 	}
 	s := d.newSession(o, addrs, offered, c)
-	r := reach{saneCandidates(o.Candidates), d.grants(ctx, o.Relays, s.ends)}
+	r := reach{candidates: saneCandidates(o.Candidates), relays: d.grants(ctx, o.Relays, s.ends)}
+	if o.Standby {
+		r.way = wire.StandbyID(o.Key, d.key)
+	}
 	if err := d.install(s, r); err != nil {
 		d.table.end(s, "refused")
 		return s, err
@@ -181,7 +191,8 @@ func (d *door) newSession(o wire.Offer, addrs []netip.Addr, offered *policy.Gran
 	s := &session{
 		id: o.Session, key: o.Key, addrs: addrs, grants: o.Grants, offered: offered,
 		who: identify(c), repo: c.Repository, claims: c,
-		lease: min(max(lease, minLease), maxLease), admitted: now, ends: now.Add(longest),
+		standby: o.Standby,
+		lease:   min(max(lease, minLease), maxLease), admitted: now, ends: now.Add(longest),
 		renewals: rate.NewLimiter(rate.Every(time.Second), 5),
 		reaches:  rate.NewLimiter(20, 64),
 		tries:    make(chan struct{}, 16),

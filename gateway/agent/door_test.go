@@ -211,7 +211,7 @@ func (p *fakePlane) open(id string, key wire.Key, addrs []netip.Addr, r reach, s
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	f := &fakeCarrier{key: key, addrs: addrs, candidates: slices.Clone(r.candidates), scope: scope}
+	f := &fakeCarrier{key: key, way: r.way, addrs: addrs, candidates: slices.Clone(r.candidates), scope: scope}
 	p.carriers[id] = f
 	return f, nil
 }
@@ -225,6 +225,7 @@ func (p *fakePlane) get(id string) *fakeCarrier {
 type fakeCarrier struct {
 	mu         sync.Mutex
 	key        wire.Key
+	way        string
 	addrs      []netip.Addr
 	candidates []wire.Candidate
 	scope      *policy.Scope
@@ -260,6 +261,12 @@ func (c *fakeCarrier) Reach(target forward.Target) wire.ReachResult {
 	}
 	return wire.ReachResult{Verdict: wire.Reachable, Rule: v.Rule}
 }
+
+func (c *fakeCarrier) Connections() int { return 0 }
+
+func (c *fakeCarrier) HoldIfQuiet(time.Duration) int { return 0 }
+
+func (c *fakeCarrier) Leave() {}
 
 func (c *fakeCarrier) Close() {
 	c.mu.Lock()

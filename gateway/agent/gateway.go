@@ -66,16 +66,6 @@ type Gateway struct {
 	acked    atomic.Bool // the coordinator acknowledges what it records of flows
 }
 
-// Run runs a gateway until ctx ends, then closes it.
-func Run(ctx context.Context, opts Options) error {
-	g, err := Start(ctx, opts)
-	if err != nil {
-		return err
-	}
-	<-ctx.Done()
-	return g.Close()
-}
-
 // Start checks opts, opens the sockets and begins to dial the coordinator. It does not wait for it. ctx bounds the start alone:
 // the gateway runs until [Gateway.Close].
 func Start(ctx context.Context, opts Options) (*Gateway, error) {
@@ -144,6 +134,7 @@ func (g *Gateway) build() (err error) {
 	g.gather, g.relays = newGatherer(g.plane.tunnel.Port(), o, g.log), newRelays(o, g.log)
 	g.gather.relays, g.relays.lookup = g.relays, g.gather.lookup
 	g.relays.set, g.relays.status = g.plane.tunnel.SetRelays, g.plane.tunnel.Relays
+	g.relays.keep = g.plane.tunnel.SetStanding
 	g.gather.reflexive, g.gather.refresh, g.gather.changed = g.plane.tunnel.Reflexive, own.refresh, g.out.setCandidates
 	g.gather.found = g.plane.tunnel.SetNAT
 	if g.mapper, err = g.newMapper(); err != nil {
@@ -153,7 +144,7 @@ func (g *Gateway) build() (err error) {
 	g.door = &door{
 		name: o.Name, key: g.key, judge: j, table: g.table, plane: g.plane, own: own, log: g.log,
 		places: make(chan struct{}, o.Limits.Offers), rate: rate.NewLimiter(rate.Limit(o.Limits.OfferRate), 4*o.Limits.OfferRate),
-		candidates: g.gather.current, grants: g.relays.grants, renewed: g.out.renew, metrics: g.metrics,
+		candidates: g.gather.current, grants: g.relays.grants, renewed: g.out.renew, taken: g.out.takeOver, metrics: g.metrics,
 	}
 	g.plane.handler = g.door.insideHandler()
 	g.stream = &stream{
@@ -255,6 +246,9 @@ func (g *Gateway) welcome(w wire.Welcome) error {
 		return problem.Wrap(err, problem.Failed, "the overlay addresses cannot be set", "look at the gateway's log for the cause")
 	}
 	g.relays.list(w.Relays)
+	if w.Standing != nil {
+		g.relays.stand(*w.Standing)
+	}
 	g.gather.setServers(w.STUN)
 	g.out.setCandidates(g.gather.current())
 	return nil
@@ -269,6 +263,11 @@ func (g *Gateway) handle(ctx context.Context, f wire.Frame) {
 	case wire.FrameRenew:
 		var r wire.Renewed
 		g.answer(ctx, f, &r, func(ctx context.Context) (wire.Answer, error) { return g.renew(ctx, r) })
+	case wire.FrameRenewed:
+		var r wire.Renewed
+		if g.parse(f, &r) {
+			g.renewStandby(ctx, r)
+		}
 	case wire.FrameCandidates:
 		var t wire.Trickle
 		if g.parse(f, &t) && len(t.Candidates) <= wire.MaxCandidates {
@@ -279,6 +278,11 @@ func (g *Gateway) handle(ctx context.Context, f wire.Frame) {
 		if g.parse(f, &a) {
 			g.acked.Store(true)
 			g.traces.Acked(a.Seq)
+		}
+	case wire.FrameStanding:
+		var s wire.Standing
+		if g.parse(f, &s) {
+			g.relays.stand(s)
 		}
 	case wire.FrameEnd:
 		var e wire.End
@@ -313,6 +317,22 @@ func (g *Gateway) answer(ctx context.Context, f wire.Frame, body any, do func(co
 			a = refusal(err)
 		}
 		g.out.answer(f.ID, a)
+	})
+}
+
+// renewStandby takes a token that has renewed a session at the gateway that carries it. A refusal is logged; the lease runs out.
+func (g *Gateway) renewStandby(ctx context.Context, r wire.Renewed) {
+	select {
+	case g.slots <- struct{}{}:
+	default:
+		g.metrics.refused(errBusy)
+		return
+	}
+	g.offers.Go(func() {
+		defer func() { <-g.slots }()
+		ctx, cancel := context.WithTimeout(ctx, offerTimeout)
+		defer cancel()
+		_, _ = g.renew(ctx, r)
 	})
 }
 

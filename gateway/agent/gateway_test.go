@@ -99,6 +99,7 @@ type job struct {
 	device *netstack.Device
 	tunnel *tunnel.Tunnel
 	http   *http.Client
+	open   net.Conn // a connection to the service, where a test has one
 }
 
 func (w *world) token(key wire.Key) wire.Secret {

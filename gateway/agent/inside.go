@@ -27,6 +27,8 @@ func (d *door) insideHandler() http.Handler {
 	mux.HandleFunc("GET "+wire.PathInsideMe, d.inside(d.serveMe))
 	mux.HandleFunc("POST "+wire.PathRenew, d.inside(d.serveRenew))
 	mux.HandleFunc("POST "+wire.PathReach, d.inside(d.serveReach))
+	mux.HandleFunc("POST "+wire.PathTake, d.inside(d.serveTake))
+	mux.HandleFunc("POST "+wire.PathLeave, d.inside(d.serveLeave))
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		problem.Write(w, problem.New(problem.NotFound, "the gateway serves nothing at "+r.Method+" "+r.URL.Path,
 			"check that client and gateway are of the same version"))

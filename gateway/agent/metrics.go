@@ -53,8 +53,12 @@ func (m *metrics) serve(address string, g *Gateway) error {
 	m.register(registry, g)
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{MaxRequestsInFlight: 4, Timeout: 5 * time.Second}))
-	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { _, _ = fmt.Fprintln(w, "ok") })
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { _, _ = fmt.Fprintln(w, g.health()) })
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
+		if g.Draining() {
+			problem.Write(w, problem.New(problem.NoGateway, "the gateway is draining", "it takes no new sessions and is about to stop"))
+			return
+		}
 		if !g.stream.up() {
 			problem.Write(w, problem.New(problem.Unreachable, "no stream to the coordinator", "look at the gateway's log"))
 			return
@@ -65,6 +69,14 @@ func (m *metrics) serve(address string, g *Gateway) error {
 	m.server = &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 5 * time.Second, WriteTimeout: 10 * time.Second}
 	m.wg.Go(func() { _ = m.server.Serve(l) })
 	return nil
+}
+
+// health is the gateway's word on how it is.
+func (g *Gateway) health() string {
+	if g.Draining() {
+		return "draining"
+	}
+	return "ok"
 }
 
 func (m *metrics) register(r *prometheus.Registry, g *Gateway) {

@@ -55,6 +55,8 @@ type Options struct {
 	Resolvers []netip.AddrPort
 	// Metrics is the TCP address of the health and metrics page; empty serves none.
 	Metrics string
+	// Drain is how long sessions are given to move to another gateway or to finish before the gateway stops; 0 stops at once.
+	Drain time.Duration
 	// Program names this program's version to the coordinator.
 	Program string
 	Limits  Limits

@@ -13,7 +13,7 @@ import (
 const maxAnswers = 8 << 20
 
 // outbox holds what the coordinator is yet to hear. Everything in it is bounded: answers by [maxAnswers], the rest by what
-// causes it: one end and one renewal for each session, one set of candidates. What whole state will tell on the next hello
+// causes it: one end, one taking over and one renewal for each session, one set of candidates. What whole state will tell on the next hello
 // anyway is not kept while there is no stream; renewals are, because their tokens are nowhere else.
 type outbox struct {
 	mu      sync.Mutex
@@ -22,6 +22,7 @@ type outbox struct {
 	answers []wire.Frame
 	waiting int // their size, in bytes
 	ends    []wire.End
+	taken   []wire.Taken
 	renewed map[string]wire.Renewed
 	found   *wire.Trickle // candidates and mapping; nil when the coordinator knows them
 	leaving bool
@@ -70,7 +71,7 @@ func (o *outbox) shut() {
 
 // clear forgets what belongs to one stream alone. o.mu is held.
 func (o *outbox) clear() {
-	o.answers, o.waiting, o.ends, o.found, o.writing = nil, 0, nil, nil, false
+	o.answers, o.waiting, o.ends, o.taken, o.found, o.writing = nil, 0, nil, nil, nil, false
 }
 
 func (o *outbox) put(change func()) {
@@ -100,6 +101,15 @@ func (o *outbox) end(e wire.End) {
 		delete(o.renewed, e.Session)
 		if o.up {
 			o.ends = append(o.ends, e)
+		}
+	})
+}
+
+// takeOver queues the word that a session is carried here now.
+func (o *outbox) takeOver(t wire.Taken) {
+	o.put(func() {
+		if o.up {
+			o.taken = append(o.taken, t)
 		}
 	})
 }
@@ -165,6 +175,11 @@ func (o *outbox) take() (wire.Frame, bool) {
 		o.found = nil
 		return f, true
 	}
+	if len(o.taken) > 0 { // before an end and a renewal of the same session
+		f := frame(wire.FrameTaken, 0, o.taken[0])
+		o.taken = o.taken[1:]
+		return f, true
+	}
 	if len(o.ends) > 0 {
 		f := frame(wire.FrameEnd, 0, o.ends[0])
 		o.ends = o.ends[1:]
@@ -211,7 +226,7 @@ func (o *outbox) flush(ctx context.Context) {
 }
 
 func (o *outbox) pending() bool {
-	return o.leaving || o.found != nil || len(o.answers)+len(o.ends)+len(o.renewed) > 0
+	return o.leaving || o.found != nil || len(o.answers)+len(o.taken)+len(o.ends)+len(o.renewed) > 0
 }
 
 // frame encodes a message. The bodies are this program's own types, which always encode.

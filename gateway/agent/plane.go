@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -156,7 +157,7 @@ func (p *plane) open(id string, key wire.Key, addrs []netip.Addr, r reach, scope
 	}
 	way := &passage{addrs: addrs}
 	peer, err := p.tunnel.AddPeer(tunnel.PeerOptions{
-		Key: key, Session: id, AllowedIPs: hostPrefixes(addrs), Candidates: r.candidates, Relays: r.relays,
+		Key: key, Session: cmp.Or(r.way, id), AllowedIPs: hostPrefixes(addrs), Candidates: r.candidates, Relays: r.relays,
 		OnMTU: func(mtu int) { p.narrow.set(way, mtu) },
 	})
 	if err != nil {

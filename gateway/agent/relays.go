@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/culvertnet/culvert/internal/nat"
+	"github.com/culvertnet/culvert/internal/relay"
 	"github.com/culvertnet/culvert/internal/tunnel"
 	"github.com/culvertnet/culvert/internal/wire"
 )
@@ -33,6 +34,7 @@ type relays struct {
 	insecure bool // plain HTTP is taken beyond loopback
 	lookup   func(ctx context.Context, server string) []netip.AddrPort
 	set      func([]tunnel.Relay)
+	keep     func(ticket wire.Secret, life time.Duration) error
 	status   func() []tunnel.RelayStatus
 	log      *slog.Logger
 
@@ -89,6 +91,18 @@ func (r *relays) soundURL(text string) bool {
 		return false
 	}
 	return u.Scheme == "https" || u.Scheme == "http" && (r.insecure || loopbackHost(u.Hostname()))
+}
+
+// stand takes the ticket with which WebSockets to relays are kept ready.
+func (r *relays) stand(s wire.Standing) {
+	life := time.Duration(s.Life)
+	if life <= 0 || life > relay.StandingLife {
+		r.log.Warn("the coordinator gives a ticket for relays that lasts for no time, or for too long", "life", life)
+		return
+	}
+	if err := r.keep(s.Ticket, life); err != nil {
+		r.log.Warn("the coordinator gives a ticket for relays that is none", "err", err)
+	}
 }
 
 // refresh looks the names up of relays that are new or do not answer, and tells the tunnel what has changed.

@@ -308,3 +308,25 @@ func TestServesThroughARelay(t *testing.T) {
 		})
 	}
 }
+
+// TestHostileStandingTickets: what lasts for no time or too long is not shown to any relay, and what is no ticket only logged.
+func TestHostileStandingTickets(t *testing.T) {
+	r, _, _ := testRelays()
+	var kept []time.Duration
+	r.keep = func(ticket wire.Secret, life time.Duration) error {
+		if ticket != "good" {
+			return errors.New("no ticket")
+		}
+		kept = append(kept, life)
+		return nil
+	}
+	for _, s := range []wire.Standing{
+		{Ticket: "good"}, {Ticket: "good", Life: -1}, {Ticket: "good", Life: wire.Duration(relay.StandingLife + 1)},
+		{Ticket: "bad", Life: wire.Duration(time.Minute)}, {Ticket: "good", Life: wire.Duration(time.Minute)},
+	} {
+		r.stand(s)
+	}
+	if !slices.Equal(kept, []time.Duration{time.Minute}) {
+		t.Errorf("kept %v", kept)
+	}
+}

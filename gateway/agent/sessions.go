@@ -20,6 +20,11 @@ type carrier interface {
 	SetScope(*policy.Scope)
 	Counts() wire.FlowCounts
 	Reach(forward.Target) wire.ReachResult
+	// Connections counts open TCP connections; HoldIfQuiet keeps new flows from beginning for a while where there are none.
+	Connections() int
+	HoldIfQuiet(time.Duration) (connections int)
+	// Leave tells the client that the gateway is about to stop.
+	Leave()
 	// Close resets the session's flows and forgets its peer: nothing of it is accepted afterwards.
 	Close()
 }
@@ -52,7 +57,9 @@ type session struct {
 	policy  *policy.Policy // the gateway's own, by which scope was made
 
 	// guarded by table.mu
+	standby bool // another gateway carries it
 	opened  bool // was live once
+	unsaid  bool // its end is nobody's business: it begins anew
 	gone    bool
 	expires time.Time
 	ends    time.Time
@@ -77,6 +84,7 @@ type table struct {
 	byAddr  map[netip.Addr]*session
 	arrival map[string]*arrival // offers that are being verified
 	closed  bool
+	leaving bool           // takes no more, keeps what it has
 	wg      sync.WaitGroup // deadlines being acted upon
 }
 
@@ -118,6 +126,9 @@ func (t *table) reserve(s *session) error {
 	defer t.mu.Unlock()
 	if t.closed {
 		return problem.New(problem.NoGateway, "the gateway is stopping", "join again; another gateway or its successor will answer")
+	}
+	if t.leaving {
+		return problem.New(problem.NoGateway, "the gateway is about to stop", "join again; another gateway or its successor will answer")
 	}
 	if a := t.arrival[s.id]; a != nil && a.over {
 		return errOver
@@ -217,7 +228,7 @@ func (t *table) end(s *session, reason string) {
 		return
 	}
 	s.gone = true
-	opened := s.opened
+	opened, unsaid := s.opened, s.unsaid
 	if s.timer != nil {
 		s.timer.Stop()
 	}
@@ -242,7 +253,7 @@ func (t *table) end(s *session, reason string) {
 		}
 	}
 	t.mu.Unlock()
-	if opened {
+	if opened && !unsaid {
 		t.ended(s, reason)
 	}
 }
@@ -323,7 +334,49 @@ func (t *table) held() []wire.Held {
 	out := make([]wire.Held, 0, len(t.byID))
 	for _, s := range t.byID {
 		if s.live() {
-			out = append(out, wire.Held{Session: s.id, Key: s.key, Addresses: s.addrs, Rules: s.rules, Expires: s.expires, Ends: s.ends})
+			out = append(out, wire.Held{Session: s.id, Key: s.key, Addresses: s.addrs, Rules: s.rules, Expires: s.expires, Ends: s.ends, Standby: s.standby})
+		}
+	}
+	return out
+}
+
+// take makes a session that stood by one that is carried here; false where it was already.
+func (t *table) take(s *session) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	was := s.standby
+	s.standby = false
+	return was
+}
+
+// displace ends a session that stands by, because it is offered anew.
+func (t *table) displace(id string) {
+	t.mu.Lock()
+	s := t.byID[id]
+	if s == nil || !s.standby {
+		t.mu.Unlock()
+		return
+	}
+	s.unsaid = true
+	t.mu.Unlock()
+	t.end(s, "offered anew")
+}
+
+// drain takes no more sessions.
+func (t *table) drain() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.leaving = true
+}
+
+// carried lists the live sessions that do not only stand by.
+func (t *table) carried() []*session {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	var out []*session
+	for _, s := range t.byID {
+		if s.live() && !s.standby {
+			out = append(out, s)
 		}
 	}
 	return out

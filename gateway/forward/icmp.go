@@ -52,6 +52,9 @@ func (f *Forwarder) handleEcho(id stack.TransportEndpointID, pkt *stack.PacketBu
 	}
 	key := flowKey{policy.ICMP, netip.AddrPortFrom(src.Addr(), ident), netip.AddrPortFrom(dst.Addr(), 0)}
 	fl, why, known := s.admit(key, f.limits.UDPIdle)
+	if fl == nil && why.Reason == reasonHeld {
+		return true
+	}
 	if fl == nil {
 		s.deny(key, why)
 		if dst.Addr().IsGlobalUnicast() || dst.Addr().IsLoopback() {

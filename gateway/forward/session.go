@@ -60,6 +60,8 @@ type Session struct {
 	served int               // of those, connections to the gateway itself
 	book   *names.Book       // nil until the first name
 	ended  bool
+	// heldUntil is until when no flow begins, see [Session.HoldIfQuiet].
+	heldUntil time.Time
 }
 
 // counters are what a session's flows have done.
@@ -130,6 +132,9 @@ func (s *Session) enter(key flowKey, idle time.Duration, judge func(flowKey) jud
 		return fl, judgement{}, true
 	}
 	j := judge(key)
+	if s.waits(j.served) {
+		return nil, judgement{Verdict: policy.Verdict{Reason: reasonHeld}}, false
+	}
 	if j.Allowed {
 		if reason := s.limit(j.served); reason != "" {
 			j.Allowed, j.Reason, j.limit = false, reason, true

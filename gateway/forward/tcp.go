@@ -48,6 +48,9 @@ func (f *Forwarder) handleTCP(id stack.TransportEndpointID, pkt *stack.PacketBuf
 		if known {
 			return true
 		}
+		if why.Reason == reasonHeld {
+			return true // the job's next SYN goes to the other gateway
+		}
 		s.deny(key, why)
 		return why.Reason == reasonRate // the job's next SYN finds out
 	}

@@ -33,6 +33,9 @@ func (f *Forwarder) handleUDP(id stack.TransportEndpointID, pkt *stack.PacketBuf
 	if known {
 		return true // between two goroutines of WireGuard: the flow's endpoint is just being made
 	}
+	if fl == nil && why.Reason == reasonHeld {
+		return true
+	}
 	if fl == nil {
 		s.deny(key, why)
 		if dst.Addr().IsGlobalUnicast() || dst.Addr().IsLoopback() {

@@ -27,7 +27,7 @@ type rule struct {
 }
 
 // assemblies put whole programs together for tests and the demo; no program imports them.
-var assemblies = []string{"internal/e2e/...", "internal/demo/...", "internal/lab/...", "internal/stage/..."}
+var assemblies = []string{"internal/e2e/...", "internal/demo/...", "internal/lab/...", "internal/stage/...", "internal/snippets"}
 
 var rules = []rule{
 	{
@@ -85,6 +85,10 @@ var rules = []rule{
 	{
 		from: []string{"coordinator/audit"}, never: []string{"coordinator/session", "coordinator/api", "coordinator/server"},
 		why: "whoever decides writes records; the log knows nothing of how decisions come about",
+	},
+	{
+		from: []string{"coordinator/load"}, never: []string{"coordinator/session", "coordinator/api", "coordinator/state", "coordinator/server"},
+		why: "what measures a coordinator knows of it what a gateway and a job know: the wire",
 	},
 	{
 		from: []string{"internal/policy"}, direct: true, never: []string{"std:net", "std:net/http", "std:os", "std:context", "internal/claims"},
@@ -326,6 +330,7 @@ func TestViolationsAreFound(t *testing.T) {
 		{"gateway/agent", "internal/claims/claimstest", "gateway/agent → internal/claims/claimstest: an issuer"},
 		{"gateway/agent", "internal/egress/egresstest", "gateway/agent → internal/egress/egresstest: a proxy"},
 		{"coordinator/audit", "coordinator/session", "coordinator/audit → coordinator/session: whoever decides"},
+		{"coordinator/load", "coordinator/api", "coordinator/load → coordinator/api: what measures"},
 		{"internal/policy", "net/http", "internal/policy → net/http: policy is pure"},
 		{"internal/claims", "internal/policy", "internal/claims → internal/policy: verifying"},
 		{"internal/policy", "github.com/invopop/jsonschema", "internal/policy → github.com/invopop/jsonschema: schemas"},

@@ -7,15 +7,16 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
-// Snapshot lists what a host's kernel holds: interfaces, addresses, routes of every table, rules and open sockets, one
-// a line, sorted. Two snapshots that are equal say that what ran in between left nothing behind.
+// Snapshot lists what a host's kernel holds: interfaces, addresses, routes of every table, rules, tables of nftables and open
+// sockets, one a line, sorted. Two snapshots that are equal say that what ran in between left nothing behind.
 func (h *Host) Snapshot() ([]string, error) {
 	var lines []string
-	for _, part := range []func() ([]string, error){h.interfaces, h.routes, h.sockets} {
+	for _, part := range []func() ([]string, error){h.interfaces, h.routes, h.tables, h.sockets} {
 		more, err := part()
 		if err != nil {
 			return nil, fmt.Errorf("take a snapshot of host %s: %w", h.name, err)
@@ -64,6 +65,34 @@ func (h *Host) routes() ([]string, error) {
 		lines = append(lines, "rule "+r.String())
 	}
 	return lines, nil
+}
+
+func (h *Host) tables() (lines []string, err error) {
+	err = h.ns.do(func() error {
+		conn, err := nftables.New()
+		if err != nil {
+			return fmt.Errorf("open nftables: %w", err)
+		}
+		tables, err := conn.ListTables()
+		for _, t := range tables {
+			lines = append(lines, fmt.Sprintf("table %d %s", t.Family, t.Name))
+		}
+		return err
+	})
+	return lines, err
+}
+
+// Processes lists the command lines of the programs that run on the host, sorted.
+func (h *Host) Processes() []string {
+	var lines []string
+	for _, pid := range inside(map[uint64]bool{h.ns.inode: true}) {
+		line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+		if err == nil && len(line) > 0 { // what has ended has none
+			lines = append(lines, strings.TrimSpace(strings.ReplaceAll(string(line), "\x00", " ")))
+		}
+	}
+	slices.Sort(lines)
+	return lines
 }
 
 // sockets lists the local ends of the host's sockets, without those that TCP is closing: no process holds them.

@@ -22,6 +22,8 @@ type Check struct {
 	MTU uint16
 	// Call asks the other side to check its candidates again, once and quickly: the sender is about to.
 	Call bool
+	// Leave tells the other side that the sender is about to go away.
+	Leave bool
 	// Behind says what the sender is behind, where it wants to try the birthday method; else zero.
 	Behind Behind
 }
@@ -32,6 +34,7 @@ type Asked struct {
 	Seq      uint64
 	MTU      uint16
 	Call     bool
+	Leave    bool
 	Behind   Behind
 	Size     int // of the whole check, where it is padded; 0 for a plain one
 }
@@ -63,8 +66,9 @@ func AppendCheck(dst []byte, c Check, key []byte, size int) ([]byte, error) {
 
 // pathSize is the length of PATH: sequence number, MTU, flags.
 const (
-	pathSize = 8 + 2 + 2
-	pathCall = 1 // the flag that is [Check.Call]
+	pathSize  = 8 + 2 + 2
+	pathCall  = 1 // the flag that is [Check.Call]
+	pathLeave = 2 // and [Check.Leave]
 )
 
 // appendPath appends what a check says about the session's paths.
@@ -73,7 +77,10 @@ func appendPath(dst []byte, c Check) []byte {
 	binary.BigEndian.PutUint64(v[:], c.Seq)
 	binary.BigEndian.PutUint16(v[8:], c.MTU)
 	if c.Call {
-		v[11] = pathCall
+		v[11] |= pathCall
+	}
+	if c.Leave {
+		v[11] |= pathLeave
 	}
 	return AppendAttr(dst, attrPath, v[:])
 }
@@ -144,6 +151,7 @@ func PeekAsked(b []byte) (asked Asked) {
 			asked.Seq = binary.BigEndian.Uint64(a.Value)
 			asked.MTU = binary.BigEndian.Uint16(a.Value[8:])
 			asked.Call = a.Value[11]&pathCall != 0
+			asked.Leave = a.Value[11]&pathLeave != 0
 		case a.Type == attrBehind:
 			asked.Behind = readBehind(a.Value)
 		}

@@ -9,31 +9,35 @@ import (
 	"time"
 
 	"github.com/culvertnet/culvert/internal/nat"
+	"github.com/culvertnet/culvert/internal/wire"
 )
 
 // link is the server's end of a WebSocket. It may be bound for many sessions, which share its outbox.
 //
 //	accepted ──► hello ──► unbound ⇄ bound ──► closed: bindings untied, writer waited for
-//	                          └── 10 s ──────────────┘
+//	                          └── 10 s, or after its standing ticket 10 s ──┘
 type link struct {
 	server *Server
 	source netip.Addr
 	nonce  Nonce // good for this connection
 	out    *outbox
-	port   *port // whose socket it sends through towards UDP; nil where there is none
+	port   *port    // whose socket it sends through towards UDP; nil where there is none
+	holder wire.Key // of the standing ticket that it has shown; guarded by the server's lock
 
-	mu     sync.Mutex
-	bound  map[*binding]struct{}
-	socket *socket
-	lonely *time.Timer // ends an unbound link
-	closed bool
+	mu          sync.Mutex
+	bound       map[*binding]struct{}
+	standsUntil time.Time // it may stay unbound until then
+	counted     bool      // by the server, as one that is of no use to anybody
+	socket      *socket
+	lonely      *time.Timer // ends an unbound link
+	closed      bool
 }
 
 // messages are buffers that hold one message. A link has one only while it handles one.
 var messages = sync.Pool{New: func() any { return new([]byte) }}
 
 func newLink(s *Server, source netip.Addr) *link {
-	l := &link{server: s, source: source, bound: map[*binding]struct{}{}, out: newOutbox(s.opts.FlowQueue, s.opts.Queue)}
+	l := &link{server: s, source: source, counted: true, bound: map[*binding]struct{}{}, out: newOutbox(s.opts.FlowQueue, s.opts.Queue)}
 	_, _ = rand.Read(l.nonce[:])
 	if len(s.ports) > 0 {
 		l.port = s.ports[int(l.nonce[0])%len(s.ports)]
@@ -76,10 +80,10 @@ func (l *link) open(s *socket) bool {
 	return true
 }
 
-// expel ends the link unless it has been bound meanwhile.
+// expel ends the link unless it has been bound meanwhile, or may stay all the same.
 func (l *link) expel() {
 	l.mu.Lock()
-	lonely := len(l.bound) == 0
+	lonely := len(l.bound) == 0 && !l.stands()
 	l.mu.Unlock()
 	if lonely {
 		l.end(closePolicy, "nothing was bound")
@@ -105,9 +109,11 @@ func (l *link) leave() {
 	if l.lonely != nil {
 		l.lonely.Stop()
 	}
+	counted := l.counted
+	l.counted = false
 	l.mu.Unlock()
 	l.out.close()
-	if len(bound) == 0 {
+	if counted {
 		l.server.countUnbound(l.source, -1)
 	}
 	for b := range bound {
@@ -125,7 +131,7 @@ func (l *link) remember(b *binding) bool {
 	l.bound[b] = struct{}{}
 	if len(l.bound) == 1 {
 		l.lonely.Stop()
-		l.server.countUnbound(l.source, -1)
+		l.recount()
 	}
 	return true
 }
@@ -139,9 +145,21 @@ func (l *link) forget(b *binding) {
 	}
 	delete(l.bound, b)
 	if len(l.bound) == 0 {
-		l.lonely.Reset(BindTimeout)
-		l.server.countUnbound(l.source, +1)
+		l.lonely.Reset(max(time.Until(l.standsUntil), 0) + BindTimeout)
+		l.recount()
 	}
+}
+
+// recount tells the server whether the link is of use to anybody. l.mu is held.
+func (l *link) recount() {
+	idle := len(l.bound) == 0 && !l.stands()
+	switch {
+	case idle && !l.counted:
+		l.server.countUnbound(l.source, +1)
+	case !idle && l.counted:
+		l.server.countUnbound(l.source, -1)
+	}
+	l.counted = idle
 }
 
 // read reads until the link ends.
@@ -202,6 +220,12 @@ func (l *link) message(msg []byte) error {
 // control answers one STUN message.
 func (l *link) control(msg []byte, way *lane) {
 	var buf [maxAnswer]byte
+	if answer, ok := l.server.stand(buf[:0], msg, l, way.now); ok {
+		if len(answer) > 0 {
+			l.out.putControl(answer)
+		}
+		return
+	}
 	if answer := l.server.answer(buf[:0], msg, origin{link: l}, way.now, way.counts); len(answer) > 0 {
 		l.out.putControl(answer)
 	}

@@ -125,8 +125,10 @@ type Server struct {
 	running sync.WaitGroup
 	mu      sync.Mutex // guards what follows
 	links   map[*link]struct{}
-	unbound map[netip.Addr]int // WebSockets without a binding, by source
-	closed  bool
+	unbound map[netip.Addr]int // WebSockets without a binding, by source; not those that stand
+	// standing are WebSockets that may stay without one, by the key of their standing ticket, the oldest first.
+	standing map[wire.Key][]*link
+	closed   bool
 }
 
 // New opens the sockets and serves until Close. WebSockets come in through [Server.ServeHTTP].
@@ -137,6 +139,7 @@ func New(ctx context.Context, opts Options) (_ *Server, err error) {
 	s := &Server{
 		opts: opts, log: opts.Logger, nonces: newNonces(), guard: newGuard(),
 		table: table{limit: opts.Sessions}, links: map[*link]struct{}{}, unbound: map[netip.Addr]int{},
+		standing: map[wire.Key][]*link{},
 	}
 	if s.private, err = wire.NewPrivateKey(); err != nil {
 		return nil, err
@@ -311,6 +314,7 @@ func (s *Server) drop(l *link) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.links, l)
+	s.noLongerStanding(l)
 }
 
 // Close ends everything and waits. Sides on WebSockets are told. Only the first call does anything.

@@ -90,8 +90,11 @@ func (r Result) Problem() *problem.Error {
 // Setenv adds to the environment of programs started from now on.
 func (j *Job) Setenv(name, value string) { j.env = append(j.env, name+"="+value) }
 
-// Environ is the environment of programs started from now on.
+// Environ is the environment of its programs.
 func (j *Job) Environ() []string { return slices.Clone(j.env) }
+
+// Home is a folder of the job's own, where its programs start.
+func (j *Job) Home() string { return j.home }
 
 // Host is where the job runs.
 func (j *Job) Host() *lab.Host { return j.host }

@@ -88,6 +88,13 @@ func (s *Stage) startIssuer() error {
 	return s.Serve(s.IssuerHost, port, conf, issuer)
 }
 
+// CAFile is the stage's authority as a PEM file, for programs that do not take SSL_CERT_FILE.
+func (s *Stage) CAFile() string { return s.ca.caFile() }
+
+// ReleaseHost is where the action gets releases of the client from. The stage's certificate is good for it, so that a test can
+// serve them.
+const ReleaseHost = "github.com"
+
 // Authority is a TLS configuration with the stage's certificate for its hosts on the internet.
 func (s *Stage) Authority() *tls.Config { return s.ca.serverConfig() }
 
@@ -122,6 +129,11 @@ func (s *Stage) Serve(h *lab.Host, port uint16, conf *tls.Config, handler http.H
 const Greeting = "hello from the private service\n"
 
 func (s *Stage) startService() error {
+	if len(s.opts.Names) > 0 {
+		if err := s.serveNames(); err != nil {
+			return err
+		}
+	}
 	handler := s.opts.Service
 	if handler == nil {
 		handler = http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, Greeting) })
@@ -164,7 +176,7 @@ func newAuthority(dir string, servers ...netip.Addr) (*authority, error) {
 	leaf := &x509.Certificate{
 		SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: "test server"},
 		NotBefore: root.NotBefore, NotAfter: root.NotAfter, KeyUsage: x509.KeyUsageDigitalSignature,
-		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}, DNSNames: []string{ReleaseHost},
 	}
 	for _, addr := range servers {
 		leaf.IPAddresses = append(leaf.IPAddresses, addr.AsSlice())

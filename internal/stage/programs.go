@@ -240,6 +240,9 @@ func (s *Stage) LaunchGateway() error {
 	if s.opts.Flat { // the router there is this machine's own
 		args = append(args, "--port-mapping", "off")
 	}
+	if len(s.opts.Names) > 0 {
+		args = append(args, "--resolver", s.resolver())
+	}
 	if s.opts.Policy != nil {
 		args = append(args, "--policy", s.file("policy.yaml"))
 	} else {

@@ -68,6 +68,8 @@ type Options struct {
 	Coordinator string
 	// Service handles the service's HTTP ports.
 	Service http.Handler
+	// Names are what the private network's DNS knows, and the gateway asks. All lead to the service's host.
+	Names []string
 }
 
 // Stage is a running Culvert.

@@ -69,7 +69,7 @@ func (p *Peer) messages(now time.Time) []outgoing {
 		p.seq++
 		c := nat.Check{
 			ID: p.newID(), Username: p.name, Nominate: p.opts.Initiate && o.path == p.engine.chosen,
-			Seq: p.seq, Call: o.call, Behind: o.behind,
+			Seq: p.seq, Call: o.call, Leave: p.engine.leaving, Behind: o.behind,
 		}
 		if p.opts.Initiate {
 			c.MTU = uint16(p.engine.settle())
@@ -198,6 +198,9 @@ func (p *Peer) requested(from *route, id nat.TxID, asked nat.Asked) {
 			s.hit.Store(true)
 		}
 		answer = true
+		if asked.Leave && p.opts.Initiate && !p.left {
+			p.left, p.leaving = true, true
+		}
 		p.tunnel.bind.table.put(known)
 		p.engine.requested(known, asked, now)
 		p.heed(asked.Behind, now)
@@ -225,6 +228,7 @@ func (p *Peer) answered(from *route, id nat.TxID) (validated *path) {
 			return
 		}
 		p.tunnel.bind.table.put(path)
+		p.alive.Store(now.UnixNano())
 		validated = path
 		if path == p.engine.chosen {
 			p.current.Store(path.route)

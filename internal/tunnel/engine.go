@@ -69,10 +69,13 @@ type engine struct {
 	// Following.
 	nominee   *path  // the leader's last word
 	nominated uint64 // its number
+	leaving   bool   // our checks say so, see [Peer.Leave]
 
 	history  []Change
 	onChange func(p *path) // traffic moves to p; nil where no path is left
 	onDrop   func(p *path) // nothing is taken from p any more
+	// succeeded reports whether another peer, which would take this one's place, has answered since. It asks it; see [Peer.SetSuccessor].
+	succeeded func(since time.Time) bool
 }
 
 // order is one check to be sent.
@@ -171,6 +174,8 @@ func (e *engine) check(p *path, now time.Time) order {
 // after gives the time of the check that follows the one sent now.
 func (e *engine) after(p *path, now time.Time) time.Time {
 	switch {
+	case p.valid && !e.lead && e.leaving && p.tries < leaveTries:
+		return now.Add(staleRetry)
 	case p.valid && !e.lead:
 		return time.Time{} // the leader keeps it alive
 	case p.valid:
@@ -196,6 +201,7 @@ func (e *engine) rest(p *path, now time.Time) time.Duration {
 
 // warm has the other validated paths checked, as soon as the chosen one fails to answer: traffic moves only to a path that is known to be alive.
 func (e *engine) warm(c *path, now time.Time) {
+	e.succeeded(c.suspected)
 	for _, p := range e.paths {
 		if p != c && p.valid && p.tries == 0 && !p.answered.After(c.suspected) {
 			p.next = now
@@ -225,7 +231,7 @@ func (e *engine) overdue(p *path, now time.Time) {
 		}
 		others = true // it is being checked
 	}
-	if !others && silent >= soleLimit {
+	if !others && silent >= soleLimit || silent >= successorLimit && e.succeeded(p.suspected) {
 		e.invalidate(p, now)
 	}
 }

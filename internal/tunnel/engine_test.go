@@ -27,7 +27,7 @@ type drive struct {
 
 func newDrive(lead bool) *drive {
 	d := &drive{now: time.Unix(1_000_000, 0), sent: map[*path][]nat.TxID{}}
-	d.engine = &engine{lead: lead, most: DefaultMTU}
+	d.engine = &engine{lead: lead, most: DefaultMTU, succeeded: func(time.Time) bool { return false }}
 	d.onChange = func(p *path) { d.carried = append(d.carried, p) }
 	d.onDrop = func(p *path) { d.dropped = append(d.dropped, p) }
 	return d

@@ -31,6 +31,8 @@ type PeerOptions struct {
 	// OnMTU is called like OnPath when the largest packet that fits inside the tunnel is found to be another than it was; at first
 	// that is [DefaultMTU]. Both sides agree on it. Larger packets get lost: the TUN device has to be told.
 	OnMTU func(mtu int)
+	// OnLeave is called like OnPath, once, when the other side has said that it is about to go away.
+	OnLeave func()
 }
 
 // Status is a peer's state at one moment.
@@ -57,6 +59,8 @@ type Peer struct {
 	hint      atomic.Pointer[route] // where the peer has been heard, before any path is validated
 	rx, tx    atomic.Uint64
 	mtu       atomic.Int32 // what OnMTU was last told
+	alive     atomic.Int64 // when it last answered a check, Unix nanoseconds
+	successor atomic.Pointer[Peer]
 	handshake handshake
 
 	mu        sync.Mutex // guards what follows, and the engine's paths
@@ -71,6 +75,8 @@ type Peer struct {
 	notifying bool
 	latest    *Path // to be told to OnPath
 	latestMTU int   // to be told to OnMTU; 0 for nothing
+	left      bool  // the other side has said that it leaves
+	leaving   bool  // to be told to OnLeave
 	punch     punch
 
 	timers sync.WaitGroup
@@ -177,30 +183,36 @@ func (p *Peer) WaitHandshake(ctx context.Context) error {
 	}
 }
 
-// tell hands the latest path and MTU to OnPath and OnMTU, from a goroutine of its own. p.mu is held.
+// tell hands what is new to OnPath, OnMTU and OnLeave, from a goroutine of its own. p.mu is held.
 func (p *Peer) tell() {
-	if p.notifying || p.latest == nil && p.latestMTU == 0 {
+	if p.notifying || p.latest == nil && p.latestMTU == 0 && !p.leaving {
 		return
 	}
 	p.notifying = true
 	p.tunnel.tasks.Go(func() {
-		for {
-			p.mu.Lock()
-			path, mtu := p.latest, p.latestMTU
-			p.latest, p.latestMTU = nil, 0
-			p.notifying = path != nil || mtu != 0
-			p.mu.Unlock()
-			if path == nil && mtu == 0 {
-				return
-			}
-			if mtu != 0 && p.opts.OnMTU != nil {
-				p.opts.OnMTU(mtu)
-			}
-			if path != nil && p.opts.OnPath != nil {
-				p.opts.OnPath(*path)
-			}
+		for p.tellOnce() {
 		}
 	})
+}
+
+// tellOnce hands on what is new at this moment; false where nothing was.
+func (p *Peer) tellOnce() bool {
+	p.mu.Lock()
+	path, mtu, leaving := p.latest, p.latestMTU, p.leaving
+	p.latest, p.latestMTU, p.leaving = nil, 0, false
+	p.notifying = path != nil || mtu != 0 || leaving
+	more := p.notifying
+	p.mu.Unlock()
+	if mtu != 0 && p.opts.OnMTU != nil {
+		p.opts.OnMTU(mtu)
+	}
+	if path != nil && p.opts.OnPath != nil {
+		p.opts.OnPath(*path)
+	}
+	if leaving && p.opts.OnLeave != nil {
+		p.opts.OnLeave()
+	}
+	return more
 }
 
 // close ends the peer's paths and waits for its timer.

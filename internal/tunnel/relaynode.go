@@ -22,6 +22,7 @@ const (
 	unusedFor   = 30 * time.Second       // a WebSocket that is not needed is closed after this
 	redialFirst = 250 * time.Millisecond // doubled with every failure …
 	redialMost  = 30 * time.Second       // … up to this
+	usefulFor   = 30 * time.Second       // a WebSocket that lasted so long was no failure
 	dialLimit   = 15 * time.Second
 )
 
@@ -50,11 +51,14 @@ type node struct {
 	reaches []reach
 	used    int // the index of the address in use; -1 while none has answered
 	state   udpState
+	unsure  bool      // the local network has changed since the last answer
 	tries   int       // questions since the last answer
 	next    time.Time // when the next one is due; zero means never
 	traffic int       // peers whose chosen path leads through here
 
 	stream  *stream
+	stands  nat.TxID // of the STAND in flight, or of the last one that was taken
+	stood   bool     // the relay has taken it
 	dialing bool
 	dialed  time.Duration // how long the last dialling took, the relay's first word included
 	lonely  map[*leg]struct{}
@@ -165,7 +169,7 @@ func (n *node) answered(from netip.AddrPort, id nat.TxID, mapped netip.AddrPort,
 		what.rebind = what.rebind || n.used >= 0
 		n.used = i
 	}
-	n.state, n.tries, n.next = udpUp, 0, time.Time{}
+	n.state, n.tries, n.next, n.unsure = udpUp, 0, time.Time{}, false
 	n.version.Add(1)
 	return what, true
 }
@@ -194,14 +198,15 @@ func (n *node) rearm(now time.Time, keep bool) {
 	}
 }
 
-// needs reports whether a WebSocket is needed. A gateway needs one while UDP does not answer; a client while no path over UDP carries
-// its traffic, and at first, so that blocked UDP costs no time.
-func (n *node) needs(keep bool, early bool) bool {
+// needs reports whether a WebSocket is needed. A gateway needs one while UDP does not answer: for its sessions, or, as long as it
+// may stand, for those to come, and then it does not wait to see whether UDP answers. A client needs one while no path over UDP
+// carries its traffic, and at first, so that blocked UDP costs no time.
+func (n *node) needs(keep, early, stands bool) bool {
 	switch {
 	case n.URL == "":
 		return false
 	case keep:
-		return n.state == udpDown && (n.kept || len(n.legs) > 0)
+		return n.state == udpDown && len(n.legs) > 0 || n.kept && stands && (n.state != udpUp || n.unsure)
 	}
 	return len(n.lonely) > 0 || early && n.kept && n.turn < earlyDials
 }
@@ -226,7 +231,7 @@ func (n *node) view() view {
 
 // status is what is told of the relay.
 func (n *node) status() RelayStatus {
-	s := RelayStatus{Relay: n.Relay, Stream: n.stream != nil, Err: n.err}
+	s := RelayStatus{Relay: n.Relay, Stream: n.stream != nil, Standing: n.stream != nil && n.stood, Err: n.err}
 	if n.used >= 0 && n.state == udpUp {
 		r := &n.reaches[n.used]
 		s.Reachable, s.RTT, s.Mapped, s.Key = true, r.rtt, r.mapped, r.offer.Key

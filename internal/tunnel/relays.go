@@ -38,6 +38,7 @@ type RelayStatus struct {
 	RTT       time.Duration  // over UDP; else how long opening a WebSocket took; 0 where neither has answered
 	Mapped    netip.AddrPort // where the relay sees this tunnel's socket: a reflexive candidate; zero unless reachable
 	Stream    bool           // a WebSocket is open
+	Standing  bool           // and the relay lets it stay before there is a session
 	Key       wire.Key       // the relay's, new at its every start; zero where it has not answered
 	Err       error          // of the last try to open one
 }
@@ -47,7 +48,8 @@ type RelayOptions struct {
 	// Dial opens a WebSocket to a relay's URL, by whatever proxy leads there, see [DialRelay]. nil means UDP only.
 	Dial func(ctx context.Context, url string) (RelayStream, error)
 	// Keep keeps every relay that [Tunnel.SetRelays] names ready for sessions that may come, and a WebSocket to it only
-	// while its UDP port does not answer: the gateway. Without it, relays are asked once and WebSockets dialled at once: the client.
+	// while its UDP port does not answer, with what [Tunnel.SetStanding] was given: the gateway. Without it, relays are asked once
+	// and WebSockets dialled at once: the client.
 	Keep bool
 }
 
@@ -85,6 +87,7 @@ type relays struct {
 	binds  map[nat.TxID]*leg
 	early  time.Time                // until when WebSockets are dialled before they are needed
 	waits  map[string][]chan<- bool // who waits for a relay to answer
+	stands stands
 	timer  *time.Timer
 	closed bool
 }
@@ -216,6 +219,7 @@ func (r *relays) act(do func(now time.Time)) {
 	do(now)
 	var down []*node
 	questions := r.questions(now, &down)
+	r.stands.expire(now)
 	idle := r.streams(now)
 	r.rearm(now)
 	r.mu.Unlock()
@@ -265,6 +269,7 @@ func (r *relays) answers(n *node, up bool) {
 // rearm sets the timer. mu is held.
 func (r *relays) rearm(now time.Time) {
 	var wake time.Time
+	wake = sooner(wake, r.stands.until)
 	for _, n := range r.nodes {
 		wake = sooner(sooner(wake, n.next), n.redial)
 		if n.stream != nil && !n.needed.IsZero() {
@@ -291,6 +296,10 @@ func (r *relays) disarm() {
 
 // take handles a STUN message if it is a relay's answer.
 func (r *relays) take(pkt []byte, from netip.AddrPort) bool {
+	if id, code, ok := relay.ParseStandAnswer(pkt); ok {
+		r.stood(pkt, id, code)
+		return true
+	}
 	if a, ok := relay.ParseAnswer(pkt); ok {
 		r.bound(pkt, a)
 		return true
@@ -395,6 +404,7 @@ func (r *relays) refresh() {
 		for _, n := range r.nodes {
 			if n.kept || len(n.legs) > 0 {
 				n.ask(now)
+				n.unsure = true
 			}
 			n.redial, n.failed = time.Time{}, 0
 		}

@@ -42,6 +42,15 @@ func joinRelayed(t *testing.T, client, gateway *end, candidates []wire.Candidate
 		mine = append(mine, r.grant(t, session, relay.Client, client.PublicKey()))
 		theirs = append(theirs, r.grant(t, session, relay.Gateway, gateway.PublicKey()))
 	}
+	c, g = joinGranted(t, client, gateway, mine, theirs)
+	c.AddCandidates(candidates)
+	return c, g
+}
+
+// joinGranted makes client and gateway peers of each other with these grants.
+func joinGranted(t *testing.T, client, gateway *end, mine, theirs []Grant) (c, g *Peer) {
+	t.Helper()
+	session := client.PublicKey().SessionID()
 	g, err := gateway.AddPeer(PeerOptions{
 		Key: client.PublicKey(), Session: session, AllowedIPs: []netip.Prefix{netip.PrefixFrom(clientIP, 32)}, Relays: theirs,
 	})
@@ -49,8 +58,7 @@ func joinRelayed(t *testing.T, client, gateway *end, candidates []wire.Candidate
 		t.Fatal(err)
 	}
 	c, err = client.AddPeer(PeerOptions{
-		Key: gateway.PublicKey(), Session: session, AllowedIPs: []netip.Prefix{netip.PrefixFrom(gatewayIP, 32)},
-		Candidates: candidates, Relays: mine, Initiate: true,
+		Key: gateway.PublicKey(), Session: session, AllowedIPs: []netip.Prefix{netip.PrefixFrom(gatewayIP, 32)}, Relays: mine, Initiate: true,
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -17,6 +17,8 @@ type stream struct {
 	conn RelayStream
 	quit chan struct{} // closed when it is to be used no more
 	once sync.Once
+
+	opened time.Time
 }
 
 var _ door = (*stream)(nil)
@@ -96,16 +98,16 @@ func (r *relays) streams(now time.Time) (idle []*stream) {
 	if r.opts.Dial == nil {
 		return nil
 	}
-	early := now.Before(r.early)
+	early, stands := now.Before(r.early), now.Before(r.stands.until)
 	for _, n := range r.nodes {
-		switch needed := n.needs(r.opts.Keep, early); {
+		switch needed := n.needs(r.opts.Keep, early, stands); {
 		case needed && n.stream == nil && !n.dialing && !now.Before(n.redial):
 			n.dialing, n.redial, n.needed = true, time.Time{}, time.Time{}
 			r.tasks.Go(func() { r.run(n) })
 		case needed:
 			n.needed = time.Time{}
 		case n.stream == nil:
-			n.redial = time.Time{}
+			n.redial, n.failed = time.Time{}, 0
 		case n.needed.IsZero():
 			n.needed = now
 		case now.Sub(n.needed) >= unusedFor:
@@ -127,11 +129,12 @@ func (r *relays) run(n *node) {
 		r.ended(n, err)
 		return
 	}
-	s := &stream{node: n, conn: conn, quit: make(chan struct{})}
+	s := &stream{node: n, conn: conn, quit: make(chan struct{}), opened: time.Now()}
 	defer s.close()
 	r.act(func(now time.Time) {
-		n.stream, n.dialing, n.dialed, n.err, n.failed = s, false, now.Sub(start), nil, 0
+		n.stream, n.dialing, n.dialed, n.err, n.stood = s, false, now.Sub(start), nil, false
 		n.version.Add(1)
+		r.stand(n)
 	})
 	if r.ctx.Err() != nil {
 		s.close() // close may not have seen it
@@ -150,6 +153,9 @@ func (r *relays) run(n *node) {
 // ended notes that a relay's WebSocket is gone, or could not be had.
 func (r *relays) ended(n *node, err error) {
 	r.act(func(now time.Time) {
+		if n.stream != nil && now.Sub(n.stream.opened) >= usefulFor {
+			n.failed = 0
+		}
 		n.dialing, n.stream, n.err = false, nil, err
 		n.version.Add(1)
 		wait := min(redialFirst<<min(n.failed, 10), redialMost)

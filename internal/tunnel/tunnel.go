@@ -232,7 +232,7 @@ func (t *Tunnel) register(opts PeerOptions) (*Peer, error) {
 	defer t.mu.Unlock()
 	own := t.key.Public()
 	p := &Peer{tunnel: t, opts: opts, name: checkName(opts.Session, own)}
-	p.engine = engine{lead: opts.Initiate, most: DefaultMTU, onChange: p.changed, onDrop: p.dropped}
+	p.engine = engine{lead: opts.Initiate, most: DefaultMTU, onChange: p.changed, onDrop: p.dropped, succeeded: p.succeeded}
 	p.punch = newPunch(opts.Initiate, t.crowd)
 	p.handshake.done = make(chan struct{})
 	p.mtu.Store(DefaultMTU)

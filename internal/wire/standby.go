@@ -12,7 +12,7 @@ const PathStandby = "/standby"
 // A session's word to a gateway inside the tunnel, when it moves from one to the other.
 const (
 	PathTake  = "/v1/take"  // POST, empty: this gateway carries the session from now on; answered with [InsideSession]
-	PathLeave = "/v1/leave" // POST, empty, to a gateway that is draining: answered with [Left] once no flow would be cut, or time is up
+	PathLeave = "/v1/leave" // POST, empty, to a gateway that is draining: answered with [Left] once no connection would be cut, or a while later
 )
 
 // FrameTaken says that a session uses its standby from now on: gateway → coordinator, [Taken].
@@ -39,9 +39,10 @@ type Taken struct {
 	Session string `json:"session"`
 }
 
-// Left lets a session leave a gateway that is draining.
+// Left is a draining gateway's answer to a session that would leave it.
 type Left struct {
-	Open uint64 `json:"open"` // connections that are cut all the same, because their time is up
+	Go   bool   `json:"go"`             // leave now: until then no flow begins here. Otherwise ask again
+	Open uint64 `json:"open,omitempty"` // connections that are open; with Go they are cut, because their time is up
 }
 
 // StandbyID names the paths between a session's client and its standby gateway, in checks and at relays. They are not the

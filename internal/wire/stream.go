@@ -28,6 +28,7 @@ const (
 	FrameRenew      FrameType = "renew"      // coordinator → gateway: [Renewed], a token that came to the coordinator; answered with [Answer]
 	FrameEnd        FrameType = "end"        // either way: [End]
 	FrameCredential FrameType = "credential" // gateway → coordinator: [Credential], before the one that the stream was opened with runs out
+	FrameStanding   FrameType = "standing"   // coordinator → gateway: [Standing], before the one of the welcome runs out
 	FrameLeaving    FrameType = "leaving"    // gateway → coordinator: no new sessions, please
 )
 
@@ -70,7 +71,15 @@ type Welcome struct {
 	Services  netip.Prefix   `json:"services,omitzero"` // IPv4 range of service addresses; the IPv6 overlay mirrors it
 	STUN      []string       `json:"stun"`
 	Relays    []Relay        `json:"relays,omitempty"` // to be kept ready: an offer may name any of them
-	End       []string       `json:"end"`              // sessions of Hello that are over
+	Standing  *Standing      `json:"standing,omitempty"`
+	End       []string       `json:"end"` // sessions of Hello that are over
+}
+
+// Standing lets a gateway keep a WebSocket to each relay ready before a session needs it. It forwards nothing: each session has
+// tickets of its own, see [RelayGrant].
+type Standing struct {
+	Ticket Secret   `json:"ticket"`
+	Life   Duration `json:"life"` // from now on
 }
 
 // Offer asks a gateway to admit a session. The gateway believes none of it: it verifies the token for itself.

@@ -1,0 +1,300 @@
+package load
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/netip"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/coder/websocket"
+
+	"github.com/culvertnet/culvert/internal/problem"
+	"github.com/culvertnet/culvert/internal/wire"
+)
+
+// Times of a gateway's stream.
+const (
+	dialTimeout = 10 * time.Second
+	redial      = 100 * time.Millisecond
+	leaseFor    = 10 * time.Minute
+)
+
+// gateway plays a gateway: it verifies every token that it is offered, as a real one does, and builds no tunnel.
+type gateway struct {
+	p        *player
+	hello    wire.Hello
+	client   *http.Client
+	at       int // of the coordinators, for the first dial
+	verified atomic.Uint64
+	refused  atomic.Uint64
+	up       chan struct{} // closed once the first stream stands
+	upOnce   sync.Once
+
+	mu      sync.Mutex
+	conn    *websocket.Conn // nil while there is none
+	welcome wire.Welcome
+	held    map[string]wire.Held
+	why     error // the last stream's end
+}
+
+// openGateways starts all gateways and waits for their streams.
+func (p *player) openGateways(ctx context.Context) (stop func(), err error) {
+	ctx, cancel := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	stop = func() {
+		cancel()
+		wg.Wait()
+	}
+	transport := &http.Transport{TLSClientConfig: p.opts.TLS.Clone(), TLSNextProto: map[string]func(string, *tls.Conn) http.RoundTripper{}}
+	for n := range p.opts.Gateways {
+		g := newGateway(p, n, transport)
+		p.gateways = append(p.gateways, g)
+		wg.Go(func() { g.run(ctx) })
+	}
+	late := time.After(dialTimeout + 5*time.Second)
+	for _, g := range p.gateways {
+		select {
+		case <-g.up:
+		case <-late:
+			stop()
+			return nil, fmt.Errorf("gateway %s gets no stream: %w", g.hello.Name, g.lastError())
+		case <-ctx.Done():
+			stop()
+			return nil, ctx.Err()
+		}
+	}
+	return stop, nil
+}
+
+func newGateway(p *player, n int, transport *http.Transport) *gateway {
+	h := wire.Hello{
+		Version: wire.Version, Instance: rand.Text(), Name: fmt.Sprintf("load-%03d", n+1), Program: "load",
+		// An address of the documentation's (RFC 5737); nobody sends anything there.
+		Candidates: []wire.Candidate{{Kind: wire.Public, Addr: netip.MustParseAddrPort("192.0.2.1:51820")}},
+	}
+	rand.Read(h.Key[:])
+	return &gateway{p: p, hello: h, client: &http.Client{Transport: transport}, at: n, up: make(chan struct{}), held: map[string]wire.Held{}}
+}
+
+func (g *gateway) lastError() error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.why == nil {
+		return errors.New("no answer")
+	}
+	return g.why
+}
+
+// run keeps a stream until ctx ends, to one coordinator after the other.
+func (g *gateway) run(ctx context.Context) {
+	for n := g.at; ctx.Err() == nil; n++ {
+		err := g.once(ctx, g.p.opts.Coordinators[n%len(g.p.opts.Coordinators)])
+		g.mu.Lock()
+		stood := g.conn != nil
+		g.conn, g.why = nil, err
+		g.mu.Unlock()
+		if ctx.Err() == nil && stood {
+			g.p.log.Warn("a gateway's stream ended", "gateway", g.hello.Name, "err", err)
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(redial):
+		}
+	}
+}
+
+// once dials a stream and serves it to its end.
+func (g *gateway) once(ctx context.Context, base string) error {
+	conn, err := g.dial(ctx, base)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = conn.CloseNow() }()
+	conn.SetReadLimit(wire.MaxState)
+	if err := g.greet(ctx, conn); err != nil {
+		return err
+	}
+	g.upOnce.Do(func() { close(g.up) })
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	for {
+		var f wire.Frame
+		_, data, err := conn.Read(ctx)
+		if err != nil {
+			return err
+		}
+		if err := json.Unmarshal(data, &f); err != nil {
+			return fmt.Errorf("a frame does not parse: %w", err)
+		}
+		wg.Go(func() { g.handle(ctx, conn, f) })
+	}
+}
+
+func (g *gateway) dial(ctx context.Context, base string) (*websocket.Conn, error) {
+	credential := wire.SchemeEnrol + " " + g.p.opts.EnrolSecret.Reveal()
+	if g.p.opts.EnrolSecret == "" {
+		token, err := g.p.issuer.identity()
+		if err != nil {
+			return nil, err
+		}
+		credential = wire.SchemeBearer + " " + token.Reveal()
+	}
+	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
+	defer cancel()
+	conn, resp, err := websocket.Dial(ctx, strings.TrimRight(base, "/")+wire.PathGateway, &websocket.DialOptions{
+		HTTPClient: g.client, HTTPHeader: http.Header{"Authorization": {credential}, wire.HeaderNetwork: {g.p.opts.Network}},
+	})
+	if err != nil && resp != nil && resp.StatusCode >= 400 && resp.Body != nil {
+		return nil, problem.Read(resp)
+	}
+	return conn, err
+}
+
+// greet says what the gateway holds and hears what it no longer does.
+func (g *gateway) greet(ctx context.Context, conn *websocket.Conn) error {
+	h := g.hello
+	g.mu.Lock()
+	for _, held := range g.held {
+		h.Sessions = append(h.Sessions, held)
+	}
+	g.mu.Unlock()
+	if err := send(ctx, conn, wire.FrameHello, 0, h); err != nil {
+		return err
+	}
+	_, data, err := conn.Read(ctx)
+	if err != nil {
+		return err
+	}
+	var f wire.Frame
+	var w wire.Welcome
+	if json.Unmarshal(data, &f) != nil || f.Type != wire.FrameWelcome || json.Unmarshal(f.Body, &w) != nil {
+		return errors.New("the coordinator does not begin with a welcome")
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.conn, g.welcome = conn, w
+	for _, id := range w.End {
+		delete(g.held, id)
+		g.p.live.lose(id)
+	}
+	return nil
+}
+
+// handle answers one frame.
+func (g *gateway) handle(ctx context.Context, conn *websocket.Conn, f wire.Frame) {
+	switch f.Type {
+	case wire.FrameOffer:
+		var o wire.Offer
+		if json.Unmarshal(f.Body, &o) == nil {
+			_ = send(ctx, conn, wire.FrameAnswer, f.ID, g.admit(ctx, o)) // the stream's reader sees that it broke
+		}
+	case wire.FrameRenew:
+		var r wire.Renewed
+		if json.Unmarshal(f.Body, &r) == nil {
+			_ = send(ctx, conn, wire.FrameAnswer, f.ID, g.renew(ctx, r.Session, r.Token))
+		}
+	case wire.FrameEnd:
+		var e wire.End
+		if json.Unmarshal(f.Body, &e) == nil && g.drop(e.Session) {
+			_ = send(ctx, conn, wire.FrameEnd, 0, wire.End{Session: e.Session, Reason: e.Reason})
+		}
+	}
+}
+
+// admit verifies an offer and takes the session.
+func (g *gateway) admit(ctx context.Context, o wire.Offer) wire.Answer {
+	if o.Session != o.Key.SessionID() {
+		return g.refuse(problem.New(problem.BadRequest, "the offer names a session that is not its key's", "report this"))
+	}
+	if err := g.verify(ctx, o.Key, o.Token); err != nil {
+		return g.refuse(err)
+	}
+	now := time.Now()
+	lease := wire.Lease{Expires: now.Add(time.Duration(o.Lease)), Ends: now.Add(time.Duration(o.MaxSession))}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.held[o.Session] = wire.Held{Session: o.Session, Key: o.Key, Addresses: o.Addresses, Rules: []string{o.Grants[0].Rule}, Expires: lease.Expires, Ends: lease.Ends}
+	return wire.Answer{Lease: &lease, Gateway: &wire.Gateway{
+		Name: g.hello.Name, Key: g.hello.Key, Addresses: g.welcome.Addresses, Candidates: g.hello.Candidates,
+	}}
+}
+
+// renew verifies a fresh token of a session and gives it another lease.
+func (g *gateway) renew(ctx context.Context, id string, token wire.Secret) wire.Answer {
+	g.mu.Lock()
+	h, ok := g.held[id]
+	g.mu.Unlock()
+	if !ok {
+		return g.refuse(problem.New(problem.SessionUnknown, "no such session here", "join again"))
+	}
+	if err := g.verify(ctx, h.Key, token); err != nil {
+		return g.refuse(err)
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	h.Expires = time.Now().Add(leaseFor)
+	g.held[id] = h
+	return wire.Answer{Lease: &wire.Lease{Expires: h.Expires, Ends: h.Ends}}
+}
+
+func (g *gateway) verify(ctx context.Context, key wire.Key, token wire.Secret) error {
+	_, err := g.p.verifier.Verify(ctx, token.Reveal(), wire.Audience(g.p.opts.URL, key))
+	if err == nil {
+		g.verified.Add(1)
+	}
+	return err
+}
+
+func (g *gateway) refuse(err error) wire.Answer {
+	g.refused.Add(1)
+	doc, _ := json.Marshal(problem.From(err)) // strings alone: it always encodes
+	return wire.Answer{Problem: doc}
+}
+
+func (g *gateway) drop(id string) (held bool) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	_, held = g.held[id]
+	delete(g.held, id)
+	return held
+}
+
+// pass renews a session as through the tunnel: the gateway judges the token and tells the coordinator.
+func (g *gateway) pass(ctx context.Context, id string, token wire.Secret) error {
+	a := g.renew(ctx, id, token)
+	if a.Problem != nil {
+		var p problem.Error
+		if err := json.Unmarshal(a.Problem, &p); err != nil {
+			return err
+		}
+		return &p
+	}
+	g.mu.Lock()
+	conn := g.conn
+	g.mu.Unlock()
+	if conn == nil {
+		return nil // the next hello says it
+	}
+	_ = send(ctx, conn, wire.FrameRenewed, 0, wire.Renewed{Session: id, Token: token, Lease: a.Lease}) // as above
+	return nil
+}
+
+func send(ctx context.Context, conn *websocket.Conn, t wire.FrameType, id uint64, body any) error {
+	raw, err := json.Marshal(body)
+	if err != nil {
+		return err
+	}
+	data, err := json.Marshal(wire.Frame{Type: t, ID: id, Body: raw})
+	if err != nil {
+		return err
+	}
+	return conn.Write(ctx, websocket.MessageText, data)
+}

@@ -1,0 +1,325 @@
+// Package check renders the charts with Helm's own engine and holds what comes out against the API's types, the restricted Pod
+// Security Standard, the coordinator's own checks and the table of what Culvert needs from a network. It is a module of its own,
+// so that nothing of Kubernetes gets into the programs' dependencies: make charts.
+package check
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+
+	"helm.sh/helm/v3/pkg/chart/loader"
+	"helm.sh/helm/v3/pkg/chartutil"
+	"helm.sh/helm/v3/pkg/engine"
+	"helm.sh/helm/v3/pkg/lint"
+	"helm.sh/helm/v3/pkg/lint/support"
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+	policyv1 "k8s.io/api/policy/v1"
+	"sigs.k8s.io/yaml"
+
+	"github.com/culvertnet/culvert/internal/requirements"
+)
+
+const gatewayValues = `
+coordinator: https://culvert.example.com
+network: corp
+owners: [9919, 123456789]
+networkPolicy:
+  targets: [{to: [{ipBlock: {cidr: 10.20.0.5/32}}], ports: [{port: 5432}]}]
+`
+
+const coordinatorValues = `
+config:
+  url: https://culvert.example.com
+  networks: {corp: {gateways: [{issuer: "https://oidc.example.com/cluster", subject: "system:serviceaccount:culvert:gateway"}]}}
+  rules:
+    - name: deploy
+      network: corp
+      match: {repository_owner_id: 123456789, repository: acme/shop, ref: refs/heads/main, runner_environment: github-hosted}
+      allow: ["tcp 10.20.0.5:5432"]
+trustedProxies: [10.0.0.0/8]
+`
+
+// scenarios are values that users may have, over the two above.
+var scenarios = []struct{ name, chart, more string }{
+	{"gateway", "culvert-gateway", ""},
+	{"gateway with all", "culvert-gateway", `
+policy: "rules:\n  - {name: own, network: corp, match: {repository_owner_id: 9919}, allow: [\"tcp 10.20.0.5:5432\"]}\n"
+state: {persist: true, storageClassName: fast}
+identity: {enrolSecret: enrol}
+publicAddress: 203.0.113.5:51820
+resolvers: ["10.20.0.2:53"]
+issuers: [https://token.actions.githubusercontent.com]
+priorityClassName: high
+nodeSelector: {disk: ssd}
+podLabels: {team: platform}
+networkPolicy: {direct: false, metricsFrom: [{namespaceSelector: {matchLabels: {name: monitoring}}}]}
+`},
+	{"coordinator", "culvert-coordinator", "ingress: {enabled: true, host: culvert.example.com, className: nginx, tlsSecret: tls}\n"},
+	{"coordinator with UDP", "culvert-coordinator", "udp: {enabled: true}\ntls: {secret: tls}\nservice: {type: LoadBalancer}\n"},
+	{"coordinators on NATS", "culvert-coordinator", "state: {nats: [\"tls://n1:4222\"], natsCredentialsSecret: nats}\nreplicas: 3\n"},
+}
+
+func base(chart string) string {
+	if chart == "culvert-gateway" {
+		return gatewayValues
+	}
+	return coordinatorValues
+}
+
+// render gives the chart's documents for values, and the error of the rendering.
+func render(t *testing.T, chart string, values ...string) ([]string, error) {
+	t.Helper()
+	c, err := loader.Load(filepath.Join("..", chart))
+	if err != nil {
+		t.Fatal(err)
+	}
+	all := chartutil.Values{}
+	for _, text := range values {
+		v, err := chartutil.ReadValues([]byte(text))
+		if err != nil {
+			t.Fatal(err)
+		}
+		all = chartutil.MergeTables(v, all)
+	}
+	caps := chartutil.DefaultCapabilities.Copy()
+	caps.KubeVersion = chartutil.KubeVersion{Version: "v1.30.0", Major: "1", Minor: "30"}
+	vals, err := chartutil.ToRenderValues(c, all, chartutil.ReleaseOptions{Name: "ci", Namespace: "culvert", IsInstall: true}, caps)
+	if err != nil {
+		t.Fatal(err)
+	}
+	files, err := engine.Render(c, vals)
+	var docs []string
+	for name, text := range files {
+		if !strings.HasSuffix(name, ".yaml") {
+			continue
+		}
+		for _, d := range strings.Split("\n"+text, "\n---\n") {
+			if strings.TrimSpace(d) != "" {
+				docs = append(docs, d)
+			}
+		}
+	}
+	return docs, err
+}
+
+// typed decodes a document strictly: a field that the API does not have is an error.
+func typed(doc string) (any, error) {
+	var kind struct{ Kind string }
+	if err := yaml.Unmarshal([]byte(doc), &kind); err != nil {
+		return nil, err
+	}
+	into := map[string]any{
+		"Deployment": &appsv1.Deployment{}, "StatefulSet": &appsv1.StatefulSet{}, "Service": &corev1.Service{}, "ConfigMap": &corev1.ConfigMap{},
+		"ServiceAccount": &corev1.ServiceAccount{}, "PodDisruptionBudget": &policyv1.PodDisruptionBudget{}, "NetworkPolicy": &networkingv1.NetworkPolicy{},
+		"Ingress": &networkingv1.Ingress{},
+	}[kind.Kind]
+	if into == nil {
+		return nil, fmt.Errorf("unexpected kind %q", kind.Kind)
+	}
+	return into, yaml.UnmarshalStrict([]byte(doc), into)
+}
+
+func TestCharts(t *testing.T) {
+	for _, s := range scenarios {
+		t.Run(s.name, func(t *testing.T) {
+			docs, err := render(t, s.chart, base(s.chart), s.more)
+			if err != nil {
+				t.Fatal(err)
+			}
+			workloads := 0
+			for _, d := range docs {
+				object, err := typed(d)
+				if err != nil {
+					t.Fatalf("%v\n%s", err, d)
+				}
+				switch o := object.(type) {
+				case *appsv1.Deployment:
+					workloads++
+					restricted(t, o.Spec.Template)
+				case *appsv1.StatefulSet:
+					workloads++
+					restricted(t, o.Spec.Template)
+				case *corev1.ConfigMap:
+					checked(t, o.Data)
+				}
+			}
+			if workloads != 1 {
+				t.Errorf("%d workloads", workloads)
+			}
+		})
+	}
+}
+
+// restricted holds a pod against the restricted Pod Security Standard, and against what Culvert promises beyond it.
+func restricted(t *testing.T, pod corev1.PodTemplateSpec) {
+	t.Helper()
+	s := pod.Spec
+	if s.HostNetwork || s.HostPID || s.HostIPC || s.AutomountServiceAccountToken == nil || *s.AutomountServiceAccountToken {
+		t.Error("the pod shares something with its host, or is given a token that it does not need")
+	}
+	if sc := s.SecurityContext; sc == nil || !*sc.RunAsNonRoot || *sc.RunAsUser != 65532 || sc.SeccompProfile.Type != corev1.SeccompProfileTypeRuntimeDefault {
+		t.Errorf("the pod's security context is %+v", sc)
+	}
+	for _, c := range s.Containers {
+		sc := c.SecurityContext
+		if *sc.AllowPrivilegeEscalation || !*sc.ReadOnlyRootFilesystem || !slices.Equal(sc.Capabilities.Drop, []corev1.Capability{"ALL"}) || len(sc.Capabilities.Add) > 0 {
+			t.Errorf("%s: %+v", c.Name, sc)
+		}
+		if c.LivenessProbe == nil || c.ReadinessProbe == nil || c.Resources.Limits.Memory().IsZero() {
+			t.Errorf("%s lacks probes or a memory limit", c.Name)
+		}
+	}
+	for _, v := range s.Volumes {
+		if v.HostPath != nil {
+			t.Errorf("volume %s is the host's", v.Name)
+		}
+	}
+}
+
+// checked has the coordinator check the files of a ConfigMap.
+func checked(t *testing.T, data map[string]string) {
+	t.Helper()
+	for name, text := range data {
+		file := filepath.Join(t.TempDir(), name)
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		args := []string{"run", "./coordinator", "check", file}
+		if name == "policy.yaml" {
+			args = append(args, "--gateway-policy")
+		}
+		cmd := exec.Command("go", args...)
+		cmd.Dir = "../../.."
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Errorf("%s: %v\n%s\n%s", name, err, out, text)
+		}
+	}
+}
+
+func TestLint(t *testing.T) {
+	for _, chart := range []string{"culvert-gateway", "culvert-coordinator"} {
+		values, err := chartutil.ReadValues([]byte(base(chart)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		version := chartutil.KubeVersion{Version: "v1.30.0", Major: "1", Minor: "30"}
+		for _, m := range lint.AllWithKubeVersion(filepath.Join("..", chart), values, "culvert", &version).Messages {
+			if m.Severity >= support.WarningSev {
+				t.Errorf("%s: %s", chart, m)
+			}
+		}
+	}
+}
+
+// TestRefusals: values with which nothing could work are refused when they are given, not by a pod that does not start.
+func TestRefusals(t *testing.T) {
+	for _, c := range []struct{ chart, more, says string }{
+		{"culvert-gateway", "coordinator: ''", "coordinator is needed"},
+		{"culvert-gateway", "network: ''", "network is needed"},
+		{"culvert-gateway", "owners: []", "owners or policy is needed"},
+		{"culvert-gateway", "identity: {projected: false}", "identity.projected or identity.enrolSecret"},
+		{"culvert-coordinator", "replicas: 2", "several replicas need state.nats"},
+		{"culvert-coordinator", "trustedProxies: []", "trustedProxies is needed"},
+		{"culvert-coordinator", "ingress: {enabled: true}", "ingress.host is needed"},
+	} {
+		if _, err := render(t, c.chart, base(c.chart), c.more); err == nil || !strings.Contains(err.Error(), c.says) {
+			t.Errorf("%s with %q: %v, want %q", c.chart, c.more, err, c.says)
+		}
+	}
+}
+
+// TestNetworkPolicyIsTheTable: what the gateway's NetworkPolicy lets out is what the table of requirements says, and no more.
+func TestNetworkPolicyIsTheTable(t *testing.T) {
+	docs, err := render(t, "culvert-gateway", gatewayValues)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var policy *networkingv1.NetworkPolicy
+	for _, d := range docs {
+		if o, err := typed(d); err == nil {
+			if p, ok := o.(*networkingv1.NetworkPolicy); ok {
+				policy = p
+			}
+		}
+	}
+	if policy == nil {
+		t.Fatal("no NetworkPolicy")
+	}
+	if len(policy.Spec.Ingress) != 0 {
+		t.Error("something is let in")
+	}
+	used := map[string]bool{}
+	for _, r := range requirements.All() {
+		switch {
+		case r.Party != requirements.Gateway || r.Direction != requirements.Out:
+		case r.ID == "gateway/targets": // networkPolicy.targets, which only the user knows
+		case strings.Contains(r.Carries, "NAT-PMP"): // the chart turns port mapping off
+		default:
+			for _, protocol := range strings.Split(r.Protocol, ", ") {
+				from, to := ports(t, r.Port)
+				if rule := allowed(policy, protocol, from, to); rule == "" {
+					t.Errorf("%s: %s %d to %d is needed and not let out", r.ID, protocol, from, to)
+				} else {
+					used[rule] = true
+				}
+			}
+		}
+	}
+	for i, e := range policy.Spec.Egress[:2] { // the third is networkPolicy.targets
+		for j, p := range e.Ports {
+			if !used[key(i, j)] {
+				t.Errorf("%s %s is let out, and nothing needs it", *p.Protocol, p.Port)
+			}
+		}
+	}
+	metadata := policy.Spec.Egress[1].To[0].IPBlock.Except
+	for _, denied := range []string{"169.254.0.0/16", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "168.63.129.16/32"} {
+		if !slices.Contains(metadata, denied) {
+			t.Errorf("%s is let out", denied)
+		}
+	}
+}
+
+func key(i, j int) string { return fmt.Sprintf("%d.%d", i, j) }
+
+// ports reads the first port or range of a row.
+func ports(t *testing.T, text string) (from, to int) {
+	t.Helper()
+	text, _, _ = strings.Cut(text, " ")
+	a, b, ranged := strings.Cut(text, "–")
+	from, err := strconv.Atoi(a)
+	if err != nil {
+		t.Fatalf("a row's port is %q", text)
+	}
+	if !ranged {
+		return from, from
+	}
+	if to, err = strconv.Atoi(b); err != nil {
+		t.Fatalf("a row's port is %q", text)
+	}
+	return from, to
+}
+
+// allowed names the port of the policy that lets a range out; "" where none does.
+func allowed(p *networkingv1.NetworkPolicy, protocol string, from, to int) string {
+	for i, e := range p.Spec.Egress[:2] {
+		for j, port := range e.Ports {
+			last := port.Port.IntValue()
+			if port.EndPort != nil {
+				last = int(*port.EndPort)
+			}
+			if string(*port.Protocol) == protocol && port.Port.IntValue() <= from && to <= last {
+				return key(i, j)
+			}
+		}
+	}
+	return ""
+}

@@ -1,0 +1,80 @@
+package forward
+
+import (
+	"testing"
+	"time"
+
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+)
+
+// TestHoldWaitsForConnections: while one is open nothing is held; once it is closed, a new one waits, without a word, until the hold
+// is over, and is not counted as denied.
+func TestHoldWaitsForConnections(t *testing.T) {
+	e := newEnv(t, Limits{})
+	target := server(t, "tcp4", echo)
+	c, err := e.dial(target)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := e.s.HoldIfQuiet(time.Hour); n != 1 || e.s.Connections() != 1 {
+		t.Fatalf("%d connections", n)
+	}
+	again, err := e.dial(target)
+	if err != nil {
+		t.Fatalf("a second connection beside one that is open: %v", err)
+	}
+	_ = again.Close()
+	_ = c.Close()
+	eventually(t, "the connections are over", func() bool { return e.s.Connections() == 0 })
+	const hold = 1500 * time.Millisecond // longer than the first retry of a SYN takes
+	began := time.Now()
+	if n := e.s.HoldIfQuiet(hold); n != 0 {
+		t.Fatalf("%d connections", n)
+	}
+	late, err := e.dial(target)
+	if err != nil {
+		t.Fatalf("a connection that was held: %v", err)
+	}
+	defer late.Close()
+	if took := time.Since(began); took < hold {
+		t.Errorf("it was there after %v, held for %v", took, hold)
+	}
+	if counts := e.s.Counts(); counts.Denied+counts.Limited != 0 {
+		t.Errorf("counted as %+v", counts)
+	}
+	select {
+	case <-e.errors:
+		t.Error("the job was told that it was refused")
+	default:
+	}
+}
+
+// TestHoldIsForAllProtocols: neither datagrams nor echo requests begin a flow, and none is answered with an error.
+func TestHoldIsForAllProtocols(t *testing.T) {
+	e := newEnv(t, Limits{})
+	e.s.HoldIfQuiet(time.Hour)
+	c, err := e.job.DialContext(t.Context(), "udp", "127.0.0.1:9")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if _, err := c.Write([]byte("x")); err != nil {
+		t.Fatal(err)
+	}
+	probe := header.ICMPv4(make([]byte, header.ICMPv4MinimumSize))
+	probe.SetType(header.ICMPv4Echo)
+	if err := e.job.Inject(icmp4Packet(job4, loopback, header.ICMPv4Echo, 0, 1, nil)); err != nil {
+		t.Fatal(err)
+	}
+	served, err := e.job.DialContext(t.Context(), "udp", "198.18.0.1:7") // a packet after them, so that they have been seen
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer served.Close()
+	_, _ = served.Write([]byte("x"))
+	_ = served.SetReadDeadline(time.Now().Add(200 * time.Millisecond))
+	_, _ = served.Read(make([]byte, 8))
+	if n := e.s.Counts(); n.Open != 0 || n.Denied != 0 {
+		t.Errorf("%+v", n)
+	}
+}
