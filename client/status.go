@@ -49,6 +49,7 @@ func writeStatus(w io.Writer, st control.Status, now time.Time) error {
 	row("network", "%s", st.Network)
 	row("addresses", "%s", strings.Join(st.Addresses, ", "))
 	row("gateway", "%s", st.Gateway)
+	row("standby", "%s", st.Standby)
 	row("path", "%s", pathText(st))
 	if st.Handshake != nil {
 		row("handshake", "%s ago", now.Sub(*st.Handshake).Round(time.Second))

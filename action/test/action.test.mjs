@@ -19,12 +19,12 @@ const calls = (r) => r.read('calls').trim().split('\n').filter(Boolean).map((lin
 test('up: inputs become settings, the result becomes outputs', async (t) => {
   const r = runner(t)
   const inputs = withBinary(r, { up: { out: ready } })
-  const { code, out } = await r.run('main', { ...inputs, network: 'corp', 'wait-for': 'db:5432, web:443\nmq:5672', 'gateway-keys': 'K1 K2', timeout: '90s', 'export-proxy': 'true' })
+  const { code, out } = await r.run('main', { ...inputs, network: 'corp', 'wait-for': 'db:5432, web:443\nmq:5672', 'gateway-keys': 'K1 K2', timeout: '90s', forward: '5432:db:5432\n8443:web:443', 'export-proxy': 'true' })
   assert.equal(code, 0, out)
   const [call] = calls(r)
   assert.deepEqual(call.args, ['up', '--json'])
   assert.deepEqual(call.env, { CULVERT_COORDINATOR: coordinator, CULVERT_NETWORK: 'corp', CULVERT_MODE: 'proxy', CULVERT_WAIT_FOR: 'db:5432,web:443,mq:5672',
-    CULVERT_GATEWAY_KEY: 'K1,K2', CULVERT_TIMEOUT: '90s', CULVERT_NAME: 'corp' })
+    CULVERT_GATEWAY_KEY: 'K1,K2', CULVERT_FORWARD: '5432:db:5432,8443:web:443', CULVERT_TIMEOUT: '90s', CULVERT_NAME: 'corp' })
   assert.deepEqual(pairs(r.read('output')), { address: '198.18.0.2', gateway: 'gw-1', path: 'reflexive', session: 'sess-1', proxy: '127.0.0.1:1080' })
   const env = pairs(r.read('env'))
   assert.equal(env.HTTPS_PROXY, 'http://127.0.0.1:1080')

@@ -50,9 +50,10 @@ type Options struct {
 	Timeout      time.Duration // until the tunnel is up; default 60 s
 	InsecureHTTP bool          // allow http:// to a coordinator that is not on loopback
 	ProxyListen  string        // in mode proxy; default a free port of 127.0.0.1
-	ProxyUsers   []int         // who may use the proxy, by user id; default the process's own
-	Client       string        // program, version and platform, for the coordinator's log
-	Started      time.Time     // what timings count from; default now
+	ProxyUsers   []int         // who may use the proxy and the forwards, by user id; default the process's own
+	Forwards     []proxy.Forward
+	Client       string    // program, version and platform, for the coordinator's log
+	Started      time.Time // what timings count from; default now
 	Logger       *slog.Logger
 
 	// Tokens makes the source of tokens; requests go through the given client.
@@ -263,6 +264,7 @@ func (a *Agent) hold(ctx context.Context, s *session) error {
 		}
 		a.note(control.Rejoining, "lost the session: "+why)
 		a.log.Warn("lost the session, joining again", "session", s.ID, "reason", why)
+		a.cut()
 		a.discard(s)
 		if time.Since(began) > time.Minute {
 			pause = backoff{}
@@ -276,7 +278,19 @@ func (a *Agent) hold(ctx context.Context, s *session) error {
 		a.rejoins++
 		a.mu.Unlock()
 		a.note(control.Up, "up again as session "+s.ID)
-		a.log.Info("joined again", "session", s.ID, "gateway", s.gateway.Name)
+		gw, _ := s.at()
+		a.log.Info("joined again", "session", s.ID, "gateway", gw.Name)
+	}
+}
+
+// cut resets the connections through a session that is lost: the next one has another address, and they would hang.
+func (a *Agent) cut() {
+	reset, err := a.openedLink().Established()
+	if err == nil {
+		err = reset()
+	}
+	if err != nil {
+		a.log.Warn("open connections may hang", "err", err)
 	}
 }
 
@@ -323,17 +337,19 @@ func (a *Agent) close(err error) {
 }
 
 func (a *Agent) startProxy() error {
-	if a.opts.Mode != ModeProxy {
+	if a.opts.Mode != ModeProxy && len(a.opts.Forwards) == 0 {
 		return nil
 	}
 	server, err := proxy.Listen(proxy.Options{
-		Listen:  a.opts.ProxyListen,
-		Dial:    a.dialInside,
-		Inside:  a.inside,
-		Lookup:  a.lookupInside,
-		Explain: a.explain,
-		Users:   a.opts.ProxyUsers,
-		Logger:  a.log,
+		Listen:   a.opts.ProxyListen,
+		Forwards: a.opts.Forwards,
+		NoProxy:  a.opts.Mode != ModeProxy,
+		Dial:     a.dialInside,
+		Inside:   a.inside,
+		Lookup:   a.lookupInside,
+		Explain:  a.explain,
+		Users:    a.opts.ProxyUsers,
+		Logger:   a.log,
 	})
 	if err != nil {
 		return err
@@ -345,22 +361,23 @@ func (a *Agent) startProxy() error {
 }
 
 func (a *Agent) ready(s *session) {
+	gw, peer := s.at()
 	a.mu.Lock()
 	a.marks.set(&a.marks.total)
 	r := Ready{
 		Session: s.ID,
 		Network: s.Network,
 		Address: s.Addresses[0].String(),
-		Gateway: s.gateway.Name,
-		Path:    describe(s.peer.Status().Path),
+		Gateway: gw.Name,
+		Path:    describe(peer.Status().Path),
 		Mode:    a.opts.Mode,
 		Timings: a.marks.timings(),
 	}
-	if a.proxy != nil {
+	if a.opts.Mode == ModeProxy && a.proxy != nil {
 		r.Proxy = a.proxy.Addr().String()
 	}
 	a.mu.Unlock()
 	a.note(control.Up, "up")
-	a.log.Info("up", "session", s.ID, "network", s.Network, "gateway", s.gateway.Name, "addr", r.Path.Remote)
+	a.log.Info("up", "session", s.ID, "network", s.Network, "gateway", gw.Name, "addr", r.Path.Remote)
 	a.opts.OnReady(r)
 }

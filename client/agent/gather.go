@@ -214,6 +214,13 @@ func (g *gatherer) take() (wire.Update, bool) {
 	return u, len(u.Candidates) > 0 || u.Mapping != wire.MappingUnknown
 }
 
+// all gives everything that is known.
+func (g *gatherer) all() wire.Update {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return wire.Update{Candidates: slices.Clone(g.found), Mapping: g.mapping}
+}
+
 // untake has everything told again.
 func (g *gatherer) untake() {
 	g.mu.Lock()

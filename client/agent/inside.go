@@ -34,7 +34,8 @@ func (s *session) post(ctx context.Context, path string, in, out any) error {
 	if err != nil {
 		return fmt.Errorf("encode the request: %w", err)
 	}
-	url := "http://" + netip.AddrPortFrom(s.gateway.Addresses[0], wire.InsidePort).String() + path
+	gw, _ := s.at()
+	url := "http://" + netip.AddrPortFrom(gw.Addresses[0], wire.InsidePort).String() + path
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, url, bytes.NewReader(data))
 	if err != nil {
 		return fmt.Errorf("make the request: %w", err)
@@ -59,7 +60,7 @@ func (s *session) post(ctx context.Context, path string, in, out any) error {
 // the tunnel carries nothing.
 func (s *session) renew(ctx context.Context) (wire.Lease, error) {
 	a := s.agent
-	token, err := a.tokens.Token(ctx, wire.Audience(a.opts.Coordinator, s.key.Public()))
+	token, err := s.freshToken(ctx)
 	if err != nil {
 		return wire.Lease{}, err
 	}

@@ -119,6 +119,7 @@ func (a *Agent) attempt(ctx context.Context, waitFor []string) (*session, error)
 	a.mu.Lock()
 	a.session, a.problem = s, nil
 	a.mu.Unlock()
+	s.start(s.accompany)
 	return s, nil
 }
 
@@ -205,11 +206,7 @@ func (b *backoff) wait(ctx context.Context) error {
 
 // checkSession refuses an answer that is not about us or that no coordinator in its right mind gives.
 func checkSession(s *wire.Session, key wire.Key) error {
-	bad := func(what string) error {
-		return problem.New(problem.Incompatible, "the coordinator's answer makes no sense: "+what,
-			"check that it is a Culvert coordinator of this program's version")
-	}
-	const many = 4096
+	bad := senseless
 	switch {
 	case s.ID != key.SessionID():
 		return bad("the session is not the one that was asked for")
@@ -231,19 +228,34 @@ func checkSession(s *wire.Session, key wire.Key) error {
 		}
 	}
 	for _, gw := range s.Gateways {
-		if gw.Key.IsZero() || gw.Key == key || len(gw.Addresses) == 0 || len(gw.Addresses) > 8 ||
-			len(gw.Candidates) > 2*wire.MaxCandidates || len(gw.Routes) > many || !oneLine(gw.Name) {
-			return bad("a gateway lacks its key, its name or its address, or has too much of something")
+		if err := checkGateway(gw, key); err != nil {
+			return err
 		}
-		for _, addr := range gw.Addresses {
-			if !unicast(addr) {
-				return bad("a gateway has an address that no host can have")
-			}
+	}
+	return nil
+}
+
+// senseless is the error for an answer that makes no sense.
+func senseless(what string) error {
+	return problem.New(problem.Incompatible, "the coordinator's answer makes no sense: "+what,
+		"check that it is a Culvert coordinator of this program's version")
+}
+
+// checkGateway refuses what cannot be a gateway towards the holder of key.
+func checkGateway(gw wire.Gateway, key wire.Key) error {
+	const many = 4096
+	if gw.Key.IsZero() || gw.Key == key || len(gw.Addresses) == 0 || len(gw.Addresses) > 8 ||
+		len(gw.Candidates) > 2*wire.MaxCandidates || len(gw.Routes) > many || !oneLine(gw.Name) {
+		return senseless("a gateway lacks its key, its name or its address, or has too much of something")
+	}
+	for _, addr := range gw.Addresses {
+		if !unicast(addr) || contains(never, addr) {
+			return senseless("a gateway has an address that no host can have")
 		}
-		for _, r := range gw.Routes {
-			if !r.IsValid() || r != r.Masked() || r.Addr().IsLoopback() || r.Addr().IsMulticast() {
-				return bad("a route is not one")
-			}
+	}
+	for _, r := range gw.Routes {
+		if !r.IsValid() || r != r.Masked() || r.Addr().IsLoopback() || r.Addr().IsMulticast() {
+			return senseless("a route is not one")
 		}
 	}
 	return nil

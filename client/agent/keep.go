@@ -117,6 +117,7 @@ func (s *session) keep(ctx context.Context) (why string, err error) {
 		},
 		renewed: func(expires time.Time) {
 			s.agent.recovered()
+			s.renewed()
 			s.agent.log.Info("renewed", "session", s.ID, "expires", expires)
 		},
 	})

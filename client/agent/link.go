@@ -22,6 +22,8 @@ type link interface {
 	SetMTU(mtu int) error
 	// SetRoutes makes want go into the tunnel, less keep; it tells what else was left out.
 	SetRoutes(want []netip.Prefix, keep []netip.Addr) (left []netip.Prefix, err error)
+	// Established takes stock of the connections through the tunnel and gives what resets these and no others.
+	Established() (reset func() error, err error)
 	// DialContext opens a connection to "IP:port" through the tunnel.
 	DialContext(ctx context.Context, network, address string) (net.Conn, error)
 }
@@ -74,6 +76,12 @@ func (l *stackLink) SetMTU(mtu int) error {
 
 // SetRoutes has nothing to do: the agent itself asks what is inside.
 func (l *stackLink) SetRoutes([]netip.Prefix, []netip.Addr) ([]netip.Prefix, error) { return nil, nil }
+
+// Established is about the stack's connections.
+func (l *stackLink) Established() (func() error, error) {
+	reset := l.device.Established()
+	return func() error { reset(); return nil }, nil
+}
 
 // DialContext dials from the stack.
 func (l *stackLink) DialContext(ctx context.Context, network, address string) (net.Conn, error) {

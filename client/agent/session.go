@@ -26,21 +26,26 @@ type session struct {
 	cancel       context.CancelCauseFunc
 	wait         sync.WaitGroup
 	gather       *gatherer
-	gateway      wire.Gateway // the one in use
-	peer         *tunnel.Peer // nil until admitted
 	keeper       *keeper
+	companion    *companion
 
 	mu        sync.Mutex          // guards what follows
+	way       *way                // the one in use, of which gateway and peer are copies
+	gateway   wire.Gateway        // see [session.at]
+	peer      *tunnel.Peer        // nil until admitted
 	granted   map[string]bool     // names of relays that the session has tickets for
 	relayKeys map[string]wire.Key // of relays, while there was a path
+	token     wire.Secret         // the last one
+	tokenAt   time.Time
 
+	mtuMu  sync.Mutex
 	mtu    int           // as last told; 0 before that
 	pathUp chan struct{} // closed when the first path is there
 	once   sync.Once
 }
 
 func newSession(a *Agent, key wire.PrivateKey) *session {
-	s := &session{agent: a, key: key, pathUp: make(chan struct{}), keeper: newKeeper(), granted: map[string]bool{}, relayKeys: map[string]wire.Key{}}
+	s := &session{agent: a, key: key, pathUp: make(chan struct{}), keeper: newKeeper(), companion: newCompanion(), granted: map[string]bool{}, relayKeys: map[string]wire.Key{}}
 	s.ctx, s.cancel = context.WithCancelCause(context.Background())
 	s.gather = newGatherer(a, newHosts(s.ctx, &s.wait, a))
 	return s
@@ -80,7 +85,7 @@ func (s *session) prepare() (wire.Secret, error) {
 	connected := make(chan struct{})
 	ready := make(chan struct{})
 	s.start(func(ctx context.Context) error {
-		t, err := a.tokens.Token(ctx, wire.Audience(a.opts.Coordinator, s.key.Public()))
+		t, err := s.freshToken(ctx)
 		if err == nil {
 			a.marks.set(&a.marks.token)
 			token <- t
@@ -185,15 +190,7 @@ func (s *session) choose() (wire.Gateway, error) {
 // meet puts a gateway behind the tunnel: with the first word its checks begin, with the last its routes come.
 func (s *session) meet(gw wire.Gateway, final bool) error {
 	a := s.agent
-	if s.peer != nil && s.gateway.Key != gw.Key {
-		a.tunnel.RemovePeer(s.peer) // the first one would not have us
-		s.peer = nil
-		s.mu.Lock()
-		clear(s.granted)
-		s.mu.Unlock()
-	}
-	known := s.peer != nil
-	s.gateway = gw
+	known := s.turnTo(gw)
 	if !known {
 		if err := s.addPeer(gw); err != nil {
 			return err
@@ -224,39 +221,69 @@ func (s *session) meet(gw wire.Gateway, final bool) error {
 	return nil
 }
 
-func allowed(gw wire.Gateway) []netip.Prefix { return append(hostPrefixes(gw.Addresses), gw.Routes...) }
+// turnTo makes a gateway the one that the session is about, and reports whether it was already. Another one, which would not have us, is
+// left.
+func (s *session) turnTo(gw wire.Gateway) (known bool) {
+	s.mu.Lock()
+	left := s.peer
+	if s.peer != nil && s.gateway.Key == gw.Key {
+		left = nil
+	}
+	if left != nil {
+		s.way, s.peer = nil, nil
+		clear(s.granted)
+	}
+	s.gateway = gw
+	known = s.peer != nil
+	if known {
+		s.way.gateway = gw
+	}
+	s.mu.Unlock()
+	if left != nil {
+		s.agent.tunnel.RemovePeer(left)
+	}
+	return known
+}
+
+func allowed(gw wire.Gateway) []netip.Prefix {
+	return append(hostPrefixes(gw.Addresses), routable(gw.Routes)...)
+}
 
 func (s *session) addPeer(gw wire.Gateway) error {
-	a := s.agent
-	peer, err := a.tunnel.AddPeer(tunnel.PeerOptions{
+	w := &way{gateway: gw, id: s.ID, granted: s.granted}
+	s.mu.Lock()
+	s.way = w // before the first word of a path
+	s.mu.Unlock()
+	peer, err := s.agent.tunnel.AddPeer(s.events(w, tunnel.PeerOptions{
 		Key:        gw.Key,
 		Session:    s.ID,
 		AllowedIPs: allowed(gw),
 		Candidates: gw.Candidates,
 		Initiate:   true,
-		OnPath:     s.onPath,
-		OnMTU:      s.onMTU,
-	})
-	s.peer = peer
-	return err
-}
-
-func (s *session) onPath(p tunnel.Path) {
-	up := p != (tunnel.Path{})
-	if up {
-		s.knownRelays()
-		s.agent.marks.set(&s.agent.marks.path)
-		s.once.Do(func() { close(s.pathUp) })
+	}))
+	if err != nil {
+		return err
 	}
-	s.keeper.path(up)
+	s.mu.Lock()
+	s.peer, w.peer = peer, peer
+	s.mu.Unlock()
+	return nil
 }
 
-// onMTU keeps packets that are too long for the path from being sent at all. It is never called concurrently.
-func (s *session) onMTU(mtu int) {
+// onMTU keeps packets that are too long for the path in use from being sent at all.
+func (s *session) onMTU(w *way, mtu int) {
+	s.mu.Lock()
+	active := w == s.way
+	s.mu.Unlock()
+	if !active {
+		return
+	}
+	s.mtuMu.Lock()
+	defer s.mtuMu.Unlock()
 	a := s.agent
 	err := a.link.SetMTU(mtu)
 	if err == nil && s.mtu > 0 && s.mtu < minIPv6 && mtu >= minIPv6 { // the kernel has forgotten all of IPv6 meanwhile
-		err = errors.Join(a.link.SetAddresses(s.Addresses), a.setRoutes(s.gateway))
+		err = errors.Join(a.link.SetAddresses(s.Addresses), a.setRoutes(w.gateway))
 	}
 	s.mtu = mtu
 	if err != nil {
@@ -302,8 +329,10 @@ func (s *session) failed(err error) {
 func (s *session) close() {
 	s.cancel(context.Canceled)
 	s.wait.Wait()
-	if s.peer != nil {
-		s.agent.tunnel.RemovePeer(s.peer)
+	for _, w := range []*way{s.companion.way, s.way} {
+		if w != nil && w.peer != nil {
+			s.agent.tunnel.RemovePeer(w.peer)
+		}
 	}
 }
 

@@ -114,7 +114,7 @@ func (a *Agent) Status() control.Status {
 	if a.link != nil {
 		st.Interface = a.link.Name()
 	}
-	if a.proxy != nil {
+	if a.opts.Mode == ModeProxy && a.proxy != nil {
 		st.Proxy = a.proxy.Addr().String()
 	}
 	a.mu.Unlock()
@@ -126,16 +126,22 @@ func (a *Agent) Status() control.Status {
 
 // describe fills in what belongs to the session.
 func (s *session) describe(st *control.Status) {
-	st.Session, st.Network, st.Rules, st.Gateway = s.ID, s.Network, s.Rules, s.gateway.Name
+	gw, peer := s.at()
+	st.Session, st.Network, st.Rules, st.Gateway = s.ID, s.Network, s.Rules, gw.Name
+	s.mu.Lock()
+	if w := s.companion.way; w != nil && w.up {
+		st.Standby = w.gateway.Name
+	}
+	s.mu.Unlock()
 	st.Addresses = texts(s.Addresses)
 	a := s.agent
 	a.routes.mu.Lock()
 	st.LeftOut = texts(a.routes.left)
-	for _, r := range a.routes.want[min(len(s.gateway.Addresses), len(a.routes.want)):] {
+	for _, r := range a.routes.want[min(len(gw.Addresses), len(a.routes.want)):] {
 		st.Routes = append(st.Routes, r.String())
 	}
 	a.routes.mu.Unlock()
-	if n := s.gateway.Names; n != nil {
+	if n := gw.Names; n != nil {
 		st.Names = append(st.Names, n.Exact...)
 		for _, suffix := range n.Suffixes {
 			st.Names = append(st.Names, "*."+suffix)
@@ -143,7 +149,7 @@ func (s *session) describe(st *control.Status) {
 	}
 	expires, ends := s.keeper.times()
 	st.Expires, st.Ends = &expires, &ends
-	now := s.peer.Status()
+	now := peer.Status()
 	st.RxBytes, st.TxBytes = now.RxBytes, now.TxBytes
 	if !now.Handshake.IsZero() {
 		st.Handshake = &now.Handshake

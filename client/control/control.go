@@ -53,6 +53,7 @@ type Status struct {
 	Proxy     string         `json:"proxy,omitempty"`     // in mode proxy, "IP:port"
 	Addresses []string       `json:"addresses,omitempty"`
 	Gateway   string         `json:"gateway,omitempty"`
+	Standby   string         `json:"standby,omitempty"` // the gateway that would take its place, while there is a path to it
 	Rules     []string       `json:"rules,omitempty"`
 	Path      *Path          `json:"path,omitempty"` // nil without one
 	Handshake *time.Time     `json:"handshake,omitempty"`

@@ -19,6 +19,7 @@ import (
 
 	"github.com/culvertnet/culvert/coordinator/certs"
 	"github.com/culvertnet/culvert/coordinator/config"
+	"github.com/culvertnet/culvert/internal/cork"
 	"github.com/culvertnet/culvert/internal/nat"
 	"github.com/culvertnet/culvert/internal/problem"
 	"github.com/culvertnet/culvert/internal/relay"
@@ -184,7 +185,7 @@ func (s *Server) open(ctx context.Context, addr string, h http.Handler, secure *
 		if secure != nil {
 			serve = func(l net.Listener) error { return p.server.ServeTLS(l, "", "") }
 		}
-		if err := serve(l); !errors.Is(err, http.ErrServerClosed) {
+		if err := serve(cork.Listener(l)); !errors.Is(err, http.ErrServerClosed) {
 			s.fatal <- fmt.Errorf("serve HTTP on %s: %w", addr, err)
 		}
 	})

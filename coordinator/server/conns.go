@@ -8,6 +8,7 @@ import (
 	"sync/atomic"
 
 	"github.com/culvertnet/culvert/coordinator/limit"
+	"github.com/culvertnet/culvert/internal/cork"
 )
 
 // What one address may do with connections, beside what the configuration says.
@@ -53,7 +54,7 @@ func (b *bounded) Accept() (net.Conn, error) {
 		}
 		source, ok := b.take(c)
 		if ok {
-			return &boundedConn{Conn: c, from: b, source: source}, nil
+			return &boundedConn{Conn: cork.New(c), from: b, source: source}, nil
 		}
 		b.refused.Add(1)
 		if tcp, isTCP := c.(*net.TCPConn); isTCP {

@@ -12,8 +12,9 @@ import (
 	"github.com/culvertnet/culvert/internal/wire"
 )
 
-// maxRelays is how many relays a session gets: the second carries on where the first fails.
-const maxRelays = 2
+// maxRelays is how many relays a session gets: as many as a peer uses. Both sides have tickets for all of them, so the client leads
+// with the nearest also where it has found out late which one that is, and another carries on where it fails.
+const maxRelays = 4
 
 // maxRelayName bounds the name of a relay, in bytes; no configuration has a longer one.
 const maxRelayName = 63

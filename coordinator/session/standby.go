@@ -33,7 +33,7 @@ func (m *Manager) Standby(ctx context.Context, id string, secret wire.Secret, r 
 	if l.Gateway == "" {
 		return wire.Standby{}, problem.New(problem.GatewayTimeout, "the session is still being offered", "try again in a few seconds")
 	}
-	others := m.others(l, r.Not)
+	others := m.others(l, r)
 	if len(others) == 0 {
 		return wire.Standby{}, problem.New(problem.NoGateway, fmt.Sprintf("network %q has no other gateway for the session", l.Network),
 			"start another one; the session goes on without")
@@ -47,8 +47,8 @@ func (m *Manager) Standby(ctx context.Context, id string, secret wire.Secret, r 
 }
 
 func checkStandby(r wire.StandbyRequest) error {
-	if len(r.Not) > wire.MaxCandidates {
-		return problem.New(problem.TooLarge, fmt.Sprintf("more than %d gateways are ruled out", wire.MaxCandidates), "update the client; if it is up to date, report this")
+	if max(len(r.Not), len(r.Only)) > wire.MaxCandidates {
+		return problem.New(problem.TooLarge, fmt.Sprintf("more than %d gateways are ruled out or in", wire.MaxCandidates), "update the client; if it is up to date, report this")
 	}
 	return checkJoin(&Join{JoinRequest: wire.JoinRequest{
 		Key: wire.Key{1}, Token: r.Token, Candidates: r.Candidates, Mapping: r.Mapping, Relays: r.Relays,
@@ -56,9 +56,9 @@ func checkStandby(r wire.StandbyRequest) error {
 }
 
 // others are the gateways that may stand by for a session, best first.
-func (m *Manager) others(l state.Lease, not []wire.Key) []state.Presence {
+func (m *Manager) others(l state.Lease, r wire.StandbyRequest) []state.Presence {
 	list := slices.DeleteFunc(m.opts.Store.Gateways(l.Network), func(g state.Presence) bool {
-		return g.Instance == l.Gateway || slices.Contains(not, g.Key)
+		return g.Instance == l.Gateway || slices.Contains(r.Not, g.Key) || len(r.Only) > 0 && !slices.Contains(r.Only, g.Key)
 	})
 	return m.spread(l.Session, list)
 }

@@ -112,6 +112,8 @@ func TestStandbyIsRefused(t *testing.T) {
 	}
 	_, err = j.standby(s, b.store.Gateways("corp")[1].Key)
 	wantCode(t, err, problem.NoGateway)
+	_, err = b.m.Standby(t.Context(), s.ID, s.Secret, wire.StandbyRequest{Token: j.token(), Only: []wire.Key{{9}}})
+	wantCode(t, err, problem.NoGateway)
 	wrong := s
 	wrong.Secret = "another"
 	_, err = j.standby(wrong)

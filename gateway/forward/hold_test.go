@@ -78,3 +78,24 @@ func TestHoldIsForAllProtocols(t *testing.T) {
 		t.Errorf("%+v", n)
 	}
 }
+
+// TestNamedFlowOfAnotherGateway: a job that has come over from another gateway brings the service address that it was given there, and has
+// not asked for the name here. Where the grant spells it out, it is good here too.
+func TestNamedFlowOfAnotherGateway(t *testing.T) {
+	target := server(t, "tcp4", echo)
+	first, second := newNamedEnv(t, Limits{}), newNamedEnv(t, Limits{})
+	second.up.Set(t, "db.internal", "db.internal. 1 IN A 127.0.0.1")
+	for _, n := range []*namedEnv{first, second} {
+		n.join("tcp db.internal:*|tcp www.internal:*|tcp *.svc.corp:*|tcp 127.0.0.1:*", own)
+	}
+	c, err := second.dial(first.at("db.internal", port(t, target)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	roundTrip(t, c, "by name")
+	_ = c.Close()
+	if c, err := second.dial(first.at("api.svc.corp", port(t, target))); err == nil {
+		_ = c.Close()
+		t.Error("an address that no name here has")
+	}
+}

@@ -21,6 +21,11 @@ func (s *Session) ExactName(name string) bool { return s.scope.Load().ExactName(
 func (s *Session) Book() *names.Book {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	return s.theBook()
+}
+
+// theBook is Book with mu held. A job may bring an address that another gateway has given it.
+func (s *Session) theBook() *names.Book {
 	if s.book == nil {
 		s.book = names.NewBook(s.f.ranges, s.f.limits.SessionNames)
 		exact, _ := s.scope.Load().Names()

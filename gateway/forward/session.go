@@ -107,10 +107,8 @@ func (s *Session) judge(key flowKey) judgement {
 	if !s.f.ranges.Contains(key.dst.Addr()) {
 		return judgement{Verdict: s.f.decide(scope, policy.Flow{Proto: key.proto, Dst: key.dst})}
 	}
-	if s.book != nil {
-		if name, ok := s.book.Name(key.dst.Addr()); ok {
-			return judgement{Verdict: scope.OffersName(name, key.proto, key.dst.Port()), name: name}
-		}
+	if name, ok := s.theBook().Name(key.dst.Addr()); ok {
+		return judgement{Verdict: scope.OffersName(name, key.proto, key.dst.Port()), name: name}
 	}
 	return judgement{Verdict: policy.Verdict{Reason: reasonNoName}}
 }

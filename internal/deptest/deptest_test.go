@@ -59,6 +59,10 @@ var rules = []rule{
 		why: "only a gateway asks its router for a port: a job has no router of its own, and a coordinator stands in the open",
 	},
 	{
+		from: []string{"internal/cork"}, only: []string{"std"},
+		why: "it stands below TLS on every connection, where nothing that knows sessions has business",
+	},
+	{
 		from: []string{"..."}, never: []string{"mod:github.com/pion"},
 		why: "pion/stun checks our STUN messages in tests; what it requires (dtls, with a finding that has no fix) stays out of every program, as SECURITY.md and deploy/vex.json say",
 	},

@@ -16,14 +16,22 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/culvertnet/culvert/internal/lab"
+	"github.com/culvertnet/culvert/internal/nat"
+	"github.com/culvertnet/culvert/internal/relay"
 )
 
-// flood sends datagrams of 32 bytes from a host, as fast as asked for, until stop is called. make fills one datagram. The
-// kernel cuts each write into 64 of them, so that this costs little of the machine that the victim runs on.
+// flood sends datagrams from a host, as fast as asked for, until stop is called. The kernel cuts each write into 64 of them, so
+// that this costs little of the machine that the victim runs on.
 type flood struct {
 	sent atomic.Int64
 	done sync.WaitGroup
 	end  chan struct{}
+}
+
+// trash is one kind of datagram: its size in bytes, and what fills one.
+type trash struct {
+	size int
+	fill func([]byte)
 }
 
 const (
@@ -31,20 +39,20 @@ const (
 	junkBatch = 64 // datagrams a write
 )
 
-func startFlood(t testing.TB, from *lab.Host, to netip.AddrPort, perSecond int, fill func(junk []byte)) *flood {
+func startFlood(t testing.TB, from *lab.Host, to netip.AddrPort, perSecond int, junk trash) *flood {
 	t.Helper()
 	conn, err := from.ListenPacket(netip.AddrPortFrom(from.Addr(), 0).String())
 	must(t, err)
 	f := &flood{end: make(chan struct{})}
 	f.done.Go(func() {
 		defer conn.Close()
-		f.run(conn.(*net.UDPConn), to, perSecond, fill)
+		f.run(conn.(*net.UDPConn), to, perSecond, junk)
 	})
 	return f
 }
 
-func (f *flood) run(conn *net.UDPConn, to netip.AddrPort, perSecond int, fill func([]byte)) {
-	batch, control := make([]byte, junkSize*junkBatch), segmentSize(junkSize)
+func (f *flood) run(conn *net.UDPConn, to netip.AddrPort, perSecond int, junk trash) {
+	batch, control := make([]byte, junk.size*junkBatch), segmentSize(uint16(junk.size))
 	began := time.Now()
 	for {
 		select {
@@ -58,7 +66,7 @@ func (f *flood) run(conn *net.UDPConn, to netip.AddrPort, perSecond int, fill fu
 			continue
 		}
 		for i := range junkBatch {
-			fill(batch[i*junkSize:][:junkSize])
+			junk.fill(batch[i*junk.size:][:junk.size])
 		}
 		if _, _, err := conn.WriteMsgUDPAddrPort(batch, control, to); err == nil {
 			f.sent.Add(junkBatch)
@@ -83,15 +91,22 @@ func segmentSize(size uint16) []byte {
 	return b
 }
 
-// The junk: bytes that mean nothing, and frames of channels that nobody has.
-var junk = map[string]func([]byte){
-	"noise": func(b []byte) {
-		for i := 0; i+8 <= len(b); i += 8 {
-			binary.NativeEndian.PutUint64(b[i:], rand.Uint64())
-		}
-	},
-	"frames": func(b []byte) {
-		binary.BigEndian.PutUint32(b, 0x4<<28|rand.Uint32()>>4)
-		b[4] = 4
-	},
+// The junk: bytes that mean nothing, frames of channels that nobody has, questions for an address and a nonce, and binds with a
+// nonce that is no good.
+var junk = map[string]trash{
+	"noise":     {junkSize, scramble},
+	"frames":    {junkSize, func(b []byte) { binary.BigEndian.PutUint32(b, 0x4<<28|rand.Uint32()>>4); b[4] = 4 }},
+	"questions": {len(question), func(b []byte) { copy(b, question); scramble(b[8:20]) }},
+	"binds":     {len(staleBind), func(b []byte) { copy(b, staleBind); scramble(b[8:20]) }},
+}
+
+var (
+	question  = relay.WantRequest(nat.TxID{})
+	staleBind = relay.AppendBind(nil, relay.Bind{Ticket: make(relay.Ticket, relay.TicketSize)}, &relay.BindKey{})
+)
+
+func scramble(b []byte) {
+	for i := 0; i+4 <= len(b); i += 4 {
+		binary.NativeEndian.PutUint32(b[i:], rand.Uint32())
+	}
 }

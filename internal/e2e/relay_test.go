@@ -14,6 +14,37 @@ import (
 	"github.com/culvertnet/culvert/internal/stage"
 )
 
+// A coordinator without UDP, as on most container platforms, has STUN servers and relays elsewhere. The session takes the nearest
+// relay, though another is listed first, goes over to that when the nearest dies, and comes back when it is there again; an open
+// connection lives through all of it.
+func TestRelaysElsewhere(t *testing.T) {
+	s := setup(t, stage.Options{NoUDP: true, Rules: grantStream, Relays: []stage.RelayOptions{
+		{Name: "far", Link: lab.Link{Delay: 40 * time.Millisecond}},
+		{Name: "near"},
+	}})
+	must(t, s.Net.Block(s.Runner.Public(), s.GatewayBox.Public()))
+	near := s.Relays[1]
+	job := newJob(t, s, stage.JobOptions{})
+	up(t, job, "tun")
+	on := func(name string) {
+		t.Helper()
+		is := func(p path) bool { return p.String() == "relay" && p.Relay == name }
+		p, took := waitPath(t, job, time.Minute, is)
+		if !is(p) {
+			t.Fatalf("after a minute the path is %v through %q, want the relay %s", p, p.Relay, name)
+		}
+		t.Logf("on the relay %s after %v", name, took.Round(10*time.Millisecond))
+		touch(t, s)
+	}
+	on("near")
+	stream := startStream(t, s)
+	near.Kill()
+	on("far")
+	must(t, near.Start(timeout(t, 20*time.Second)))
+	on("near")
+	stream.alive(t)
+}
+
 // Without any UDP, and without any other relay, WebSockets to the coordinator carry everything.
 func TestCoordinatorWithoutUDP(t *testing.T) {
 	s := setup(t, stage.Options{NoUDP: true})

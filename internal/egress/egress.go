@@ -17,6 +17,7 @@ import (
 
 	"golang.org/x/net/http/httpproxy"
 
+	"github.com/culvertnet/culvert/internal/cork"
 	"github.com/culvertnet/culvert/internal/problem"
 )
 
@@ -31,6 +32,7 @@ type Transport struct {
 // read here, not once for the whole process.
 func New(base *http.Transport) *Transport {
 	t := &Transport{ordinary: base.Clone(), upgrades: base.Clone(), proxy: httpproxy.FromEnvironment().ProxyFunc()}
+	t.ordinary.DialContext = cork.Dialer(base.DialContext)
 	t.ordinary.Proxy = func(r *http.Request) (*url.URL, error) { return t.proxy(r.URL) }
 	t.ordinary.OnProxyConnectResponse = func(_ context.Context, proxy *url.URL, _ *http.Request, resp *http.Response) error {
 		return refused(proxy, resp)
@@ -70,9 +72,6 @@ func (t *Transport) connect(ctx context.Context, network, addr string) (net.Conn
 		return nil, err
 	}
 	dial := t.ordinary.DialContext
-	if dial == nil {
-		dial = new(net.Dialer).DialContext
-	}
 	if proxy == nil {
 		return dial(ctx, network, addr)
 	}

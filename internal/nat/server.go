@@ -39,6 +39,7 @@ type ServerStats struct {
 	Small     uint64 // requests dropped because the answer would have been larger
 	Malformed uint64 // anything else that was dropped
 	Failed    uint64 // answers that the socket did not take
+	Limited   uint64 // requests dropped because there were too many, see [Limiter]
 }
 
 // Server answers plain Binding requests (RFC 8489), and those that want the answer from another port (CHANGE-REQUEST, RFC 5780,
@@ -52,8 +53,9 @@ type Server struct {
 	log     *slog.Logger
 	readers sync.WaitGroup
 	stop    func() bool // detaches from the context
+	limiter *Limiter
 
-	answered, small, malformed, failed atomic.Uint64
+	answered, small, malformed, failed, limited atomic.Uint64
 }
 
 // Listen opens the socket and starts serving, until Close or until ctx ends.
@@ -66,7 +68,7 @@ func Listen(ctx context.Context, opts ServerOptions) (*Server, error) {
 	if err != nil {
 		return nil, fmt.Errorf("listen for stun: %w", err)
 	}
-	s := &Server{conn: pc.(*net.UDPConn), log: opts.Logger}
+	s := &Server{conn: pc.(*net.UDPConn), log: opts.Logger, limiter: NewLimiter()}
 	if err := s.openOther(); err != nil {
 		s.log.Warn("no second port for stun: clients cannot tell how their NAT filters", "err", err)
 	}
@@ -104,6 +106,7 @@ func (s *Server) Stats() ServerStats {
 		Small:     s.small.Load(),
 		Malformed: s.malformed.Load(),
 		Failed:    s.failed.Load(),
+		Limited:   s.limited.Load(),
 	}
 }
 
@@ -152,6 +155,8 @@ func (s *Server) answer(in []byte, from netip.AddrPort, out []byte) {
 		s.malformed.Add(1)
 	case len(out) > len(in):
 		s.small.Add(1)
+	case !s.limiter.Admit(from.Addr(), time.Now().UnixNano()):
+		s.limited.Add(1)
 	default:
 		if _, err := conn.WriteToUDPAddrPort(out, from); err != nil {
 			s.failed.Add(1)

@@ -52,7 +52,7 @@ func acceptSocket(w http.ResponseWriter, r *http.Request) (*socket, error) {
 	if len(early) > 0 {
 		in = io.MultiReader(bytes.NewReader(early), conn)
 	}
-	return newSocket(conn, bufio.NewReaderSize(in, acceptBuffer), false), nil
+	return newSocket(conn, bufio.NewReaderSize(in, acceptBuffer), false).over(conn), nil
 }
 
 // acceptBuffer holds headers only: messages are read past it. There may be many thousands of them.

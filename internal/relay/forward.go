@@ -2,18 +2,21 @@ package relay
 
 import (
 	"sync"
+	"time"
 
 	"github.com/culvertnet/culvert/internal/udpconn"
 )
 
 // lane is what one goroutine forwards with. It is used by one goroutine at a time.
 type lane struct {
-	server *Server
-	counts *counts
-	queue  *udpconn.Queue // towards UDP; nil where there is none
-	arena  []byte         // answers that wait in queue
-	now    int64          // nanoseconds since 1970, when the batch in hand came
-	shares *shares        // of a UDP socket's reader; nil elsewhere
+	server  *Server
+	counts  *counts
+	queue   *udpconn.Queue // towards UDP; nil where there is none
+	arena   []byte         // answers that wait in queue
+	now     int64          // nanoseconds since 1970, when the batch in hand came
+	patient bool           // waits for room in a WebSocket's outbox; see enqueue
+	shares  *shares        // of a UDP socket's reader; nil elsewhere
+	asks    *asks          // likewise
 
 	packets, bytes uint64 // in queue
 }
@@ -63,8 +66,17 @@ func (l *lane) stranger(frames uint64, run []byte) {
 	}
 }
 
+// patience is how long the reader of a WebSocket that carries one session waits where the other side's does not keep up. Its sender
+// notices by its own connection, and slows down without a loss. A WebSocket of many sessions is never kept from being read by one of them.
+const patience = 100 * time.Millisecond
+
 // enqueue puts a run into a WebSocket's outbox, in pieces that it takes.
 func (l *lane) enqueue(out *outbox, c Channel, run []byte, segment int) {
+	if l.patient && out.room(c) != nil {
+		timer := time.NewTimer(patience)
+		out.wait(c, timer.C)
+		timer.Stop()
+	}
 	for len(run) > 0 {
 		piece := run[:min(maxRun/segment*segment, len(run))]
 		frames := uint64((len(piece) + segment - 1) / segment)

@@ -5,12 +5,14 @@ import (
 	"crypto/rand"
 	"errors"
 	"net"
+	"net/http"
 	"net/http/httptest"
 	"net/netip"
 	"os"
 	"testing"
 	"time"
 
+	"github.com/culvertnet/culvert/internal/cork"
 	"github.com/culvertnet/culvert/internal/nat"
 	"github.com/culvertnet/culvert/internal/wire"
 )
@@ -31,7 +33,11 @@ func newStage(tb testing.TB, edit func(*Options)) *stage {
 	if err != nil {
 		tb.Fatal(err)
 	}
-	st := &stage{Server: s, http: httptest.NewTLSServer(s)}
+	st := &stage{Server: s, http: httptest.NewUnstartedServer(s)}
+	st.http.Listener = cork.Listener(st.http.Listener)
+	st.http.StartTLS()
+	dials := st.http.Client().Transport.(*http.Transport)
+	dials.DialContext = cork.Dialer(dials.DialContext)
 	tb.Cleanup(func() {
 		if err := s.Close(); err != nil {
 			tb.Error(err)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/culvertnet/culvert/internal/nat"
@@ -23,6 +24,8 @@ type link struct {
 	out    *outbox
 	port   *port    // whose socket it sends through towards UDP; nil where there is none
 	holder wire.Key // of the standing ticket that it has shown; guarded by the server's lock
+
+	lone atomic.Bool // it is bound once, as a client's is
 
 	mu          sync.Mutex
 	bound       map[*binding]struct{}
@@ -129,6 +132,7 @@ func (l *link) remember(b *binding) bool {
 		return false
 	}
 	l.bound[b] = struct{}{}
+	l.lone.Store(len(l.bound) == 1)
 	if len(l.bound) == 1 {
 		l.lonely.Stop()
 		l.recount()
@@ -144,6 +148,7 @@ func (l *link) forget(b *binding) {
 		return
 	}
 	delete(l.bound, b)
+	l.lone.Store(len(l.bound) == 1)
 	if len(l.bound) == 0 {
 		l.lonely.Reset(max(time.Until(l.standsUntil), 0) + BindTimeout)
 		l.recount()
@@ -199,7 +204,7 @@ func (l *link) message(msg []byte) error {
 		way = l.port.pool.Get().(*lane)
 		defer l.port.pool.Put(way)
 	}
-	way.counts, way.now = &l.server.counts, time.Now().UnixNano()
+	way.patient, way.counts, way.now = l.lone.Load(), &l.server.counts, time.Now().UnixNano()
 	defer way.flush()
 	from := origin{link: l}
 	blocks := WalkBlocks(msg)

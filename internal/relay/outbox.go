@@ -37,6 +37,7 @@ type flow struct {
 	tail    *chunk
 	waiting int
 	deficit int
+	freed   chan struct{} // closed once there is room; nil unless somebody waits for it
 	next    *flow
 }
 
@@ -147,6 +148,38 @@ func (o *outbox) putPackets(c Channel, packets [][]byte) (taken int) {
 	}
 	return taken
 }
+
+// wait returns when a channel has room for another run, or the timer has fired.
+func (o *outbox) wait(c Channel, timer <-chan time.Time) {
+	for {
+		room := o.room(c)
+		if room == nil {
+			return
+		}
+		select {
+		case <-room:
+		case <-timer:
+			return
+		}
+	}
+}
+
+// room gives a channel that is closed once a flow has room for another run; nil where it has some now, or the outbox is closed.
+func (o *outbox) room(c Channel) <-chan struct{} {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	f := o.flows[c]
+	if f == nil || o.fits(f) {
+		return nil
+	}
+	if f.freed == nil {
+		f.freed = make(chan struct{})
+	}
+	return f.freed
+}
+
+// fits reports whether a flow has room for another run.
+func (o *outbox) fits(f *flow) bool { return f.waiting+maxRun <= o.perFlow }
 
 // putControl queues one STUN message and reports whether it was taken.
 func (o *outbox) putControl(msg []byte) bool {
@@ -263,6 +296,10 @@ func (o *outbox) pop() *chunk {
 	f.deficit -= k.frames
 	f.waiting -= k.frames
 	o.waiting -= k.frames
+	if f.freed != nil && o.fits(f) {
+		close(f.freed)
+		f.freed = nil
+	}
 	if f.head = k.next; f.head == nil {
 		o.retire(f)
 	}

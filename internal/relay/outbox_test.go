@@ -5,6 +5,8 @@ import (
 	"encoding/binary"
 	"slices"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"pgregory.net/rapid"
 )
@@ -173,6 +175,79 @@ func BenchmarkOutbox(b *testing.B) {
 					whole.free()
 				}
 			}
+		})
+	}
+}
+
+// fullOutbox is an outbox in which channel 1 has no room for another run.
+func fullOutbox(t *testing.T) *outbox {
+	t.Helper()
+	o := newOutbox(2*maxRun, 4*maxRun)
+	for o.room(1) == nil {
+		if o.putPackets(1, [][]byte{make([]byte, 1452)}) != 1 {
+			t.Fatal("a queue with room takes nothing")
+		}
+	}
+	return o
+}
+
+// Whoever waits for room goes on when there is some, the outbox is closed, or time is up, and waits for nobody else's.
+func TestOutboxWait(t *testing.T) {
+	const limit = time.Second
+	for _, c := range []struct {
+		name    string
+		channel Channel
+		after   func(*outbox) // what happens after a tenth of the limit
+		want    time.Duration
+	}{
+		{"room", 1, func(o *outbox) { _, _ = o.take(make([]byte, headroom)) }, limit / 10},
+		{"closed", 1, (*outbox).close, limit / 10},
+		{"nothing", 1, func(*outbox) {}, limit},
+		{"another queue", 2, func(*outbox) {}, 0},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				o := fullOutbox(t)
+				defer o.close()
+				begun := time.Now()
+				defer time.AfterFunc(limit/10, func() { c.after(o) }).Stop()
+				o.wait(c.channel, time.After(limit))
+				if took := time.Since(begun); took != c.want {
+					t.Errorf("it took %v, want %v", took, c.want)
+				}
+			})
+		})
+	}
+}
+
+// The reader of a WebSocket with one session waits for room on the other side's, for a bounded time; any other does not wait.
+func TestPatience(t *testing.T) {
+	run := make([]byte, 1000)
+	for _, c := range []struct {
+		name    string
+		patient bool
+		frees   time.Duration // when there is room
+		want    time.Duration
+		dropped uint64
+	}{
+		{"a lone session", true, patience / 2, patience / 2, 0},
+		{"a lone session's other side is stuck", true, 2 * patience, patience, 1},
+		{"one of many", false, patience / 2, 0, 1},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				o := fullOutbox(t)
+				defer o.close()
+				for o.putPackets(1, [][]byte{run[FrameHeader:]}) == 1 { // to the last byte
+				}
+				l := &lane{patient: c.patient, counts: &counts{}}
+				begun := time.Now()
+				defer time.AfterFunc(c.frees, func() { _, _ = o.take(make([]byte, headroom)) }).Stop()
+				l.enqueue(o, 1, run, len(run))
+				if took, n := time.Since(begun), l.counts.overQueue.Load(); took != c.want || n != c.dropped {
+					t.Errorf("it took %v and dropped %d, want %v and %d", took, n, c.want, c.dropped)
+				}
+			})
 		})
 	}
 }

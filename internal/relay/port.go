@@ -36,6 +36,7 @@ func (p *port) read() {
 	batch := p.conn.NewBatch(readBatch)
 	l := &lane{
 		server: p.server, counts: &p.counts, queue: p.conn.NewQueue(sendQueue), arena: make([]byte, 0, arenaSize), shares: &shares{},
+		asks: newAsks(),
 	}
 	for {
 		switch err := batch.Read(); {
@@ -52,6 +53,7 @@ func (p *port) read() {
 			l.datagram(batch.Datagram(i))
 		}
 		l.flush()
+		l.answerPostponed()
 	}
 }
 
@@ -92,15 +94,24 @@ func runLength(data []byte, segment int) int {
 	return n
 }
 
-// message takes a datagram that is no frame.
+// message takes a datagram that is no frame. Questions wait until all frames of the same read are sent.
 func (l *lane) message(msg []byte, from origin) {
+	l.shares.stranger(len(msg))
+	if isQuestion(msg) {
+		l.postpone(msg, from)
+		return
+	}
+	l.reply(msg, from)
+}
+
+// reply answers a STUN message, if there is an answer to it.
+func (l *lane) reply(msg []byte, from origin) {
 	if cap(l.arena)-len(l.arena) < maxAnswer {
 		l.flush()
 	}
-	l.shares.stranger(len(msg))
 	start := len(l.arena)
 	l.arena = l.server.answer(l.arena, msg, from, l.now, l.counts)
-	if answer := l.arena[start:]; len(answer) > 0 {
+	if answer := l.arena[start:]; len(answer) > 0 && l.spare(answer, from.addr.Addr()) {
 		l.queue.Add(answer, len(answer), from.addr, from.local)
 	}
 }

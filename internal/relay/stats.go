@@ -7,7 +7,7 @@ type counts struct {
 	packets, bytes                                  atomic.Uint64
 	stranger, alone, overRate, overShare, overQueue atomic.Uint64
 	junk, stun, bound, refused, stale, limited      atomic.Uint64
-	written                                         atomic.Uint64
+	unanswered, written                             atomic.Uint64
 }
 
 // Stats count since a server's start, in packets unless something else is said.
@@ -31,6 +31,8 @@ type Stats struct {
 	Refused uint64 // binds with a ticket that is not taken
 	Stale   uint64 // binds with a nonce that is not good, or no longer
 	Limited uint64 // binds dropped because a source asks for too many verifications
+
+	Unanswered uint64 // questions and stale binds that were dropped because there were too many
 }
 
 // Stats gives the counters.
@@ -61,4 +63,5 @@ func (s *Stats) add(c *counts) {
 	s.Refused += c.refused.Load()
 	s.Stale += c.stale.Load()
 	s.Limited += c.limited.Load()
+	s.Unanswered += c.unanswered.Load()
 }

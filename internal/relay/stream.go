@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"context"
 	"crypto/rand"
-	"crypto/tls"
 	"encoding/base64"
 	"errors"
 	"fmt"
@@ -15,6 +14,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 )
 
 // DialOptions configure [Dial].
@@ -89,12 +89,12 @@ func Dial(ctx context.Context, opts DialOptions) (*Stream, error) {
 	if err := opts.Validate(); err != nil {
 		return nil, err
 	}
-	conn, err := upgrade(ctx, &opts)
+	conn, below, err := upgrade(ctx, &opts)
 	if err != nil {
 		return nil, fmt.Errorf("open a websocket to relay %s: %w", opts.URL, err)
 	}
 	s := &Stream{
-		socket: newSocket(conn, bufio.NewReader(conn), true),
+		socket: newSocket(conn, bufio.NewReader(conn), true).over(below),
 		out:    newOutbox(opts.FlowQueue, opts.Queue),
 		stop:   make(chan struct{}),
 	}
@@ -106,15 +106,18 @@ func Dial(ctx context.Context, opts DialOptions) (*Stream, error) {
 	return s, nil
 }
 
-// upgrade does the opening handshake (RFC 6455, section 4.1).
-func upgrade(ctx context.Context, opts *DialOptions) (io.ReadWriteCloser, error) {
+// upgrade does the opening handshake (RFC 6455, section 4.1). It gives the connection below as well.
+func upgrade(ctx context.Context, opts *DialOptions) (_ io.ReadWriteCloser, below net.Conn, err error) {
 	var nonce [16]byte
 	_, _ = rand.Read(nonce[:])
 	key := base64.StdEncoding.EncodeToString(nonce[:])
-	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(i httptrace.GotConnInfo) { shortQueue(i.Conn) }})
+	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(i httptrace.GotConnInfo) {
+		below = i.Conn
+		shortQueue(below)
+	}})
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, opts.URL, nil)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	if opts.Header != nil {
 		req.Header = opts.Header.Clone()
@@ -127,7 +130,7 @@ func upgrade(ctx context.Context, opts *DialOptions) (io.ReadWriteCloser, error)
 	}
 	resp, err := opts.HTTP.Do(req)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	conn, ok := resp.Body.(io.ReadWriteCloser)
 	switch {
@@ -139,10 +142,10 @@ func upgrade(ctx context.Context, opts *DialOptions) (io.ReadWriteCloser, error)
 	case resp.Header.Get("Sec-WebSocket-Protocol") != Protocol || resp.Header.Get("Sec-WebSocket-Extensions") != "":
 		err = errors.New("the server speaks another protocol over its websocket")
 	default:
-		return conn, nil
+		return conn, below, nil
 	}
 	_ = resp.Body.Close()
-	return nil, err
+	return nil, nil, err
 }
 
 func headerHas(h http.Header, name, token string) bool {
@@ -178,6 +181,17 @@ func (s *Stream) Offer() Offer { return s.offer }
 // Send queues packets of one channel, without their frame headers, and gives how many it took; the rest is dropped and
 // counted. It copies them, never blocks and does not allocate in the long run. Any goroutine may call it.
 func (s *Stream) Send(c Channel, packets [][]byte) (taken int) { return s.out.putPackets(c, packets) }
+
+// Wait returns when a channel has room for another 64 KiB, the stream has ended, or limit has passed. Who waits before it sends has its
+// senders notice that the way is slow, instead of losing their packets.
+func (s *Stream) Wait(c Channel, limit time.Duration) {
+	if s.out.room(c) == nil {
+		return
+	}
+	timer := time.NewTimer(limit)
+	defer timer.Stop()
+	s.out.wait(c, timer.C)
+}
 
 // SendSTUN queues one STUN message, such as a [Bind], ahead of all packets. It reports whether there was room.
 func (s *Stream) SendSTUN(msg []byte) bool { return s.out.putControl(msg) }
@@ -217,8 +231,12 @@ func (s *Stream) Close() error {
 // shortQueue keeps the kernel from holding more unsent bytes of a connection than it needs, so that what waits does so
 // in our queues, where it is served in turn.
 func shortQueue(conn net.Conn) {
-	if t, ok := conn.(*tls.Conn); ok {
-		conn = t.NetConn()
+	for {
+		above, ok := conn.(interface{ NetConn() net.Conn })
+		if !ok {
+			break
+		}
+		conn = above.NetConn()
 	}
 	if t, ok := conn.(*net.TCPConn); ok {
 		limitUnsent(t)

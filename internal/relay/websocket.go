@@ -6,14 +6,18 @@ import (
 	"crypto/rand"
 	"crypto/sha1" //nolint:gosec // the handshake of RFC 6455 wants it; nothing rests on it
 	"crypto/subtle"
+	"crypto/tls"
 	"encoding/base64"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/culvertnet/culvert/internal/cork"
 )
 
 // socket is an open WebSocket (RFC 6455) of either end, for binary messages only. It is written here rather than taken
@@ -25,7 +29,8 @@ import (
 type socket struct {
 	conn   io.ReadWriteCloser
 	in     *bufio.Reader
-	client bool // masks what it sends and takes unmasked frames; a server does the opposite (section 5.1)
+	corked *cork.Conn // below TLS; nil where there is no TLS, or nothing to be corked
+	client bool       // masks what it sends and takes unmasked frames; a server does the opposite (section 5.1)
 
 	write sync.Mutex             // keeps frames whole
 	owed  atomic.Pointer[[]byte] // what the last ping held that has not been answered
@@ -69,10 +74,21 @@ func newSocket(conn io.ReadWriteCloser, in *bufio.Reader, client bool) *socket {
 	return s
 }
 
+// over tells what the socket's connection stands on: records of TLS that make up one message leave in one piece.
+func (s *socket) over(conn net.Conn) *socket {
+	if _, ok := conn.(*tls.Conn); ok {
+		s.corked = cork.Of(conn)
+	}
+	return s
+}
+
 // close closes the connection, which ends reads and writes.
 func (s *socket) close() error {
 	s.once.Do(func() {
 		s.dead.Stop()
+		if s.corked != nil {
+			s.corked.Interrupt()
+		}
 		s.err = s.conn.Close()
 	})
 	return s.err
@@ -162,7 +178,23 @@ func (s *socket) frameInPlace(op byte, buf []byte) error {
 	}
 	at--
 	buf[at] = finBit | op
-	_, err := s.conn.Write(buf[at:])
+	return s.put(buf[at:])
+}
+
+// record is what one record of TLS holds at most (RFC 8446, section 5.1).
+const record = 16 << 10
+
+// put writes to the connection.
+func (s *socket) put(b []byte) error {
+	if s.corked == nil || len(b) <= record {
+		_, err := s.conn.Write(b)
+		return err
+	}
+	s.corked.Cork()
+	_, err := s.conn.Write(b)
+	if sent := s.corked.Uncork(); err == nil {
+		err = sent
+	}
 	return err
 }
 

@@ -234,9 +234,23 @@ func (s *Stage) StartGateway(ctx context.Context) error {
 }
 
 // LaunchGateway starts the gateway and does not wait.
-func (s *Stage) LaunchGateway() error {
-	args := []string{"run", "--coordinator", s.URL, "--network", Network, "--enrol-token-file", s.enrolment,
-		"--issuer", s.Issuer.URL(), "--listen", fmt.Sprintf(":%d", s.ports.gateway)}
+func (s *Stage) LaunchGateway() (err error) {
+	s.gateway, err = s.launchGateway("gateway", s.ports.gateway)
+	return err
+}
+
+// LaunchSecondGateway starts another gateway of the network on the same host, which calls itself "second", and does not wait.
+func (s *Stage) LaunchSecondGateway() (err error) {
+	s.second, err = s.launchGateway("second", 0, "--name", "second")
+	return err
+}
+
+// SecondGateway is the process of [Stage.LaunchSecondGateway].
+func (s *Stage) SecondGateway() *lab.Process { return s.second }
+
+func (s *Stage) launchGateway(log string, port uint16, args ...string) (*lab.Process, error) {
+	args = append([]string{"run", "--coordinator", s.URL, "--network", Network, "--enrol-token-file", s.enrolment,
+		"--issuer", s.Issuer.URL(), "--listen", fmt.Sprintf(":%d", port), "--drain", s.opts.Drain.String()}, args...)
 	if s.opts.Flat { // the router there is this machine's own
 		args = append(args, "--port-mapping", "off")
 	}
@@ -248,14 +262,9 @@ func (s *Stage) LaunchGateway() error {
 	} else {
 		args = append(args, "--owner", OwnerID)
 	}
-	proc, err := s.daemon(s.GatewayBox, "gateway", lab.Program{
+	return s.daemon(s.GatewayBox, log, lab.Program{
 		Path: s.Binary("culvert-gateway"), Args: args, Env: s.environ(s.GatewayBox), Unprivileged: true,
 	})
-	if err != nil {
-		return err
-	}
-	s.gateway = proc
-	return nil
 }
 
 // Gateway is the gateway's process.

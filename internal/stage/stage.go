@@ -62,6 +62,8 @@ type Options struct {
 	// Rules gives the coordinator's rules as YAML, a list; the default grants the service's HTTP and echo ports to
 	// pushes to main of [Repository].
 	Rules func(*Stage) string
+	// Drain is how long a gateway that is asked to stop waits for its sessions; default not at all.
+	Drain time.Duration
 	// Policy gives the gateway's own policy file; by default it pins [OwnerID] instead.
 	Policy func(*Stage) string
 	// Coordinator is further top-level YAML for the coordinator.
@@ -94,6 +96,7 @@ type Stage struct {
 	enrolment   string
 	coordinator *lab.Process
 	gateway     *lab.Process
+	second      *lab.Process // nil unless a test starts it
 
 	mu      sync.Mutex
 	closers []func()

@@ -100,6 +100,9 @@ func (b *bind) Send(bufs [][]byte, endpoint conn.Endpoint) error {
 		total += uint64(len(buf))
 	}
 	p.tx.Add(total)
+	if s, ok := r.via.(*stream); ok && messageType(bufs[0]) == device.MessageTransportType {
+		s.wait(r)
+	}
 	b.out.give(len(bufs))
 	return b.transmit(bufs, r)
 }

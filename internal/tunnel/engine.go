@@ -22,6 +22,7 @@ const (
 	lostFor      = 5 * time.Minute         // … within this time
 	keepChosen   = 10 * time.Second        // checks on the chosen path
 	keepBusy     = time.Second             // while it carries traffic: only an answer proves both directions
+	keepAfter    = 4 * time.Second         // and for so long after it has ended: who only receives may be waiting for more
 	keepOther    = 15 * time.Second        // and on the others that are validated
 	staleRetry   = 250 * time.Millisecond  // retry of a check on a validated path, at least; at most twice that
 	staleTries   = 3                       // unanswered checks after which a validated path may be lost
@@ -369,10 +370,11 @@ func (e *engine) traffic(rx, tx uint64, now time.Time) {
 	in, out := rx-e.rx, tx-e.tx
 	e.rx, e.tx, e.sampled = rx, tx, now
 	e.lively, e.much = e.much && in >= livelyBytes, in >= livelyBytes
-	if in == 0 && out == 0 {
+	if in > 0 || out > 0 {
+		e.busy = now
+	} else if now.Sub(e.busy) >= keepAfter {
 		return
 	}
-	e.busy = now
 	if p := e.chosen; p != nil && p.tries == 0 && now.Sub(p.answered) >= keepBusy {
 		p.next = now
 	}
@@ -389,6 +391,25 @@ func (e *engine) refresh(now time.Time) {
 			p.size.search(e.most, now)
 		}
 	}
+}
+
+// moved replaces a validated path by the same one over another transport: the relay has confirmed that we are bound there now, and
+// takes nothing from the old place any more. The way behind the relay has not changed.
+func (e *engine) moved(from, to *path, now time.Time) {
+	to.valid, to.since, to.heard, to.answered, to.srtt = true, now, now, now, from.srtt
+	to.route = &route{spot: to.spot}
+	to.tries, to.next = 0, now
+	to.open.Store(true)
+	if e.lead {
+		to.size.search(e.most, now)
+	}
+	if e.nominee == from {
+		e.nominee = to
+	}
+	if e.chosen == from {
+		e.use(to, now, "moved")
+	}
+	e.drop(from, now)
 }
 
 // drop forgets a path.

@@ -191,6 +191,42 @@ func TestSilentPathIsReplacedWithinThreeSeconds(t *testing.T) {
 	}
 }
 
+// Who only receives sends nothing when its path dies: that traffic has stopped is reason enough to look a few times.
+func TestSilenceAfterTrafficIsLookedInto(t *testing.T) {
+	for _, dies := range []bool{true, false} {
+		d := newDrive(true)
+		a, b := d.candidate(wire.Host, 1), d.candidate(wire.Reflexive, 2)
+		d.step()
+		d.answer(b, 10*time.Millisecond)
+		d.answer(a, 0)
+		d.run(0)
+		d.answer(a, time.Millisecond)
+		checks := 0
+		for at := time.Duration(0); at < 9*time.Second; at += 10 * time.Millisecond {
+			d.now = d.now.Add(10 * time.Millisecond)
+			rx := uint64(at)
+			if at > time.Second {
+				rx = uint64(time.Second)
+			}
+			d.traffic(rx, 0, d.now)
+			for _, p := range d.step() {
+				if p == b || !dies || at < time.Second {
+					d.answer(p, 0)
+				}
+				if p == a && at > time.Second {
+					checks++
+				}
+			}
+			if dies && at == 4*time.Second && d.chosen != b {
+				t.Fatal("three seconds after its last packet the dead path is still in use")
+			}
+		}
+		if !dies && (d.chosen != a || checks < 3 || checks > 6) {
+			t.Errorf("on a path that rests, %d checks in eight seconds", checks)
+		}
+	}
+}
+
 func TestOneWayTrafficAloneKeepsThePath(t *testing.T) {
 	d := newDrive(true)
 	p := d.candidate(wire.Host, 1)

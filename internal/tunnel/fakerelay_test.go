@@ -26,6 +26,7 @@ type fakeRelay struct {
 
 	noUDP   atomic.Bool // swallow every datagram
 	noDial  atomic.Bool // refuse WebSockets
+	full    atomic.Bool // takes no binding
 	largest atomic.Int64
 	binds   atomic.Int64 // that were taken
 	asked   atomic.Int64 // Binding requests
@@ -145,6 +146,9 @@ func (r *fakeRelay) bind(pkt []byte, b relay.Bind, offer relay.Offer, from fakeE
 	if err != nil || !relay.VerifyMessage(pkt, &key) {
 		return fail(relay.CodeTicket)
 	}
+	if r.full.Load() && !b.Unbind {
+		return fail(relay.CodeFull)
+	}
 	c, _ := relay.ChannelOf(claims.Session)
 	if other := r.sessions[c]; other != "" && other != claims.Session {
 		return fail(relay.CodeTaken)
@@ -235,6 +239,8 @@ func (s *fakeStream) Send(c relay.Channel, packets [][]byte) int {
 	}
 	return len(packets)
 }
+
+func (*fakeStream) Wait(relay.Channel, time.Duration) {}
 
 func (s *fakeStream) SendSTUN(msg []byte) bool {
 	s.relay.take(append([]byte(nil), msg...), fakeEnd{stream: s})

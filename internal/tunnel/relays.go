@@ -57,6 +57,7 @@ type RelayOptions struct {
 type RelayStream interface {
 	Offer() relay.Offer
 	Send(c relay.Channel, packets [][]byte) (taken int)
+	Wait(c relay.Channel, limit time.Duration)
 	SendSTUN(msg []byte) bool
 	Receive() (msg []byte, err error)
 	Close() error

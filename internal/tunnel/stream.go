@@ -15,6 +15,7 @@ import (
 type stream struct {
 	node *node
 	conn RelayStream
+	lone bool          // it serves one peer: see wait
 	quit chan struct{} // closed when it is to be used no more
 	once sync.Once
 
@@ -33,6 +34,17 @@ func (s *stream) send(packets [][]byte, r *route) error {
 	}
 	s.conn.Send(channel(r.header), packets)
 	return nil
+}
+
+// streamWait is how long packets wait for a WebSocket that does not keep up, before they are dropped.
+const streamWait = 250 * time.Millisecond
+
+// wait returns when there is room for another batch, or after streamWait. A client waits: its TUN is not read meanwhile, and senders
+// notice. A gateway does not, because the packets of one session would fill its memory; there its own stack is the sender.
+func (s *stream) wait(r *route) {
+	if s.lone {
+		s.conn.Wait(channel(r.header), streamWait)
+	}
 }
 
 // close ends the stream, and with it its reader.
@@ -129,7 +141,7 @@ func (r *relays) run(n *node) {
 		r.ended(n, err)
 		return
 	}
-	s := &stream{node: n, conn: conn, quit: make(chan struct{}), opened: time.Now()}
+	s := &stream{node: n, conn: conn, lone: !r.opts.Keep, quit: make(chan struct{}), opened: time.Now()}
 	defer s.close()
 	r.act(func(now time.Time) {
 		n.stream, n.dialing, n.dialed, n.err, n.stood = s, false, now.Sub(start), nil, false

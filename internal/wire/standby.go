@@ -25,7 +25,8 @@ type StandbyRequest struct {
 	Candidates []Candidate `json:"candidates,omitempty"`
 	Mapping    Mapping     `json:"mapping,omitempty"`
 	Relays     []string    `json:"relays,omitempty"` // names of relays that answered, nearest first
-	Not        []Key       `json:"not,omitempty"`    // gateways that the client cannot use: of other keys than it pins, or out of its reach
+	Not        []Key       `json:"not,omitempty"`    // gateways that are out of the client's reach
+	Only       []Key       `json:"only,omitempty"`   // the only gateways that the client would use, where it pins them
 }
 
 // Standby is a gateway that holds a session and does not carry it yet.

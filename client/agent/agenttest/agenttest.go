@@ -37,39 +37,48 @@ type World struct {
 	HTTP    *httptest.Server // issuer and coordinator
 	URL     string           // the coordinator's, as clients know it; default where HTTP listens
 	Gateway *Gateway
+	Second  *Gateway // nil unless a script calls [World.AddGateway]
 
-	OnJoin  func(n int, w http.ResponseWriter) bool // the nth join; true says that it has been answered
-	OnInfo  func() wire.Info
-	Session func(*wire.Session) // changes the session that a join gives
-	Held    chan struct{}       // where set, the last line of a join waits until it is closed
-	Lease   time.Duration       // default 10 min
-	Plain   bool                // answer joins with one JSON document instead of a stream
-	Apart   bool                // neither side is told where the other is: only relays lead there
+	OnJoin func(n int, w http.ResponseWriter) bool // the nth join; true says that it has been answered
+	OnInfo func() wire.Info
+	// OnStandby says who stands by, to the nth request; nil for nobody. Default: the second gateway.
+	OnStandby func(n int, q wire.StandbyRequest) *Gateway
+	Session   func(*wire.Session) // changes the session that a join gives
+	Held      chan struct{}       // where set, the last line of a join waits until it is closed
+	Lease     time.Duration       // default 10 min
+	Plain     bool                // answer joins with one JSON document instead of a stream
+	Apart     bool                // neither side is told where the other is: only relays lead there
 
-	relays  []*Relay
-	t       *testing.T
-	mu      sync.Mutex
-	joins   []wire.JoinRequest
-	updates []wire.Update
-	ended   []string
-	next    byte // last byte of the next session's address
-	secrets map[string]wire.Secret
+	relays   []*Relay
+	t        *testing.T
+	mu       sync.Mutex
+	joins    []wire.JoinRequest
+	updates  []wire.Update
+	standbys []wire.StandbyRequest
+	given    map[string]netip.Addr // to sessions
+	ended    []string
+	next     byte // last byte of the next session's address
+	secrets  map[string]wire.Secret
 }
 
 // New starts a world that ends with the test. The scripts are applied before anything can ask; where clients are processes
 // of their own, that is the place for them.
 func New(t *testing.T, scripts ...func(*World)) *World {
 	t.Helper()
-	w := &World{t: t, next: 10, secrets: map[string]wire.Secret{}, Lease: 10 * time.Minute, Gateway: newGateway(t)}
+	w := &World{t: t, next: 10, secrets: map[string]wire.Secret{}, given: map[string]netip.Addr{}, Lease: 10 * time.Minute, Gateway: newGateway(t)}
 	for _, script := range scripts {
 		script(w)
 	}
 	w.Gateway.start(t, w.relays)
+	if w.Second != nil {
+		w.Second.start(t, w.relays)
+	}
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /token", w.token)
 	mux.HandleFunc("GET "+wire.PathInfo, w.info)
 	mux.HandleFunc("POST "+wire.PathSessions, w.join)
 	mux.HandleFunc("PATCH "+wire.PathSessions+"/{id}", w.update)
+	mux.HandleFunc("POST "+wire.PathSessions+"/{id}"+wire.PathStandby, w.standby)
 	mux.HandleFunc("DELETE "+wire.PathSessions+"/{id}", w.end)
 	w.HTTP = httptest.NewUnstartedServer(mux)
 	w.URL = cmp.Or(w.URL, "http://"+w.HTTP.Listener.Addr().String()) // before anything can ask
@@ -191,7 +200,9 @@ func (w *World) newSession(j wire.JoinRequest) wire.Session {
 		Lease:     wire.Duration(w.Lease),
 		Expires:   time.Now().Add(w.Lease),
 		Ends:      time.Now().Add(24 * time.Hour),
+		Standby:   w.Second != nil,
 	}
+	w.given[id] = s.Addresses[0]
 	for _, r := range w.relays {
 		s.Relays = append(s.Relays, r.grant(id, relay.Client, j.Key))
 	}

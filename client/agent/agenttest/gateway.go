@@ -23,6 +23,7 @@ type Gateway struct {
 	Deaf    bool                       // admits nobody
 	Names   *wire.Names                // that it grants; nil for none
 
+	name   string
 	key    wire.PrivateKey
 	tunnel *tunnel.Tunnel
 	stack  *netstack.Device
@@ -31,6 +32,9 @@ type Gateway struct {
 	peers    []*tunnel.Peer
 	renewals []wire.Secret
 	asked    []string
+	taken    int
+	quiet    <-chan struct{}
+	cut      uint64
 }
 
 func newGateway(t *testing.T) *Gateway {
@@ -45,7 +49,7 @@ func newGateway(t *testing.T) *Gateway {
 	}
 	dial := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
 	relays := tunnel.RelayOptions{Keep: true, Dial: tunnel.DialRelay(dial, nil)}
-	g := &Gateway{key: key, stack: stack, Verdict: wire.ReachResult{Verdict: wire.Reachable, Rule: "deploy"}}
+	g := &Gateway{name: "gw", key: key, stack: stack, Verdict: wire.ReachResult{Verdict: wire.Reachable, Rule: "deploy"}}
 	if g.tunnel, err = tunnel.New(tunnel.Options{Key: key, TUN: stack, Relays: relays}); err != nil {
 		t.Fatal(err)
 	}
@@ -70,6 +74,8 @@ func (g *Gateway) start(t *testing.T, relays []*Relay) {
 	inside := http.NewServeMux()
 	inside.HandleFunc("POST "+wire.PathRenew, g.renew)
 	inside.HandleFunc("POST "+wire.PathReach, g.reach)
+	inside.HandleFunc("POST "+wire.PathTake, g.take)
+	inside.HandleFunc("POST "+wire.PathLeave, g.leave)
 	g.serve(t, &wait, netip.AddrPortFrom(Overlay, wire.InsidePort), inside)
 	g.serve(t, &wait, netip.AddrPortFrom(Service, ServicePort), http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		_, _ = io.WriteString(w, "hello")
@@ -164,7 +170,7 @@ func (g *Gateway) describe() wire.Gateway {
 	candidates, _ := nat.HostCandidates(g.tunnel.Port(), func(string) bool { return false })
 	loopback := netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), g.tunnel.Port())
 	return wire.Gateway{
-		Name:       "gw",
+		Name:       g.name,
 		Key:        g.Key(),
 		Addresses:  []netip.Addr{Overlay},
 		Candidates: append(candidates, wire.Candidate{Kind: wire.Host, Addr: loopback}),
