@@ -393,6 +393,25 @@ func (e *engine) refresh(now time.Time) {
 	}
 }
 
+// moved replaces a validated path by the same one over another transport: the relay has confirmed that we are bound there now, and
+// takes nothing from the old place any more. The way behind the relay has not changed.
+func (e *engine) moved(from, to *path, now time.Time) {
+	to.valid, to.since, to.heard, to.answered, to.srtt = true, now, now, now, from.srtt
+	to.route = &route{spot: to.spot}
+	to.tries, to.next = 0, now
+	to.open.Store(true)
+	if e.lead {
+		to.size.search(e.most, now)
+	}
+	if e.nominee == from {
+		e.nominee = to
+	}
+	if e.chosen == from {
+		e.use(to, now, "moved")
+	}
+	e.drop(from, now)
+}
+
 // drop forgets a path.
 func (e *engine) drop(p *path, now time.Time) {
 	e.paths = slices.DeleteFunc(e.paths, func(q *path) bool { return q == p })

@@ -26,6 +26,7 @@ type fakeRelay struct {
 
 	noUDP   atomic.Bool // swallow every datagram
 	noDial  atomic.Bool // refuse WebSockets
+	full    atomic.Bool // takes no binding
 	largest atomic.Int64
 	binds   atomic.Int64 // that were taken
 	asked   atomic.Int64 // Binding requests
@@ -144,6 +145,9 @@ func (r *fakeRelay) bind(pkt []byte, b relay.Bind, offer relay.Offer, from fakeE
 	key, err := relay.DeriveBindKey(r.key, claims.Key)
 	if err != nil || !relay.VerifyMessage(pkt, &key) {
 		return fail(relay.CodeTicket)
+	}
+	if r.full.Load() && !b.Unbind {
+		return fail(relay.CodeFull)
 	}
 	c, _ := relay.ChannelOf(claims.Session)
 	if other := r.sessions[c]; other != "" && other != claims.Session {

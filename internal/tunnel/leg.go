@@ -17,7 +17,7 @@ const (
 	bindRetry  = 100 * time.Millisecond // doubled with every try …
 	bindTries  = 5                      // … so often: 3.1 s
 	bindRest   = 10 * time.Second       // then this long
-	bindTaken  = 5 * time.Second        // after the relay said that the channel is another session's
+	bindTaken  = 5 * time.Second        // after the relay said that it has no room, or another session on the channel
 	bindStale  = 3                      // stale nonces in a row that are answered at once
 	rebindLost = 10 * time.Second       // how often the leading side binds again while its path does not work
 )
@@ -320,6 +320,11 @@ func (l *leg) answered(msg []byte, a relay.Answer, now time.Time) {
 			return
 		}
 		l.bound, l.tries, l.stale, l.next = true, 0, 0, time.Time{}
+		if l.old != nil && l.old.valid && l.path != nil && !l.path.valid {
+			l.peer.engine.moved(l.old, l.path, now)
+			l.peer.tunnel.bind.table.put(l.path)
+			l.old = nil
+		}
 		if l.path != nil && !l.path.valid {
 			l.path.tries, l.path.next = min(l.path.tries, 2), now
 			if l.peer.opts.Initiate {
@@ -335,8 +340,8 @@ func (l *leg) answered(msg []byte, a relay.Answer, now time.Time) {
 		if l.mode == UDP {
 			l.peer.tunnel.relays.offered(l, l.at.addr, a.Offer)
 		}
-	case relay.CodeTaken:
-		log.Info("a relay holds the channel for another session")
+	case relay.CodeTaken, relay.CodeFull:
+		log.Info("a relay has no room for the session", "code", a.Code)
 		l.tries, l.next = 0, now.Add(bindTaken)
 	default:
 		log.Warn("a relay refuses the session's ticket", "code", a.Code)

@@ -281,3 +281,67 @@ func TestForeignFramesAreDropped(t *testing.T) {
 		t.Error("a framed check from elsewhere made a path")
 	}
 }
+
+// A relay that has no room is asked again, by both sides, instead of being given up for the session.
+func TestAFullRelayIsTriedAgain(t *testing.T) {
+	r := newFakeRelay(t, "r")
+	r.full.Store(true)
+	client, gateway := newRelayedEnd(t, false, r), newRelayedEnd(t, true, r)
+	c, g := joinRelayed(t, client, gateway, nil, r)
+	for _, p := range []*Peer{c, g} {
+		within(t, patient, "the leg rests", func() bool {
+			p.mu.Lock()
+			defer p.mu.Unlock()
+			l := p.legs[0]
+			return l.mode != "" && !l.broken && !l.bound && l.tries == 0 && time.Until(l.next) > 2*bindRetry
+		})
+	}
+	r.full.Store(false)
+	for _, p := range []*Peer{c, g} {
+		p.act(func(now time.Time) { p.legs[0].next = now })
+	}
+	ping(t, client, gateway)
+	on(t, "through the relay", c, g, func(p Path) bool { return p.Relay == "r" })
+}
+
+// A binding moves from a WebSocket to UDP as soon as that answers, and packets flow.
+func TestABindingMovesToUDP(t *testing.T) {
+	r := newFakeRelay(t, "r")
+	r.noUDP.Store(true)
+	client, gateway := newRelayedEnd(t, false, r), newRelayedEnd(t, true, r)
+	c, g := joinRelayed(t, client, gateway, nil, r)
+	ping(t, client, gateway)
+	on(t, "over websockets", c, g, overStream("r"))
+	r.noUDP.Store(false)
+	client.Refresh()
+	gateway.Refresh()
+	on(t, "over udp", c, g, overUDP("r"))
+	ping(t, client, gateway)
+}
+
+// A path that moves with its binding carries on at once where the old one carried, on either side, and the old one is gone.
+func TestMovedPathCarriesOn(t *testing.T) {
+	for _, lead := range []bool{true, false} {
+		d := newDrive(lead)
+		from, to, other := d.relayed(1), d.relayed(2), d.relayed(3)
+		for _, p := range []*path{from, other} {
+			p.valid, p.srtt = true, 10*time.Millisecond
+		}
+		d.chosen, d.nominee = from, from
+		d.moved(from, to, d.now)
+		if d.chosen != to || d.nominee != to || !to.valid || !to.open.Load() || to.srtt != from.srtt || to.route.spot != to.spot {
+			t.Errorf("lead %t: the new path does not carry on: %+v", lead, to)
+		}
+		if from.valid || len(d.paths) != 2 || len(d.dropped) != 1 || d.dropped[0] != from {
+			t.Errorf("lead %t: the old path is still there", lead)
+		}
+		if len(d.carried) != 1 || d.carried[0] != to {
+			t.Errorf("lead %t: traffic went over %v meanwhile", lead, d.carried)
+		}
+		third := d.relayed(4)
+		d.moved(other, third, d.now)
+		if d.chosen != to || !third.valid || len(d.carried) != 1 {
+			t.Errorf("lead %t: a path that does not carry took the traffic", lead)
+		}
+	}
+}
