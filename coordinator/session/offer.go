@@ -68,7 +68,10 @@ func (a *admission) announce(g state.Presence) error {
 
 // offer asks one gateway.
 func (m *Manager) offer(ctx context.Context, a *admission, g state.Presence) (wire.Answer, error) {
-	if !a.standby {
+	longest := a.lease.Ends.Sub(a.lease.Created)
+	if a.standby { // what is left of the session
+		longest = max(a.lease.Ends.Sub(m.opts.Now()), time.Second)
+	} else {
 		answered := m.placed.note(g.Instance)
 		defer func() { answered(m.opts.Now()) }()
 	}
@@ -83,7 +86,7 @@ func (m *Manager) offer(ctx context.Context, a *admission, g state.Presence) (wi
 		Relays:     m.tickets(a, relay.Gateway, g.Key),
 		Grants:     a.decision.Grants,
 		Lease:      wire.Duration(a.rules.Config.Lease),
-		MaxSession: wire.Duration(a.lease.Ends.Sub(a.lease.Created)),
+		MaxSession: wire.Duration(longest),
 	})
 	if err != nil {
 		return answer, err

@@ -5,6 +5,7 @@ import (
 	"net/netip"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 const wan = "wan" // a NAT's interface towards the internet
@@ -15,6 +16,8 @@ type NATOptions struct {
 	Link Link // towards the internet
 	// IPv6 gives the hosts behind it global addresses, with a firewall that lets answers in alone ([Open]: everything).
 	IPv6 bool
+	// LAN is what the private addresses behind it are taken from, a /16; default one of its own. Two NATs may have the same.
+	LAN netip.Prefix
 }
 
 // NAT is a router that hides the hosts behind it.
@@ -48,6 +51,9 @@ func (n *Net) buildNAT(name string, opts NATOptions) (*NAT, error) {
 	}
 	nat := &NAT{net: n, ns: ns, name: name, kind: opts.Kind}
 	nat.number, nat.lan = n.nextLAN()
+	if opts.LAN.IsValid() {
+		nat.lan = [2]byte(opts.LAN.Addr().AsSlice())
+	}
 	if nat.public, err = n.attach(ns, wan, opts.Link, opts.IPv6); err != nil {
 		return nil, err
 	}
@@ -105,6 +111,19 @@ func (t *NAT) Router() *Host {
 func (t *NAT) Forget() error {
 	if err := t.ns.handle.ConntrackTableFlush(netlink.ConntrackTable); err != nil {
 		return fmt.Errorf("forget the mappings of NAT %s: %w", t.name, err)
+	}
+	return nil
+}
+
+// ForgetUDP drops the mappings of UDP alone: what was let in because of earlier flows is not any more, and connections stay.
+func (t *NAT) ForgetUDP() error {
+	filter := &netlink.ConntrackFilter{}
+	err := filter.AddProtocol(unix.IPPROTO_UDP)
+	if err == nil {
+		_, err = t.ns.handle.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, filter)
+	}
+	if err != nil {
+		return fmt.Errorf("forget the UDP mappings of NAT %s: %w", t.name, err)
 	}
 	return nil
 }
