@@ -25,6 +25,7 @@ export function settings() {
     CULVERT_MODE: input('mode'),
     CULVERT_WAIT_FOR: list('wait-for').join(','),
     CULVERT_GATEWAY_KEY: list('gateway-keys').join(','),
+    CULVERT_FORWARD: list('forward').join(','),
     CULVERT_TIMEOUT: input('timeout'),
     CULVERT_INSECURE_HTTP: flag('insecure-http') ? 'true' : '',
     CULVERT_LOG_LEVEL: input('log-level') || (process.env.RUNNER_DEBUG === '1' ? 'debug' : ''),
@@ -76,9 +77,12 @@ function report(ready, name) {
   })) output(key, value)
   exportEnv('CULVERT_NAME', name) // status, check, exec and down of later steps find it
   if (ready.proxy && flag('export-proxy')) {
-    for (const variable of ['HTTPS_PROXY', 'HTTP_PROXY']) exportEnv(variable, `http://${ready.proxy}`)
-    exportEnv('ALL_PROXY', `socks5h://${ready.proxy}`)
-    exportEnv('NO_PROXY', [process.env.NO_PROXY, 'localhost,127.0.0.1,::1'].filter(Boolean).join(','))
+    const variables = { https_proxy: `http://${ready.proxy}`, http_proxy: `http://${ready.proxy}`, all_proxy: `socks5h://${ready.proxy}`,
+      no_proxy: [process.env.NO_PROXY, 'localhost,127.0.0.1,::1'].filter(Boolean).join(',') }
+    for (const [variable, value] of Object.entries(variables)) { // some programs read one spelling, some the other
+      exportEnv(variable.toUpperCase(), value)
+      if (process.platform !== 'win32') exportEnv(variable, value)
+    }
   }
   say(`culvert: up in network ${ready.network} as ${ready.address}, gateway ${ready.gateway}, ${ready.path.kind} path, ${Math.round(ready.timings.total_ms)} ms`)
 }

@@ -16,6 +16,7 @@ import (
 	"github.com/culvertnet/culvert/client/agent"
 	"github.com/culvertnet/culvert/client/control"
 	"github.com/culvertnet/culvert/client/host"
+	"github.com/culvertnet/culvert/client/proxy"
 	"github.com/culvertnet/culvert/client/token"
 	"github.com/culvertnet/culvert/internal/problem"
 	"github.com/culvertnet/culvert/internal/wire"
@@ -31,6 +32,7 @@ type upCommand struct {
 	Timeout      time.Duration `env:"CULVERT_TIMEOUT" default:"60s" help:"Give up when the tunnel is not usable by then."`
 	Foreground   bool          `env:"CULVERT_FOREGROUND" help:"Stay until interrupted instead of running in the background."`
 	ProxyListen  string        `env:"CULVERT_PROXY_LISTEN" default:"127.0.0.1:0" placeholder:"IP:PORT" help:"Where the proxy of mode proxy listens; loopback only."`
+	Forward      []string      `env:"CULVERT_FORWARD" placeholder:"PORT:HOST:PORT" help:"Have this port of loopback lead to a target in the network, in every mode: 5432:db.internal:5432. Repeatable."`
 	InsecureHTTP bool          `name:"insecure-http" env:"CULVERT_INSECURE_HTTP" help:"Allow plain http:// to a coordinator that is not on loopback."`
 	LogLevel     slog.Level    `env:"CULVERT_LOG_LEVEL" default:"warn" placeholder:"LEVEL" help:"What to log on standard error until the tunnel is up: debug, info, warn or error."`
 	LogFile      string        `env:"CULVERT_LOG_FILE" placeholder:"FILE" help:"Log to this file as well, also once the tunnel is up."`
@@ -76,7 +78,15 @@ func (c *upCommand) options(env environment, log *slog.Logger) (agent.Options, e
 		}
 		pins[i] = key
 	}
+	forwards := make([]proxy.Forward, len(c.Forward))
+	for i, text := range c.Forward {
+		var err error
+		if forwards[i], err = proxy.ParseForward(text); err != nil {
+			return agent.Options{}, err
+		}
+	}
 	return agent.Options{
+		Forwards:     forwards,
 		Coordinator:  c.Coordinator,
 		Network:      c.Network,
 		Mode:         c.mode(),
@@ -160,6 +170,9 @@ func thrifty(env environment) {
 	}
 }
 
+// askLimit is how long a status waits for what the gateway has to say.
+const askLimit = time.Second
+
 // service is what the control socket serves.
 type service struct {
 	*agent.Agent
@@ -169,6 +182,9 @@ type service struct {
 // Status is the agent's with the log's last lines.
 func (s *service) Status() control.Status {
 	st := s.Agent.Status()
+	ctx, cancel := context.WithTimeout(context.Background(), askLimit)
+	defer cancel()
+	s.Agent.Reached(ctx, &st)
 	st.Log = s.log.Lines()
 	return st
 }

@@ -41,6 +41,7 @@ type loadCmd struct {
 	Retry          bool          `help:"Try a join again that fails for now, as clients do, instead of counting it as an error."`
 	CA             string        `name:"ca" type:"existingfile" placeholder:"FILE" help:"Certificates of authorities to believe besides the system's."`
 	InsecureHTTP   bool          `name:"insecure-http" help:"Take plain HTTP beyond loopback."`
+	IDs            string        `name:"ids" placeholder:"FILE" help:"Write the id of every session that was joined to this file, to hold them against the audit log."`
 	JSON           bool          `name:"json" help:"Print JSON."`
 	LogLevel       slog.Level    `default:"info" help:"debug, info, warn or error."`
 }
@@ -53,6 +54,14 @@ func (c *loadCmd) Run() error {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	defer stop()
+	if c.IDs != "" {
+		f, err := os.Create(c.IDs)
+		if err != nil {
+			return problem.Wrap(err, problem.Usage, "the file for ids cannot be written", "give --ids a path that can be written to")
+		}
+		defer f.Close()
+		opts.IDs = f
+	}
 	report, err := load.Run(ctx, opts)
 	if err != nil {
 		return err

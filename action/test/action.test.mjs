@@ -19,12 +19,12 @@ const calls = (r) => r.read('calls').trim().split('\n').filter(Boolean).map((lin
 test('up: inputs become settings, the result becomes outputs', async (t) => {
   const r = runner(t)
   const inputs = withBinary(r, { up: { out: ready } })
-  const { code, out } = await r.run('main', { ...inputs, network: 'corp', 'wait-for': 'db:5432, web:443\nmq:5672', 'gateway-keys': 'K1 K2', timeout: '90s', 'export-proxy': 'true' })
+  const { code, out } = await r.run('main', { ...inputs, network: 'corp', 'wait-for': 'db:5432, web:443\nmq:5672', 'gateway-keys': 'K1 K2', timeout: '90s', forward: '5432:db:5432\n8443:web:443', 'export-proxy': 'true' })
   assert.equal(code, 0, out)
   const [call] = calls(r)
   assert.deepEqual(call.args, ['up', '--json'])
   assert.deepEqual(call.env, { CULVERT_COORDINATOR: coordinator, CULVERT_NETWORK: 'corp', CULVERT_MODE: 'proxy', CULVERT_WAIT_FOR: 'db:5432,web:443,mq:5672',
-    CULVERT_GATEWAY_KEY: 'K1,K2', CULVERT_TIMEOUT: '90s', CULVERT_NAME: 'corp' })
+    CULVERT_GATEWAY_KEY: 'K1,K2', CULVERT_FORWARD: '5432:db:5432,8443:web:443', CULVERT_TIMEOUT: '90s', CULVERT_NAME: 'corp' })
   assert.deepEqual(pairs(r.read('output')), { address: '198.18.0.2', gateway: 'gw-1', path: 'reflexive', session: 'sess-1', proxy: '127.0.0.1:1080' })
   const env = pairs(r.read('env'))
   assert.equal(env.HTTPS_PROXY, 'http://127.0.0.1:1080')
@@ -126,7 +126,10 @@ test('downloads are bounded and whole', { timeout: 120_000 }, async (t) => {
   }
 })
 
-const status = { state: 'up', network: 'corp', gateway: 'gw`|x\n# evil', rules: ['deploy'], path: { kind: 'relay', rtt_ms: 12.34 }, rx_bytes: 1234567, tx_bytes: 10 }
+const status = { state: 'up', network: 'corp', gateway: 'gw`|x\n# evil', rules: ['deploy'], path: { kind: 'relay', rtt_ms: 12.34 }, rx_bytes: 1234567, tx_bytes: 10, more: 7, reached: [
+  { proto: 'tcp', target: 'db.internal:5432', verdict: 'allowed', flows: 2, bytes_up: 10, bytes_down: 2000 },
+  { proto: 'tcp', target: 'db.internal:1', verdict: 'allowed', flows: 1, cause: 'refused' },
+  { proto: 'tcp', target: '10.0.0.9:22', verdict: 'denied', flows: 3, reason: 'x' }, { proto: 'dns', target: 'git.corp', verdict: 'denied', flows: 1 }] }
 
 test('post writes the summary and ends the tunnel', async (t) => {
   const r = runner(t)
@@ -137,6 +140,11 @@ test('post writes the summary and ends the tunnel', async (t) => {
   const text = r.read('summary')
   assert.match(text, /\| path \| `relay`, 12\.3 ms \|/)
   assert.match(text, /\| received, sent \| 1\.2 MB, 10 B \|/)
+  assert.match(text, /\| `tcp db\.internal:5432` \| 2 \| 2\.0 kB, 10 B \|/)
+  assert.match(text, /\| `tcp db\.internal:1` \| 1, the last: refused \| 0 B, 0 B \|/)
+  assert.match(text, /\| `tcp 10\.0\.0\.9:22` \| 3 \| `allow: \["tcp 10\.0\.0\.9:22"\]` \|/)
+  assert.match(text, /\| `the name git\.corp` \| 1 \| `allow: \["tcp git\.corp:PORT"\]` \|/)
+  assert.match(text, /^7 flows to further targets\.$/m)
   assert.ok(!/^# evil/m.test(text), 'text of the other side is no markup')
   assert.ok(!out.includes('::warning'))
 })

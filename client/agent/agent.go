@@ -50,9 +50,10 @@ type Options struct {
 	Timeout      time.Duration // until the tunnel is up; default 60 s
 	InsecureHTTP bool          // allow http:// to a coordinator that is not on loopback
 	ProxyListen  string        // in mode proxy; default a free port of 127.0.0.1
-	ProxyUsers   []int         // who may use the proxy, by user id; default the process's own
-	Client       string        // program, version and platform, for the coordinator's log
-	Started      time.Time     // what timings count from; default now
+	ProxyUsers   []int         // who may use the proxy and the forwards, by user id; default the process's own
+	Forwards     []proxy.Forward
+	Client       string    // program, version and platform, for the coordinator's log
+	Started      time.Time // what timings count from; default now
 	Logger       *slog.Logger
 
 	// Tokens makes the source of tokens; requests go through the given client.
@@ -336,17 +337,19 @@ func (a *Agent) close(err error) {
 }
 
 func (a *Agent) startProxy() error {
-	if a.opts.Mode != ModeProxy {
+	if a.opts.Mode != ModeProxy && len(a.opts.Forwards) == 0 {
 		return nil
 	}
 	server, err := proxy.Listen(proxy.Options{
-		Listen:  a.opts.ProxyListen,
-		Dial:    a.dialInside,
-		Inside:  a.inside,
-		Lookup:  a.lookupInside,
-		Explain: a.explain,
-		Users:   a.opts.ProxyUsers,
-		Logger:  a.log,
+		Listen:   a.opts.ProxyListen,
+		Forwards: a.opts.Forwards,
+		NoProxy:  a.opts.Mode != ModeProxy,
+		Dial:     a.dialInside,
+		Inside:   a.inside,
+		Lookup:   a.lookupInside,
+		Explain:  a.explain,
+		Users:    a.opts.ProxyUsers,
+		Logger:   a.log,
 	})
 	if err != nil {
 		return err
@@ -370,7 +373,7 @@ func (a *Agent) ready(s *session) {
 		Mode:    a.opts.Mode,
 		Timings: a.marks.timings(),
 	}
-	if a.proxy != nil {
+	if a.opts.Mode == ModeProxy && a.proxy != nil {
 		r.Proxy = a.proxy.Addr().String()
 	}
 	a.mu.Unlock()

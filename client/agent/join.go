@@ -249,7 +249,7 @@ func checkGateway(gw wire.Gateway, key wire.Key) error {
 		return senseless("a gateway lacks its key, its name or its address, or has too much of something")
 	}
 	for _, addr := range gw.Addresses {
-		if !unicast(addr) {
+		if !unicast(addr) || contains(never, addr) {
 			return senseless("a gateway has an address that no host can have")
 		}
 	}

@@ -5,6 +5,7 @@ import (
 	"slices"
 	"sync"
 
+	"github.com/culvertnet/culvert/client/host"
 	"github.com/culvertnet/culvert/internal/wire"
 )
 
@@ -16,11 +17,31 @@ type routes struct {
 	left []netip.Prefix
 }
 
+// never are destinations that no gateway gets, whatever it says: this host itself, its links, and where clouds keep their metadata and
+// give out credentials. An honest gateway grants them one by one at most.
+var never = []netip.Prefix{
+	netip.MustParsePrefix("0.0.0.0/8"), netip.MustParsePrefix("127.0.0.0/8"), // this host (RFC 1122, section 3.2.1.3)
+	netip.MustParsePrefix("169.254.0.0/16"), netip.MustParsePrefix("fe80::/10"), // link-local (RFC 3927, RFC 4291), metadata
+	netip.MustParsePrefix("224.0.0.0/3"), netip.MustParsePrefix("ff00::/8"), // multicast, reserved, broadcast
+	netip.MustParsePrefix("::/127"),             // unspecified, loopback
+	netip.MustParsePrefix("168.63.129.16/32"),   // Azure: DNS, DHCP, agent
+	netip.MustParsePrefix("100.100.100.200/32"), // Alibaba: metadata
+	netip.MustParsePrefix("fd00:ec2::/64"),      // AWS: metadata, DNS, time
+	netip.MustParsePrefix("fd20:ce::254/128"),   // Google: metadata
+}
+
+// routable is what a gateway may be believed to lead to.
+func routable(routes []netip.Prefix) []netip.Prefix { return host.Without(routes, never) }
+
 // setRoutes replaces what goes into the tunnel: the gateway's overlay addresses and what it grants.
 func (a *Agent) setRoutes(gw wire.Gateway) error {
 	a.routes.mu.Lock()
 	defer a.routes.mu.Unlock()
-	a.routes.want = append(hostPrefixes(gw.Addresses), gw.Routes...)
+	believed := routable(gw.Routes)
+	if refused := host.Without(gw.Routes, believed); len(refused) > 0 {
+		a.log.Warn("the gateway wants traffic that is never a gateway's; it stays outside the tunnel", "routes", refused)
+	}
+	a.routes.want = append(hostPrefixes(gw.Addresses), believed...)
 	a.routes.keep = a.routes.keep[:0]
 	for _, c := range gw.Candidates {
 		a.routes.keep = append(a.routes.keep, c.Addr.Addr().Unmap())

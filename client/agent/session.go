@@ -245,7 +245,9 @@ func (s *session) turnTo(gw wire.Gateway) (known bool) {
 	return known
 }
 
-func allowed(gw wire.Gateway) []netip.Prefix { return append(hostPrefixes(gw.Addresses), gw.Routes...) }
+func allowed(gw wire.Gateway) []netip.Prefix {
+	return append(hostPrefixes(gw.Addresses), routable(gw.Routes)...)
+}
 
 func (s *session) addPeer(gw wire.Gateway) error {
 	w := &way{gateway: gw, id: s.ID, granted: s.granted}

@@ -114,7 +114,7 @@ func (a *Agent) Status() control.Status {
 	if a.link != nil {
 		st.Interface = a.link.Name()
 	}
-	if a.proxy != nil {
+	if a.opts.Mode == ModeProxy && a.proxy != nil {
 		st.Proxy = a.proxy.Addr().String()
 	}
 	a.mu.Unlock()

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 	"golang.zx2c4.com/wireguard/tun"
 
+	"github.com/culvertnet/culvert/client/nft"
 	"github.com/culvertnet/culvert/internal/problem"
 )
 
@@ -40,7 +41,8 @@ type link struct {
 	nl      *netlink.Handle // of the network namespace in which the link was made; nil once closed
 	attrs   netlink.Link
 	skipped []netip.Addr
-	warned  bool // that routes of IPv6 are skipped
+	shield  *nft.Table // nil where the host has no nftables
+	warned  bool       // that routes of IPv6 are skipped
 }
 
 // device is the TUN device. It joins the event goroutines when it is closed: they block for ever on events that nobody
@@ -122,7 +124,10 @@ func (l *link) bringUp() error {
 	}
 	// No link-local address of its own, whose router solicitations would go into the tunnel. Fails where IPv6 is off.
 	_ = l.nl.LinkSetIP6AddrGenMode(l.attrs, addrGenNone)
-	_ = l.nl.LinkSetGSOMaxSegs(l.attrs, segments) // costs throughput where it fails, and nothing else
+	_ = l.nl.LinkSetGSOMaxSegs(l.attrs, segments)   // costs throughput where it fails, and nothing else
+	if l.shield, err = shield(l.name); err != nil { // before anything can come in
+		l.log.Warn("nothing keeps the gateway from opening connections to this host", "err", err)
+	}
 	if err := l.nl.LinkSetUp(l.attrs); err != nil {
 		return fmt.Errorf("set %s up: %w", l.name, err)
 	}
@@ -141,6 +146,10 @@ func (l *link) release() {
 		}
 		l.nl.Close()
 		l.nl = nil
+	}
+	if l.shield != nil { // last: until then something may come in
+		_ = l.shield.Close()
+		l.shield = nil
 	}
 }
 

@@ -20,6 +20,11 @@ func plan(want []netip.Prefix, keep []netip.Addr, connected []netip.Prefix) (rou
 	return prefixesOf(subtract(subtract(wanted, links), spansOf(single))), left
 }
 
+// Without gives what lies in want and not in cut, as the fewest prefixes, sorted.
+func Without(want, cut []netip.Prefix) []netip.Prefix {
+	return prefixesOf(subtract(spansOf(want), spansOf(cut)))
+}
+
 // split replaces each prefix that is taken, or is the default route, by its halves, and those by theirs where they are
 // taken too. Single addresses that are taken cannot be split and come back as lost.
 func split(routes []netip.Prefix, taken map[netip.Prefix]bool) (free, lost []netip.Prefix) {

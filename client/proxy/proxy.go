@@ -31,7 +31,10 @@ const (
 
 // Options configure a [Server].
 type Options struct {
-	Listen string // default "127.0.0.1:0"; refused unless loopback
+	Listen   string // default "127.0.0.1:0"; refused unless loopback
+	Forwards []Forward
+	// NoProxy serves the forwards alone.
+	NoProxy bool
 	// Dial opens a connection inside the tunnel; address is "IP:port".
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 	// Inside says whether an address goes into the tunnel. What does not is dialled directly, so that a job may point all its
@@ -60,6 +63,12 @@ func (o *Options) Validate() error {
 		return problem.Wrap(err, problem.Usage, fmt.Sprintf("the proxy listens on loopback only, not on %q", o.Listen),
 			"give --proxy-listen an address such as 127.0.0.1:1080")
 	}
+	for _, f := range o.Forwards {
+		if !f.Listen.Addr().IsLoopback() {
+			return problem.New(problem.Usage, fmt.Sprintf("a forward listens on loopback only, not on %s", f.Listen),
+				"write --forward 5432:db.internal:5432")
+		}
+	}
 	if o.Dial == nil || o.Inside == nil {
 		return errors.New("a proxy needs Dial and Inside")
 	}
@@ -82,15 +91,16 @@ func (o *Options) Validate() error {
 
 // Server is a proxy that serves processes of its own user alone.
 type Server struct {
-	opts     Options
-	listener net.Listener
-	addr     netip.AddrPort
-	web      *http.Server
-	handoff  *handoff // connections that turned out to speak HTTP
-	onward   *http.Transport
-	ctx      context.Context
-	cancel   context.CancelFunc
-	wait     sync.WaitGroup
+	opts    Options
+	addr    netip.AddrPort // invalid without a proxy
+	web     *http.Server
+	handoff *handoff // connections that turned out to speak HTTP
+	onward  *http.Transport
+	ctx     context.Context
+	cancel  context.CancelFunc
+	wait    sync.WaitGroup
+
+	listeners []net.Listener
 
 	mu    sync.Mutex
 	conns map[net.Conn]struct{} // both sides of everything open; nil once closed
@@ -101,30 +111,51 @@ func Listen(opts Options) (*Server, error) {
 	if err := opts.Validate(); err != nil {
 		return nil, err
 	}
-	listener, err := net.Listen("tcp", opts.Listen)
-	if err != nil {
-		return nil, problem.Wrap(err, problem.Usage, fmt.Sprintf("the proxy cannot listen on %s", opts.Listen),
-			"choose a free port with --proxy-listen, or leave it out")
-	}
-	s := &Server{
-		opts:     opts,
-		listener: listener,
-		addr:     listener.Addr().(*net.TCPAddr).AddrPort(),
-		conns:    make(map[net.Conn]struct{}),
-	}
+	s := &Server{opts: opts, conns: make(map[net.Conn]struct{})}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.serveHTTP()
-	s.wait.Go(s.accept)
+	if err := s.open(); err != nil {
+		return nil, errors.Join(err, s.Close())
+	}
 	return s, nil
 }
 
-// Addr is the bound address.
+// open opens every port before the first is served.
+func (s *Server) open() error {
+	serve := []func(net.Conn){}
+	if !s.opts.NoProxy {
+		l, err := net.Listen("tcp", s.opts.Listen)
+		if err != nil {
+			return problem.Wrap(err, problem.Usage, fmt.Sprintf("the proxy cannot listen on %s", s.opts.Listen),
+				"choose a free port with --proxy-listen, or leave it out")
+		}
+		s.listeners, serve = append(s.listeners, l), append(serve, s.serve)
+		s.addr = l.Addr().(*net.TCPAddr).AddrPort()
+	}
+	for _, f := range s.opts.Forwards {
+		l, err := net.Listen("tcp", f.Listen.String())
+		if err != nil {
+			return problem.Wrap(err, problem.Usage, fmt.Sprintf("cannot listen on %s to forward to %s: %v", f.Listen, f.Target, err),
+				"choose a free port for --forward")
+		}
+		s.listeners, serve = append(s.listeners, l), append(serve, func(conn net.Conn) { s.forward(conn, f.Target) })
+	}
+	for i, l := range s.listeners {
+		s.wait.Go(func() { s.accept(l, serve[i]) })
+	}
+	return nil
+}
+
+// Addr is the proxy's bound address.
 func (s *Server) Addr() netip.AddrPort { return s.addr }
 
 // Close ends all connections and waits.
 func (s *Server) Close() error {
 	s.cancel()
-	err := s.listener.Close()
+	var err error
+	for _, l := range s.listeners {
+		err = errors.Join(err, l.Close())
+	}
 	s.handoff.Close()
 	_ = s.web.Close()
 	s.mu.Lock()
@@ -163,9 +194,9 @@ func Environ(addr netip.AddrPort) []string {
 	}
 }
 
-func (s *Server) accept() {
+func (s *Server) accept(l net.Listener, serve func(net.Conn)) {
 	for {
-		conn, err := s.listener.Accept()
+		conn, err := l.Accept()
 		if err != nil {
 			if s.ctx.Err() != nil {
 				return
@@ -181,7 +212,7 @@ func (s *Server) accept() {
 			_ = conn.Close()
 			continue
 		}
-		s.wait.Go(func() { s.serve(conn) })
+		s.wait.Go(func() { serve(conn) })
 	}
 }
 

@@ -51,12 +51,12 @@ func (h *handoff) Close() error {
 	return nil
 }
 
-// Addr is the address of the listener that really accepts.
+// Addr is loopback: the listeners that really accept are there.
 func (h *handoff) Addr() net.Addr { return h.addr }
 
 // serveHTTP starts the HTTP server behind the handoff.
 func (s *Server) serveHTTP() {
-	s.handoff = newHandoff(s.listener.Addr())
+	s.handoff = newHandoff(&net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)})
 	s.onward = &http.Transport{
 		DialContext:        func(ctx context.Context, _, addr string) (net.Conn, error) { return s.dial(ctx, addr) },
 		IdleConnTimeout:    30 * time.Second,

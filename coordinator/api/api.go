@@ -194,6 +194,7 @@ func (a *API) routes() http.Handler {
 	r.Get("/readyz", a.readyz)
 	r.Group(func(r chi.Router) {
 		r.Use(a.limited)
+		r.Get("/openapi.json", a.document)
 		r.Get(wire.PathInfo, a.info)
 		r.Post(wire.PathSessions, a.join)
 		r.Patch(wire.PathSessions+"/{id}", a.update)

@@ -1,6 +1,7 @@
 package api
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -222,13 +223,9 @@ func (s *stream) writeAll(ctx context.Context) error {
 }
 
 func (s *stream) write(ctx context.Context, f wire.Frame) error {
-	data, err := json.Marshal(f)
-	if err != nil {
-		return err
-	}
 	ctx, cancel := context.WithTimeout(ctx, writeTimeout)
 	defer cancel()
-	return s.conn.Write(ctx, websocket.MessageText, data)
+	return s.conn.Write(ctx, websocket.MessageText, f.Encode())
 }
 
 // enqueue hands a frame to the writer without waiting. A gateway that lets its queue fill up loses its stream.
@@ -288,6 +285,9 @@ func (s *stream) call(ctx context.Context, f wire.Frame) []byte {
 
 // isStandby reports whether an offer is of a session that another gateway carries.
 func isStandby(f wire.Frame) bool {
+	if !bytes.Contains(f.Body, []byte(`"standby":true`)) { // nearly always, and it is large
+		return false
+	}
 	var o struct {
 		Standby bool `json:"standby"`
 	}

@@ -18,20 +18,53 @@ const workTimeout = 15 * time.Second
 // loadEvery is how often a changed load is said: for each session it would be a write to the state for each join.
 const loadEvery = 250 * time.Millisecond
 
+// Of a state that is away for a moment, because its cluster elects a leader.
+const (
+	workPatience = 10 * time.Second
+	workRetry    = 250 * time.Millisecond
+)
+
 // workAll works a gateway's own messages off, in their order.
 func (s *stream) workAll(ctx context.Context) {
 	for {
 		select {
 		case f := <-s.work:
-			if err := s.workOne(ctx, f); errors.Is(err, session.ErrResync) {
-				s.end(resync)
-			} else if f.Type == wire.FrameFlows && problem.Temporary(err) {
-				s.end(unrecorded) // it sends them again on its next stream
-			} else if err != nil {
-				s.log.Warn("gateway's message refused", "type", f.Type, "code", problem.CodeOf(err), "err", err)
-			}
+			s.judge(f, s.workPatiently(ctx, f))
 		case <-s.over:
 			return
+		}
+	}
+}
+
+// judge looks at what became of a message.
+func (s *stream) judge(f wire.Frame, err error) {
+	switch {
+	case err == nil:
+	case errors.Is(err, session.ErrResync), asserted(f) && problem.Temporary(err):
+		s.end(resync) // its next hello says it again
+	case f.Type == wire.FrameFlows && problem.Temporary(err):
+		s.end(unrecorded) // it sends them again on its next stream
+	default:
+		s.log.Warn("gateway's message refused", "type", f.Type, "code", problem.CodeOf(err), "err", err)
+	}
+}
+
+// asserted reports whether a message changes what a hello would assert, so that it must not be lost.
+func asserted(f wire.Frame) bool {
+	return f.Type == wire.FrameRenewed || f.Type == wire.FrameEnd || f.Type == wire.FrameTaken
+}
+
+// workPatiently tries again for a while what must not be lost.
+func (s *stream) workPatiently(ctx context.Context, f wire.Frame) error {
+	for deadline := time.Now().Add(workPatience); ; {
+		err := s.workOne(ctx, f)
+		if !asserted(f) || !problem.Temporary(err) || time.Now().After(deadline) {
+			return err
+		}
+		select {
+		case <-time.After(workRetry):
+		case <-s.over:
+			return err
 		}
 	}
 }
@@ -241,6 +274,7 @@ func (s *stream) announce(ctx context.Context) {
 	s.mu.Lock()
 	p := s.presence
 	s.mu.Unlock()
+	p.Counted = s.api.opts.Now()
 	load := s.load.Load()
 	s.said.Store(load)
 	p.Sessions = max(0, int(load))

@@ -35,6 +35,8 @@ type issuer struct {
 	keyID  string
 	header string // of every token, encoded
 	runs   atomic.Uint64
+
+	fetches atomic.Int64 // of the key set
 }
 
 func newIssuer(opts Options) (*issuer, error) {
@@ -114,6 +116,7 @@ func (i *issuer) handler() http.Handler {
 		case strings.HasSuffix(r.URL.Path, "/.well-known/openid-configuration"):
 			discovery(w, r)
 		case strings.HasSuffix(r.URL.Path, "/.well-known/jwks"):
+			i.fetches.Add(1)
 			keys(w, r)
 		default:
 			http.NotFound(w, r)

@@ -1,6 +1,7 @@
 package load
 
 import (
+	"io"
 	"net/netip"
 	"sync"
 	"time"
@@ -9,6 +10,7 @@ import (
 // live is the sessions that stand, in the order in which they renew.
 type live struct {
 	every time.Duration
+	ids   io.Writer // nil for none
 
 	mu        sync.Mutex
 	byID      map[string]*session
@@ -25,14 +27,17 @@ type due struct {
 	at time.Time
 }
 
-func newLive(every time.Duration) *live {
-	return &live{every: every, byID: map[string]*session{}, holders: map[netip.Addr]string{}, renewErrs: map[string]int{}}
+func newLive(every time.Duration, ids io.Writer) *live {
+	return &live{every: every, ids: ids, byID: map[string]*session{}, holders: map[netip.Addr]string{}, renewErrs: map[string]int{}}
 }
 
 // add takes a session up. Its first renewal is due at the given time, which must not be before that of those that are there.
 func (l *live) add(s *session, at time.Time) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.ids != nil {
+		_, _ = io.WriteString(l.ids, s.id+"\n") // whoever compares misses it
+	}
 	if _, taken := l.holders[s.address]; taken {
 		l.clashes++
 	}

@@ -8,6 +8,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/url"
@@ -42,6 +43,7 @@ type Options struct {
 	Retry        bool          // a join that fails for now is tried again, as clients do; else it is an error
 	TLS          *tls.Config   // nil: the system's roots
 	InsecureHTTP bool          // take plain HTTP beyond loopback
+	IDs          io.Writer     // gets the id of every session that was joined, one a line, to hold them against an audit log; nil: nothing
 	Logger       *slog.Logger  // nil: none
 }
 
@@ -191,7 +193,7 @@ func (p *player) open(ctx context.Context) (stop func(), err error) {
 	if err := p.verifier.Prefetch(ctx); err != nil {
 		return nil, fmt.Errorf("the gateways cannot get the keys of the issuer that is played: %w", err)
 	}
-	p.live = newLive(p.opts.RenewEvery)
+	p.live = newLive(p.opts.RenewEvery, p.opts.IDs)
 	if p.jobs, err = newJobs(p.opts); err != nil {
 		return nil, err
 	}

@@ -276,7 +276,7 @@ func (p *player) renewOne(ctx context.Context, g *gateway, s *session) {
 // count fills in what is known when all is over: whether the coordinator knows of the sessions and of their renewals.
 func (p *player) count(ctx context.Context, r *Report) {
 	samples := p.live.sample(maxSamples)
-	deadline := time.Now().Add(10 * time.Second) // renewals may still be on their way
+	deadline := time.Now().Add(p.opts.Timeout) // renewals may still be on their way
 	for i, s := range samples {
 		for {
 			l, err := p.jobs.lease(ctx, i, s)
@@ -294,6 +294,7 @@ func (p *player) count(ctx context.Context, r *Report) {
 	for _, g := range p.gateways {
 		r.Verified += g.verified.Load()
 	}
+	r.KeyFetches = p.issuer.fetches.Load()
 	l := p.live
 	l.mu.Lock()
 	defer l.mu.Unlock()

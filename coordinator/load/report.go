@@ -21,6 +21,7 @@ type Report struct {
 	Clashes       int            `json:"clashes"`                  // addresses that two live sessions got; always 0
 	Sampled       int            `json:"sampled"`                  // sessions that the coordinator was asked for at the end
 	Missing       int            `json:"missing"`                  // of them, those that it did not know, or not as renewed
+	KeyFetches    int64          `json:"key_fetches"`              // how often anybody asked the issuer for its keys, these gateways among them
 }
 
 // Phase is one part of a run. Times are milliseconds from the moment at which a join was to begin to its last line.

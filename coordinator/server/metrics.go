@@ -31,7 +31,7 @@ func newMetrics() *metrics {
 }
 
 // register makes the page of metrics. No label names a session, a job, a repository or a peer: their number has no bound.
-func (s *Server) register(r *prometheus.Registry) {
+func (s *Server) register(r prometheus.Registerer) {
 	r.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	m := s.metrics
 	m.audit.Register(r)

@@ -193,6 +193,8 @@ func (m *Manager) createLease(ctx context.Context, a *admission) error {
 	secret, hash := newSecret()
 	a.secret = secret
 	pending := time.Duration(m.opts.MaxOffers)*m.opts.OfferTimeout + offerSlack
+	room := pool(a.network)
+	room.Hold = a.rules.Config.Lease // for the lease that a gateway's answer makes of this one
 	l, err := m.opts.Store.CreateLease(ctx, state.Lease{
 		Session:    a.join.Key.SessionID(),
 		Network:    a.join.Network,
@@ -205,7 +207,7 @@ func (m *Manager) createLease(ctx context.Context, a *admission) error {
 		Created:    now,
 		Expires:    now.Add(pending),
 		Ends:       endOf(now, a.decision),
-	}, pool(a.network))
+	}, room)
 	switch {
 	case errors.Is(err, state.ErrExists):
 		return problem.Wrap(err, problem.KeyInUse, "this key already has a session", "join again with a new key and a new token")

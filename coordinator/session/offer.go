@@ -68,8 +68,12 @@ func (a *admission) announce(g state.Presence) error {
 
 // offer asks one gateway.
 func (m *Manager) offer(ctx context.Context, a *admission, g state.Presence) (wire.Answer, error) {
-	if !a.standby {
-		m.placed.note(g.Instance, m.opts.Now())
+	longest := a.lease.Ends.Sub(a.lease.Created)
+	if a.standby { // what is left of the session
+		longest = max(a.lease.Ends.Sub(m.opts.Now()), time.Second)
+	} else {
+		answered := m.placed.note(g.Instance)
+		defer func() { answered(m.opts.Now()) }()
 	}
 	answer, err := m.ask(ctx, g.Instance, wire.FrameOffer, wire.Offer{
 		Standby:    a.standby,
@@ -82,7 +86,7 @@ func (m *Manager) offer(ctx context.Context, a *admission, g state.Presence) (wi
 		Relays:     m.tickets(a, relay.Gateway, g.Key),
 		Grants:     a.decision.Grants,
 		Lease:      wire.Duration(a.rules.Config.Lease),
-		MaxSession: wire.Duration(a.lease.Ends.Sub(a.lease.Created)),
+		MaxSession: wire.Duration(longest),
 	})
 	if err != nil {
 		return answer, err
@@ -201,7 +205,7 @@ func encode(t wire.FrameType, body any) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("encode a %s frame: %w", t, err)
 	}
-	return json.Marshal(wire.Frame{Type: t, Body: raw})
+	return wire.Frame{Type: t, Body: raw}.Encode(), nil
 }
 
 // free removes a lease that no gateway holds, also for a caller that has gone.

@@ -11,42 +11,56 @@ import (
 	"github.com/culvertnet/culvert/coordinator/state"
 )
 
-// placedFor is how long a session that this node has placed counts on top of what its gateway's presence says: by then the
-// presence counts it.
+// placedFor is how long a session that this node has placed may count on top of what its gateway's presence says: by then the
+// presence surely counts it, however clocks differ.
 const placedFor = time.Second
 
-// placements are the sessions that this node has placed within the last moment, by gateway instance. Without them, jobs that
-// join at once would all meet the gateway that was the least loaded before the first of them.
+// placements are the sessions that this node is placing, or has placed within the last moment, by gateway instance. Without them,
+// jobs that join at once would all meet the gateway that was the least loaded before the first of them.
 type placements struct {
 	mu sync.Mutex
-	at map[string][]time.Time // the oldest first
+	by map[string][]*placement // the oldest first
 }
 
-// note counts a session that is being placed.
-func (p *placements) note(instance string, now time.Time) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.at == nil {
-		p.at = map[string][]time.Time{}
-	}
-	p.at[instance] = append(p.at[instance], now)
+// placement is one session that is being placed.
+type placement struct {
+	answered time.Time // zero before that
 }
 
-// recent counts an instance's, and forgets those that are not recent.
-func (p *placements) recent(instance string, now time.Time) int {
+// note counts a session that is offered to a gateway. answered is to be called with when it has answered.
+func (p *placements) note(instance string) (answered func(time.Time)) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	list := p.at[instance]
-	old := 0
-	for old < len(list) && now.Sub(list[old]) >= placedFor {
-		old++
+	if p.by == nil {
+		p.by = map[string][]*placement{}
 	}
-	if old == len(list) {
-		delete(p.at, instance)
+	one := &placement{}
+	p.by[instance] = append(p.by[instance], one)
+	return func(at time.Time) {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		one.answered = at
+	}
+}
+
+// beyond counts what a presence does not count, and forgets what any must by now.
+func (p *placements) beyond(g state.Presence, now time.Time) (n int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	list := slices.DeleteFunc(p.by[g.Instance], func(one *placement) bool {
+		return !one.answered.IsZero() && now.Sub(one.answered) >= placedFor
+	})
+	if len(list) == 0 {
+		delete(p.by, g.Instance)
 		return 0
 	}
-	p.at[instance] = list[old:]
-	return len(list) - old
+	p.by[g.Instance] = list
+	for _, one := range list {
+		if one.answered.IsZero() || one.answered.After(g.Counted) {
+			n++
+		}
+	}
+	return n
 }
 
 // spread orders a network's gateways for a session: the less loaded of two that its id picks, then the others, the least loaded
@@ -56,7 +70,7 @@ func (m *Manager) spread(id string, gateways []state.Presence) []state.Presence 
 	now := m.opts.Now()
 	load := make(map[string]int, len(gateways))
 	for _, g := range gateways {
-		load[g.Instance] = g.Sessions + m.placed.recent(g.Instance, now)
+		load[g.Instance] = g.Sessions + m.placed.beyond(g, now)
 	}
 	lighter := func(a, b state.Presence) int {
 		return cmp.Or(cmp.Compare(load[a.Instance], load[b.Instance]), cmp.Compare(a.Instance, b.Instance))

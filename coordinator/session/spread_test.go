@@ -15,7 +15,7 @@ import (
 func (p *placements) forget() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.at = nil
+	p.by = nil
 }
 
 // TestSpreadEvenly: jobs that join at once, before any presence could say so, are spread over all gateways.
@@ -32,7 +32,7 @@ func TestSpreadEvenly(t *testing.T) {
 		const each = 20
 		for i := range each * gateways {
 			first := b.m.spread(fmt.Sprint("session-", i), list)[0]
-			b.m.placed.note(first.Instance, now)
+			b.m.placed.note(first.Instance)(now)
 			got[first.Instance]++
 		}
 		for _, g := range list {
@@ -43,8 +43,8 @@ func TestSpreadEvenly(t *testing.T) {
 		later := now.Add(placedFor)
 		b.now.Store(&later)
 		b.m.spread("another", list)
-		if len(b.m.placed.at) != 0 {
-			t.Errorf("placements of a while ago are kept: %v", b.m.placed.at)
+		if len(b.m.placed.by) != 0 {
+			t.Errorf("placements of a while ago are kept: %v", b.m.placed.by)
 		}
 	}
 }
@@ -90,4 +90,28 @@ func TestSpreadIsAnOrder(t *testing.T) {
 			t.Fatalf("%v, then %v", got, again)
 		}
 	})
+}
+
+// TestPlacementsCountOnce: what a presence counts is not counted again; what is still being offered, or was answered after the presence
+// was counted, is.
+func TestPlacementsCountOnce(t *testing.T) {
+	var p placements
+	at := time.Unix(1_000_000, 0)
+	g := state.Presence{Instance: "a", Counted: at}
+	p.note("a")(at.Add(-time.Millisecond))
+	p.note("a")(at.Add(time.Millisecond))
+	open := p.note("a")
+	p.note("b")
+	if n := p.beyond(g, at.Add(2*time.Millisecond)); n != 2 {
+		t.Errorf("%d", n)
+	}
+	open(at.Add(3 * time.Millisecond))
+	g.Counted = at.Add(4 * time.Millisecond)
+	if n := p.beyond(g, at.Add(5*time.Millisecond)); n != 0 {
+		t.Errorf("%d that the presence counts", n)
+	}
+	g.Counted = time.Time{} // a clock that is far behind
+	if n := p.beyond(g, at.Add(placedFor+3*time.Millisecond)); n != 0 || len(p.by["a"]) != 0 {
+		t.Errorf("%d of a while ago", n)
+	}
 }

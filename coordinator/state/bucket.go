@@ -1,12 +1,14 @@
 package state
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -46,6 +48,39 @@ type bucket struct {
 
 	now     func() time.Time
 	expired chan Lease
+
+	mu      sync.Mutex
+	writing map[string]write // by key: what this node is writing
+}
+
+// write is a value on its way, so that it need not be decoded when the watch brings it back before the bucket's
+// acknowledgement is here.
+type write struct {
+	data   []byte
+	record record
+}
+
+// begins notes what is being written.
+func (b *bucket) begins(key string, w write) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.writing[key] = w
+}
+
+func (b *bucket) ends(key string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	delete(b.writing, key)
+}
+
+// ours gives the record of a value that this node is writing, nil where it is another one.
+func (b *bucket) ours(key string, data []byte) record {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if w, ok := b.writing[key]; ok && bytes.Equal(w.data, data) {
+		return w.record
+	}
+	return nil
 }
 
 // openBucket finds or makes the bucket: three replicas where there is a cluster that can, one elsewhere.
@@ -54,7 +89,7 @@ func openBucket(ctx context.Context, conn *nats.Conn, now func() time.Time, log 
 	if err != nil {
 		return nil, err
 	}
-	b := &bucket{js: js, mirror: newMirror(), log: log, now: now, expired: make(chan Lease, maxExpired)}
+	b := &bucket{js: js, mirror: newMirror(), log: log, now: now, writing: map[string]write{}, expired: make(chan Lease, maxExpired)}
 	b.stream, err = js.Stream(ctx, streamName)
 	if errors.Is(err, jetstream.ErrStreamNotFound) {
 		b.stream, err = makeStream(ctx, js, conn.ConnectedClusterName() != "", log)
@@ -121,6 +156,18 @@ func (b *bucket) publish(ctx context.Context, msg *nats.Msg, k kind, id string, 
 	if expect != anyRevision {
 		opts = append(opts, jetstream.WithExpectLastSequencePerSubject(expect))
 	}
+	if l, ok := r.(Lease); ok {
+		c, err := pack(l)
+		if err != nil {
+			return 0, err
+		}
+		r = c
+	}
+	key := prefixes[k] + id
+	if r != nil {
+		b.begins(key, write{msg.Data, r})
+		defer b.ends(key)
+	}
 	ack, err := b.js.PublishMsg(ctx, msg, opts...)
 	if err != nil {
 		if wrongRevision(err) {
@@ -128,15 +175,20 @@ func (b *bucket) publish(ctx context.Context, msg *nats.Msg, k kind, id string, 
 		}
 		return 0, fmt.Errorf("write to the state's bucket: %w", err)
 	}
-	if l, ok := r.(Lease); ok {
-		l.Revision = ack.Sequence
-		if r, err = pack(l); err != nil { // the watch brings it
-			b.log.Warn("a lease does not pack", "err", err)
-			return ack.Sequence, nil
-		}
-	}
+	r = revised(r, ack.Sequence)
 	b.mirror.wrote(k, id, r, ack.Sequence)
 	return ack.Sequence, nil
+}
+
+// revised is a record at a revision; packed leases know theirs.
+func revised(r record, revision uint64) record {
+	c, ok := r.(*compact)
+	if !ok {
+		return r
+	}
+	at := *c
+	at.revision = revision
+	return &at
 }
 
 func wrongRevision(err error) bool {
@@ -159,6 +211,15 @@ func (b *bucket) read(ctx context.Context, k kind, id string) (record, uint64, e
 	}
 	r, err := decode(k, msg.Data, msg.Sequence)
 	return r, msg.Sequence, err
+}
+
+// packed is decode for the mirror.
+func packed(k kind, data []byte, revision uint64) (record, error) {
+	r, err := decode(k, data, revision)
+	if l, ok := r.(Lease); ok && err == nil {
+		return pack(l)
+	}
+	return r, err
 }
 
 func decode(k kind, data []byte, revision uint64) (record, error) {
@@ -245,9 +306,9 @@ func (b *bucket) take(e jetstream.KeyValueEntry) {
 		if b.mirror.knows(k, id, e.Revision()) {
 			return
 		}
-		r, err := decode(k, e.Value(), e.Revision())
-		if l, ok := r.(Lease); ok && err == nil {
-			r, err = pack(l)
+		r, err := revised(b.ours(e.Key(), e.Value()), e.Revision()), error(nil)
+		if r == nil {
+			r, err = packed(k, e.Value(), e.Revision())
 		}
 		if err != nil {
 			b.log.Warn("a value in the state's bucket does not decode", "err", err)

@@ -115,7 +115,7 @@ func (s *Store) CreateLease(ctx context.Context, l Lease, pool Pool) (Lease, err
 		if r, _ := s.bucket.mirror.get(addressKind, id); s.lives(r) {
 			continue
 		}
-		stored, err := s.place(ctx, l, id)
+		stored, err := s.place(ctx, l, id, s.now().Add(pool.Hold))
 		if errors.Is(err, errHeld) {
 			continue
 		}
@@ -131,7 +131,7 @@ func (s *Store) AdoptLease(ctx context.Context, l Lease) (Lease, error) {
 	if err := errors.Join(s.check(l), err); err != nil {
 		return Lease{}, fmt.Errorf("adopt a lease: %w", err)
 	}
-	stored, err := s.place(ctx, l.stored(), addressID(l.Network, addr))
+	stored, err := s.place(ctx, l.stored(), addressID(l.Network, addr), time.Time{})
 	if errors.Is(err, errHeld) {
 		return Lease{}, ErrExists
 	}
@@ -141,10 +141,14 @@ func (s *Store) AdoptLease(ctx context.Context, l Lease) (Lease, error) {
 // errHeld says that another session holds an address.
 var errHeld = errors.New("the address is held by another session")
 
-// place takes the address and then stores the lease; a lease never stands without its address.
-func (s *Store) place(ctx context.Context, l Lease, address string) (Lease, error) {
+// place takes the address, at least until hold, and then stores the lease; a lease never stands without its address.
+func (s *Store) place(ctx context.Context, l Lease, address string, hold time.Time) (Lease, error) {
+	holds := holderOf(l)
+	if at := hold.Add(addressGrace).Round(0).UTC(); at.After(holds.Expires) {
+		holds.Expires = at
+	}
 	ours := func(r record) bool { return r.(holder).Session == l.Session }
-	revision, over, err := s.occupy(ctx, addressKind, address, holderOf(l), ours)
+	revision, over, err := s.occupy(ctx, addressKind, address, holds, ours)
 	if err != nil {
 		if errors.Is(err, ErrExists) {
 			return Lease{}, errHeld
@@ -157,7 +161,7 @@ func (s *Store) place(ctx context.Context, l Lease, address string) (Lease, erro
 	}
 	if over == nil { // else it was held for this session before, by whoever came first
 		s.undo(ctx, func(ctx context.Context) error {
-			return s.bucket.erase(ctx, addressKind, address, revision, holderOf(l).lasting(), s.now())
+			return s.bucket.erase(ctx, addressKind, address, revision, holds.lasting(), s.now())
 		})
 	}
 	if errors.Is(err, ErrExists) {

@@ -101,7 +101,7 @@ func (l *Log) open(ctx context.Context, opts LogOptions) (err error) {
 	if l.js, err = jetstream.New(l.conn); err != nil {
 		return err
 	}
-	if err = l.ready(ctx, opts); err == nil {
+	if err = patiently(ctx, l.log, func() error { return l.ready(ctx, opts) }); err == nil {
 		l.marks, err = l.small(ctx, opts.ReadOnly, markStream, markSubject, jetstream.DiscardOld)
 	}
 	if err != nil && !(opts.ReadOnly && errors.Is(err, ErrNotFound) && l.stream != nil) {

@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"slices"
+	"time"
 )
 
 // Pool is a network's range of session addresses. The first two addresses are the range's own and the gateways'; the
@@ -14,6 +15,9 @@ import (
 type Pool struct {
 	V4 netip.Prefix
 	V6 netip.Prefix // /96 or shorter; a session's IPv6 address is this with its IPv4 address in the last 32 bits
+	// Hold is how long an address is kept for a session from the start, where its lease is shorter. A lease that is extended within
+	// it costs no second write of the address; one whose node dies before that keeps its address so long.
+	Hold time.Duration
 }
 
 const (

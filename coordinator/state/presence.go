@@ -20,6 +20,7 @@ type Presence struct {
 	Candidates []wire.Candidate `json:"candidates"`
 	Mapping    wire.Mapping     `json:"mapping,omitempty"`
 	Sessions   int              `json:"sessions"`
+	Counted    time.Time        `json:"counted"` // when they were
 	Leaving    bool             `json:"leaving"`
 	Since      time.Time        `json:"since"`
 }
@@ -39,7 +40,7 @@ func (s *Store) PutPresence(ctx context.Context, p Presence, ttl time.Duration) 
 		return errors.New("a gateway's presence needs an instance, a key and a time to live")
 	}
 	p.Candidates = slices.Clone(p.Candidates)
-	p.Since = p.Since.Round(0).UTC()
+	p.Since, p.Counted = p.Since.Round(0).UTC(), p.Counted.Round(0).UTC()
 	now := s.now()
 	r := presence{p, now.Add(ttl).Round(0).UTC()}
 	if _, err := s.bucket.write(ctx, gatewayKind, token(p.Instance), r, anyRevision, now); err != nil {

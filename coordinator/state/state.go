@@ -118,7 +118,11 @@ func (s *Store) open(ctx context.Context, opts Options) error {
 	if s.conn, err = connect(opts, s.embedded, reconnected); err != nil {
 		return err
 	}
-	if s.bucket, err = openBucket(ctx, s.conn, s.now, s.log); err != nil {
+	err = patiently(ctx, s.log, func() (err error) {
+		s.bucket, err = openBucket(ctx, s.conn, s.now, s.log)
+		return err
+	})
+	if err != nil {
 		return fmt.Errorf("make the state's bucket ready: %w", err)
 	}
 	s.tasks.Go(func() { s.bucket.follow(s.life, reconnected) })

@@ -245,6 +245,8 @@ func (c *fakeCarrier) SetScope(s *policy.Scope) {
 	c.scope = s
 }
 
+func (c *fakeCarrier) Reached() ([]wire.Reached, uint64) { return nil, 0 }
+
 func (c *fakeCarrier) Counts() wire.FlowCounts {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -19,6 +19,8 @@ type carrier interface {
 	AddCandidates([]wire.Candidate)
 	SetScope(*policy.Scope)
 	Counts() wire.FlowCounts
+	// Reached adds up what was reached and denied, by target, and how many flows went elsewhere.
+	Reached() ([]wire.Reached, uint64)
 	Reach(forward.Target) wire.ReachResult
 	// Connections counts open TCP connections; HoldIfQuiet keeps new flows from beginning for a while where there are none.
 	Connections() int

@@ -4,11 +4,15 @@ package e2e
 
 import (
 	"fmt"
+	"io"
+	"net"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -79,6 +83,86 @@ func BenchmarkCost(b *testing.B) {
 			b.ReportMetric((processorTime(b, client)+processorTime(b, gateway)-before)/gbit, "core-s/Gbit")
 		})
 	}
+}
+
+// BenchmarkConnections measures 1,000 short connections, eight at a time: connect, one request, one answer, close. ratio is that of the
+// rates, so more than 1 is faster than raw wireguard-go.
+func BenchmarkConnections(b *testing.B) {
+	s := setup(b, stage.Options{Rules: grantIPF3})
+	for _, addr := range []netip.Addr{rawService, s.Private.Addr()} {
+		if addr == rawService {
+			rawBaseline(b, s)
+		}
+		l, err := s.Private.Listen(netip.AddrPortFrom(addr, portIPF3).String())
+		must(b, err)
+		var served sync.WaitGroup
+		served.Go(func() { answerAll(l) })
+		b.Cleanup(func() { l.Close(); served.Wait() })
+	}
+	job := newJob(b, s, stage.JobOptions{})
+	up(b, job, "tun", "--wait-for", s.Target(stage.PortHTTP))
+	var raw, ours, ratios []float64
+	for range rounds {
+		base, got := connections(b, s, rawService), connections(b, s, s.Private.Addr())
+		raw, ours, ratios = append(raw, base), append(ours, got), append(ratios, got/base)
+	}
+	b.ReportMetric(0, "ns/op")
+	b.ReportMetric(middle(raw), "raw-conn/s")
+	b.ReportMetric(middle(ours), "conn/s")
+	b.ReportMetric(middle(ratios), "ratio")
+}
+
+// answerAll gives each connection its first bytes back and closes it when the other side has.
+func answerAll(l net.Listener) {
+	var conns sync.WaitGroup
+	defer conns.Wait()
+	for {
+		c, err := l.Accept()
+		if err != nil {
+			return
+		}
+		conns.Go(func() {
+			defer c.Close()
+			buf := make([]byte, 1024)
+			for {
+				n, err := c.Read(buf)
+				if err != nil {
+					return
+				}
+				_, _ = c.Write(buf[:n])
+			}
+		})
+	}
+}
+
+// connections makes 1,000 of them and gives how many a second that is.
+func connections(b *testing.B, s *stage.Stage, to netip.Addr) float64 {
+	b.Helper()
+	const each = 125
+	var work sync.WaitGroup
+	began := time.Now()
+	for range 8 {
+		work.Go(func() {
+			request, answer := make([]byte, 200), make([]byte, 200)
+			for range each {
+				c, err := s.Runner.Dial(timeout(b, 10*time.Second), "tcp", netip.AddrPortFrom(to, portIPF3).String())
+				if err != nil {
+					b.Error(err)
+					return
+				}
+				if _, err = c.Write(request); err == nil {
+					_, err = io.ReadFull(c, answer)
+				}
+				c.Close()
+				if err != nil {
+					b.Error(err)
+					return
+				}
+			}
+		})
+	}
+	work.Wait()
+	return 8 * each / time.Since(began).Seconds()
 }
 
 // carried counts the bytes on the runner's interface towards its NAT, both ways.

@@ -15,6 +15,8 @@ type NATOptions struct {
 	Link Link // towards the internet
 	// IPv6 gives the hosts behind it global addresses, with a firewall that lets answers in alone ([Open]: everything).
 	IPv6 bool
+	// LAN is what the private addresses behind it are taken from, a /16; default one of its own. Two NATs may have the same.
+	LAN netip.Prefix
 }
 
 // NAT is a router that hides the hosts behind it.
@@ -48,6 +50,9 @@ func (n *Net) buildNAT(name string, opts NATOptions) (*NAT, error) {
 	}
 	nat := &NAT{net: n, ns: ns, name: name, kind: opts.Kind}
 	nat.number, nat.lan = n.nextLAN()
+	if opts.LAN.IsValid() {
+		nat.lan = [2]byte(opts.LAN.Addr().AsSlice())
+	}
 	if nat.public, err = n.attach(ns, wan, opts.Link, opts.IPv6); err != nil {
 		return nil, err
 	}

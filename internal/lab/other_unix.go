@@ -46,6 +46,7 @@ type NATOptions struct {
 	Kind Kind
 	Link Link
 	IPv6 bool
+	LAN  netip.Prefix
 }
 
 // NAT attaches a NAT to the internet; it fails off Linux.

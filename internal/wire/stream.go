@@ -3,6 +3,7 @@ package wire
 import (
 	"encoding/json"
 	"net/netip"
+	"strconv"
 	"time"
 )
 
@@ -37,6 +38,20 @@ type Frame struct {
 	Type FrameType       `json:"type"`
 	ID   uint64          `json:"id,omitempty"` // pairs an answer with what it answers
 	Body json.RawMessage `json:"body,omitempty"`
+}
+
+// Encode gives the frame as JSON. Body must be valid JSON; it is taken as it is, since it may be large, and encoding/json would
+// read it twice more.
+func (f Frame) Encode() []byte {
+	b := make([]byte, 0, len(f.Body)+len(f.Type)+48)
+	b = strconv.AppendQuoteToASCII(append(b, `{"type":`...), string(f.Type))
+	if f.ID != 0 {
+		b = strconv.AppendUint(append(b, `,"id":`...), f.ID, 10)
+	}
+	if len(f.Body) > 0 {
+		b = append(append(b, `,"body":`...), f.Body...)
+	}
+	return append(b, '}')
 }
 
 // Hello introduces a gateway and re-asserts every session it holds.

@@ -137,3 +137,17 @@ func TestDurationText(t *testing.T) {
 		t.Error("took soon for a duration")
 	}
 }
+
+// A frame reads back as it was, whatever it carries.
+func TestFrameEncode(t *testing.T) {
+	rapid.Check(t, func(rt *rapid.T) {
+		f := Frame{Type: rapid.SampledFrom([]FrameType{FrameHello, FrameOffer, FrameEnd}).Draw(rt, "type"), ID: rapid.Uint64().Draw(rt, "id")}
+		if rapid.Bool().Draw(rt, "body") {
+			f.Body, _ = json.Marshal(rapid.MapOf(rapid.String(), rapid.String()).Draw(rt, "content"))
+		}
+		var got Frame
+		if err := json.Unmarshal(f.Encode(), &got); err != nil || got.Type != f.Type || got.ID != f.ID || !bytes.Equal(got.Body, f.Body) {
+			rt.Fatalf("%s: %+v, %v", f.Encode(), got, err)
+		}
+	})
+}
