@@ -236,7 +236,6 @@ func (s *socket) await() (frameHeader, error) {
 	return h, err
 }
 
-<<<<<<< HEAD
 // rest returns when there is something to read. It waits below TLS, because a goroutine that waits inside of it keeps twice the stack.
 func (s *socket) rest() {
 	if s.corked == nil {
@@ -252,12 +251,11 @@ func (s *socket) rest() {
 		s.corked.Await()
 	}
 }
-=======
+
 // quickSize is the size of messages, in bytes, that are acknowledged at once. A proxy that keeps TCP_NODELAY off holds back what follows
 // a small message until that is acknowledged, for which a receiver that has nothing to say takes 40 ms. Where much comes in it does
 // not matter.
 const quickSize = 4 << 10
->>>>>>> main
 
 // body reads the message that starts with h into buf, which grows as needed.
 func (s *socket) body(buf []byte, h frameHeader) (_ []byte, err error) {
