@@ -104,23 +104,30 @@ func BenchmarkLossyRelay(b *testing.B) {
 }
 
 // BenchmarkFirstByteEverywhere measures the time to the first byte from networks of each kind, runner's and gateway's alike, in
-// turns with the open pair. ratio is the median of that to the open pair's.
+// turns with the open pair, 80 ms away from each other. ratio is the median of that to the open pair's. The relay is in the middle,
+// where the way through it is as long as the direct one, or aside, where each of its round trips takes twice as long.
 func BenchmarkFirstByteEverywhere(b *testing.B) {
 	program(b, stage.ProxyProgram)
-	link := lab.Link{Delay: 20 * time.Millisecond}
-	open := setup(b, stage.Options{Link: link, Runner: lab.NATOptions{Kind: lab.Open}, Gateway: lab.NATOptions{Kind: lab.Open}})
-	for _, kind := range lab.Kinds() {
-		b.Run(strings.ReplaceAll(kind.String(), " ", "-"), func(b *testing.B) {
-			s := setup(b, stage.Options{Link: link, Runner: lab.NATOptions{Kind: kind}, Gateway: lab.NATOptions{Kind: kind}})
-			var times, bases []time.Duration
-			for range 7 {
-				base, _ := firstByte(b, open, "tun")
-				took, _ := firstByte(b, s, "tun")
-				times, bases = append(times, took), append(bases, base)
-			}
-			b.ReportMetric(0, "ns/op")
-			b.ReportMetric(float64(median(times).Microseconds())/1000, "first-byte-ms")
-			b.ReportMetric(float64(median(times))/float64(median(bases)), "ratio")
-		})
+	for _, middle := range []bool{true, false} {
+		at := func(kind lab.Kind) *stage.Stage {
+			nat := lab.NATOptions{Kind: kind}
+			return setup(b, stage.Options{Link: lab.Link{Delay: 20 * time.Millisecond}, Middle: middle, Runner: nat, Gateway: nat})
+		}
+		open := at(lab.Open)
+		for _, kind := range lab.Kinds() {
+			name := fmt.Sprintf("relay=%s/%s", map[bool]string{true: "middle", false: "aside"}[middle], strings.ReplaceAll(kind.String(), " ", "-"))
+			b.Run(name, func(b *testing.B) {
+				s := at(kind)
+				var times, bases []time.Duration
+				for range 5 {
+					base, _ := firstByte(b, open, "tun")
+					took, _ := firstByte(b, s, "tun")
+					times, bases = append(times, took), append(bases, base)
+				}
+				b.ReportMetric(0, "ns/op")
+				b.ReportMetric(float64(median(times).Microseconds())/1000, "first-byte-ms")
+				b.ReportMetric(float64(median(times))/float64(median(bases)), "ratio")
+			})
+		}
 	}
 }
