@@ -35,7 +35,24 @@ export function describe(name, status) {
   if (status.rejoins) rows.push(['joined again', String(status.rejoins)])
   if (status.problem) rows.push(['last problem', cell(`${status.problem.message ?? status.problem.detail ?? ''} [${status.problem.code ?? ''}]`)])
   const text = `### Culvert: ${cell(name)} in network ${cell(status.network)}\n\n| | |\n|---|---|\n${rows.map((r) => `| ${r.join(' | ')} |`).join('\n')}\n`
-  return text + '\n'
+  return text + flows(status) + '\n'
+}
+
+const refused = ['denied', 'limited']
+const failed = { refused: 'refused', unreachable: 'unreachable', timeout: 'no answer', 'no-name': 'no such name' }
+
+// The line that would let a denied flow through. A name that was refused is all that the gateway has seen of it: no port.
+const line = ({ proto, target }) => `allow: ["${proto === 'dns' ? `tcp ${target}:PORT` : `${proto} ${target}`}"]`
+
+/** What was reached and what was denied, in Markdown. */
+function flows({ reached = [], more = 0 }) {
+  const table = (head, rows) => (rows.length ? `\n| ${head.join(' | ')} |\n|${'---|'.repeat(head.length)}\n${rows.map((r) => `| ${r.join(' | ')} |`).join('\n')}\n` : '')
+  const through = reached.filter((r) => !refused.includes(r.verdict)).map((r) =>
+    [cell(`${r.proto} ${r.target}`), `${Number(r.flows)}${failed[r.cause] ? `, the last: ${failed[r.cause]}` : ''}`, `${size(r.bytes_down ?? 0)}, ${size(r.bytes_up ?? 0)}`])
+  const turned = reached.filter((r) => refused.includes(r.verdict)).map((r) =>
+    [cell(r.proto === 'dns' ? `the name ${r.target}` : `${r.proto} ${r.target}`), String(Number(r.flows)), cell(r.verdict === 'denied' ? line(r) : r.reason)])
+  const others = more > 0 ? `\n${Number(more)} flows to further targets.\n` : ''
+  return table(['reached', 'flows', 'received, sent'], through) + table(['denied', 'times', 'what a rule would need'], turned) + others
 }
 
 function main() {

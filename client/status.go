@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/culvertnet/culvert/client/control"
+	"github.com/culvertnet/culvert/internal/wire"
 )
 
 // statusCommand shows the tunnel.
@@ -57,6 +58,9 @@ func writeStatus(w io.Writer, st control.Status, now time.Time) error {
 	row("traffic", "%s received, %s sent", bytesText(st.RxBytes), bytesText(st.TxBytes))
 	row("mode", "%s", strings.TrimSpace(st.Mode+" "+st.Interface))
 	row("proxy", "%s", st.Proxy)
+	for _, r := range st.Reached {
+		row(string(r.Verdict), "%s", reachedText(r))
+	}
 	row("rules", "%s", strings.Join(st.Rules, ", "))
 	row("routes", "%s", strings.Join(st.Routes, ", "))
 	row("names", "%s", strings.Join(st.Names, ", "))
@@ -77,6 +81,18 @@ func writeStatus(w io.Writer, st control.Status, now time.Time) error {
 		row(event.At.Format(time.TimeOnly), "%s", event.What)
 	}
 	return table.Flush()
+}
+
+// reachedText writes what became of the flows to one target.
+func reachedText(r wire.Reached) string {
+	text := fmt.Sprintf("%s %s, %d flows", r.Proto, r.Target, r.Flows)
+	if r.BytesUp+r.BytesDn > 0 {
+		text += fmt.Sprintf(", %s received, %s sent", bytesText(r.BytesDn), bytesText(r.BytesUp))
+	}
+	if r.Reason != "" {
+		text += ": " + r.Reason
+	}
+	return text
 }
 
 func pathText(st control.Status) string {

@@ -170,6 +170,9 @@ func thrifty(env environment) {
 	}
 }
 
+// askLimit is how long a status waits for what the gateway has to say.
+const askLimit = time.Second
+
 // service is what the control socket serves.
 type service struct {
 	*agent.Agent
@@ -179,6 +182,9 @@ type service struct {
 // Status is the agent's with the log's last lines.
 func (s *service) Status() control.Status {
 	st := s.Agent.Status()
+	ctx, cancel := context.WithTimeout(context.Background(), askLimit)
+	defer cancel()
+	s.Agent.Reached(ctx, &st)
 	st.Log = s.log.Lines()
 	return st
 }

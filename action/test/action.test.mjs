@@ -126,7 +126,10 @@ test('downloads are bounded and whole', { timeout: 120_000 }, async (t) => {
   }
 })
 
-const status = { state: 'up', network: 'corp', gateway: 'gw`|x\n# evil', rules: ['deploy'], path: { kind: 'relay', rtt_ms: 12.34 }, rx_bytes: 1234567, tx_bytes: 10 }
+const status = { state: 'up', network: 'corp', gateway: 'gw`|x\n# evil', rules: ['deploy'], path: { kind: 'relay', rtt_ms: 12.34 }, rx_bytes: 1234567, tx_bytes: 10, more: 7, reached: [
+  { proto: 'tcp', target: 'db.internal:5432', verdict: 'allowed', flows: 2, bytes_up: 10, bytes_down: 2000 },
+  { proto: 'tcp', target: 'db.internal:1', verdict: 'allowed', flows: 1, cause: 'refused' },
+  { proto: 'tcp', target: '10.0.0.9:22', verdict: 'denied', flows: 3, reason: 'x' }, { proto: 'dns', target: 'git.corp', verdict: 'denied', flows: 1 }] }
 
 test('post writes the summary and ends the tunnel', async (t) => {
   const r = runner(t)
@@ -137,6 +140,11 @@ test('post writes the summary and ends the tunnel', async (t) => {
   const text = r.read('summary')
   assert.match(text, /\| path \| `relay`, 12\.3 ms \|/)
   assert.match(text, /\| received, sent \| 1\.2 MB, 10 B \|/)
+  assert.match(text, /\| `tcp db\.internal:5432` \| 2 \| 2\.0 kB, 10 B \|/)
+  assert.match(text, /\| `tcp db\.internal:1` \| 1, the last: refused \| 0 B, 0 B \|/)
+  assert.match(text, /\| `tcp 10\.0\.0\.9:22` \| 3 \| `allow: \["tcp 10\.0\.0\.9:22"\]` \|/)
+  assert.match(text, /\| `the name git\.corp` \| 1 \| `allow: \["tcp git\.corp:PORT"\]` \|/)
+  assert.match(text, /^7 flows to further targets\.$/m)
   assert.ok(!/^# evil/m.test(text), 'text of the other side is no markup')
   assert.ok(!out.includes('::warning'))
 })

@@ -203,12 +203,12 @@ func TestEchoSurvivesLossAndForgery(t *testing.T) {
 	var d net.Dialer
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
-	if err := echo(ctx, d.DialContext, netip.MustParseAddrPort(server.LocalAddr().String())); err != nil {
+	if err := echo(ctx, d.DialContext, netip.MustParseAddrPort(server.LocalAddr().String()), 0); err != nil {
 		t.Error(err)
 	}
 	gone, stop := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer stop()
-	if err := echo(gone, d.DialContext, netip.MustParseAddrPort("127.0.0.1:1")); err == nil {
+	if err := echo(gone, d.DialContext, netip.MustParseAddrPort("127.0.0.1:1"), 0); err == nil {
 		t.Error("a closed port echoes")
 	}
 }

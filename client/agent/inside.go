@@ -14,6 +14,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/culvertnet/culvert/client/control"
 	"github.com/culvertnet/culvert/internal/problem"
 	"github.com/culvertnet/culvert/internal/wire"
 )
@@ -28,6 +29,11 @@ const silentNext = "the tunnel looks for another path or gateway by itself; `cul
 
 // post asks the gateway something through the tunnel. Errors are *problem.Error, around [errSilent] where there was no answer.
 func (s *session) post(ctx context.Context, path string, in, out any) error {
+	return s.ask(ctx, http.MethodPost, path, in, out)
+}
+
+// ask is post with any method.
+func (s *session) ask(ctx context.Context, method, path string, in, out any) error {
 	ctx, cancel := context.WithTimeout(ctx, insideLimit)
 	defer cancel()
 	data, err := json.Marshal(in)
@@ -36,7 +42,7 @@ func (s *session) post(ctx context.Context, path string, in, out any) error {
 	}
 	gw, _ := s.at()
 	url := "http://" + netip.AddrPortFrom(gw.Addresses[0], wire.InsidePort).String() + path
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, url, bytes.NewReader(data))
+	req, err := http.NewRequestWithContext(ctx, method, url, bytes.NewReader(data))
 	if err != nil {
 		return fmt.Errorf("make the request: %w", err)
 	}
@@ -82,6 +88,26 @@ func (s *session) reach(ctx context.Context, target string) (r wire.ReachResult,
 		err = problem.New(problem.Incompatible, "the gateway's answer makes no sense", "check that it is of this program's version")
 	}
 	return r, err
+}
+
+// Reached asks the gateway what the session has reached and was denied, and puts it into a status. Without a gateway that answers the
+// status stays as it is.
+func (a *Agent) Reached(ctx context.Context, st *control.Status) {
+	s := a.current()
+	if s == nil || !s.keeper.hasPath() {
+		return
+	}
+	var me wire.InsideSession
+	if err := s.ask(ctx, http.MethodGet, wire.PathInsideMe, nil, &me); err != nil {
+		a.log.Debug("the gateway does not say what was reached", "session", s.ID, "err", err)
+		return
+	}
+	st.Flows, st.More = &me.Flows, me.More
+	for _, r := range me.Reached[:min(len(me.Reached), wire.MaxReached)] {
+		if oneLine(r.Proto + r.Target + string(r.Verdict) + r.Rule + r.Reason + string(r.Cause)) { // it is shown in the job's summary
+			st.Reached = append(st.Reached, r)
+		}
+	}
 }
 
 // Check asks the gateway whether this session can reach "host:port".

@@ -192,6 +192,10 @@ func (s *session) meet(gw wire.Gateway, final bool) error {
 	a := s.agent
 	known := s.turnTo(gw)
 	if !known {
+		// A session before may have left an MTU with which the kernel takes no IPv6 address.
+		if err := a.link.SetMTU(tunnel.DefaultMTU); err != nil {
+			return fmt.Errorf("set the mtu: %w", err)
+		}
 		if err := s.addPeer(gw); err != nil {
 			return err
 		}

@@ -92,15 +92,17 @@ func (s *session) shaking(ctx context.Context, shaken <-chan struct{}) {
 // echo returns when a datagram has come back from the gateway's echo port.
 func (s *session) echo(ctx context.Context) error {
 	target := netip.AddrPortFrom(s.gateway.Addresses[0], wire.EchoPort)
-	if err := echo(ctx, s.agent.link.DialContext, target); err != nil {
+	rtt := s.peer.Status().Path.RTT
+	if err := echo(ctx, s.agent.link.DialContext, target, rtt+rtt/4); err != nil {
 		return s.noPath(err)
 	}
 	s.agent.marks.set(&s.agent.marks.usable)
 	return nil
 }
 
-// echo sends a datagram of its own to an echo server (RFC 862) at 0, 20, 60, 140 … ms until it comes back.
-func echo(ctx context.Context, dial dialFunc, target netip.AddrPort) error {
+// echo sends a datagram of its own to an echo server (RFC 862) at 0, 20, 60, 140 … ms until it comes back; the first answer is waited
+// for as long as is usual on the path.
+func echo(ctx context.Context, dial dialFunc, target netip.AddrPort, usual time.Duration) error {
 	conn, err := dial(ctx, "udp", target.String())
 	if err != nil {
 		return fmt.Errorf("open a socket to the gateway's echo port: %w", err)
@@ -111,7 +113,7 @@ func echo(ctx context.Context, dial dialFunc, target netip.AddrPort) error {
 	probe := make([]byte, 16)
 	_, _ = rand.Read(probe) // never fails, see crypto/rand
 	buf := make([]byte, wire.MaxEcho)
-	for wait := 20 * time.Millisecond; ctx.Err() == nil; wait = min(2*wait, time.Second) {
+	for wait := max(20*time.Millisecond, min(usual, time.Second)); ctx.Err() == nil; wait = min(2*wait, time.Second) {
 		_, _ = conn.Write(probe) // a port that is closed still shows as silence below
 		_ = conn.SetReadDeadline(time.Now().Add(wait))
 		for {

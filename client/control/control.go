@@ -45,31 +45,35 @@ const (
 
 // Status is a tunnel as `culvert status` shows it.
 type Status struct {
-	State     State          `json:"state"`
-	Session   string         `json:"session,omitempty"`
-	Network   string         `json:"network,omitempty"`
-	Mode      string         `json:"mode"`
-	Interface string         `json:"interface,omitempty"` // in mode tun
-	Proxy     string         `json:"proxy,omitempty"`     // in mode proxy, "IP:port"
-	Addresses []string       `json:"addresses,omitempty"`
-	Gateway   string         `json:"gateway,omitempty"`
-	Standby   string         `json:"standby,omitempty"` // the gateway that would take its place, while there is a path to it
-	Rules     []string       `json:"rules,omitempty"`
-	Path      *Path          `json:"path,omitempty"` // nil without one
-	Handshake *time.Time     `json:"handshake,omitempty"`
-	RxBytes   uint64         `json:"rx_bytes"`
-	TxBytes   uint64         `json:"tx_bytes"`
-	Routes    []string       `json:"routes,omitempty"`
-	Names     []string       `json:"names,omitempty"`    // granted; "*.svc.corp" for all below svc.corp
-	LeftOut   []string       `json:"left_out,omitempty"` // granted, but reached without the tunnel: directly connected
-	Expires   *time.Time     `json:"expires,omitempty"`  // the lease, unless renewed
-	Ends      *time.Time     `json:"ends,omitempty"`     // no renewal reaches past this
-	Since     time.Time      `json:"since"`
-	Rejoins   int            `json:"rejoins"`
-	History   []Event        `json:"history,omitempty"` // oldest first
-	Problem   *problem.Error `json:"problem,omitempty"` // the last one, until things work again
-	Log       []string       `json:"log,omitempty"`     // the last lines
-	PID       int            `json:"pid"`
+	State     State      `json:"state"`
+	Session   string     `json:"session,omitempty"`
+	Network   string     `json:"network,omitempty"`
+	Mode      string     `json:"mode"`
+	Interface string     `json:"interface,omitempty"` // in mode tun
+	Proxy     string     `json:"proxy,omitempty"`     // in mode proxy, "IP:port"
+	Addresses []string   `json:"addresses,omitempty"`
+	Gateway   string     `json:"gateway,omitempty"`
+	Standby   string     `json:"standby,omitempty"` // the gateway that would take its place, while there is a path to it
+	Rules     []string   `json:"rules,omitempty"`
+	Path      *Path      `json:"path,omitempty"` // nil without one
+	Handshake *time.Time `json:"handshake,omitempty"`
+	RxBytes   uint64     `json:"rx_bytes"`
+	TxBytes   uint64     `json:"tx_bytes"`
+	Routes    []string   `json:"routes,omitempty"`
+	Names     []string   `json:"names,omitempty"`    // granted; "*.svc.corp" for all below svc.corp
+	LeftOut   []string   `json:"left_out,omitempty"` // granted, but reached without the tunnel: directly connected
+	Expires   *time.Time `json:"expires,omitempty"`  // the lease, unless renewed
+	Ends      *time.Time `json:"ends,omitempty"`     // no renewal reaches past this
+	Since     time.Time  `json:"since"`
+	// What the gateway says of the session's flows, where it answers.
+	Flows   *wire.FlowCounts `json:"flows,omitempty"`
+	Reached []wire.Reached   `json:"reached,omitempty"`
+	More    uint64           `json:"more,omitempty"` // flows to targets that are not in Reached
+	Rejoins int              `json:"rejoins"`
+	History []Event          `json:"history,omitempty"` // oldest first
+	Problem *problem.Error   `json:"problem,omitempty"` // the last one, until things work again
+	Log     []string         `json:"log,omitempty"`     // the last lines
+	PID     int              `json:"pid"`
 }
 
 // Path is the way that packets take to the gateway.

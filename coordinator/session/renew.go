@@ -21,6 +21,7 @@ const (
 	endedByPolicy  = "policy no longer gives what the session holds"
 	endedByRestart = "its gateway was restarted"
 	endedByLease   = "its lease ran out"
+	endedByBreak   = "its gateway's stream broke before the join was through"
 	endedByTime    = "the longest time that a session may last is over"
 )
 
@@ -202,13 +203,16 @@ func (m *Manager) End(ctx context.Context, id string, secret wire.Secret) error 
 func (m *Manager) finish(ctx context.Context, l state.Lease, reason, by string) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*cleanupTime)
 	defer cancel()
-	_, err := m.change(ctx, l.Session, func(l *state.Lease) bool {
+	marked, err := m.change(ctx, l.Session, func(l *state.Lease) bool {
 		before := l.Over
 		l.Over = reason
 		return before == ""
 	})
 	if problem.CodeOf(err) == problem.SessionOver {
 		return nil
+	}
+	if err == nil { // another gateway may hold it since l was read
+		l = marked
 	}
 	told := m.tell(ctx, l.Gateway, wire.FrameEnd, wire.End{Session: l.Session, Reason: reason})
 	if l.Standby != "" {

@@ -43,6 +43,10 @@ func (m *Manager) Standby(ctx context.Context, id string, secret wire.Secret, r 
 	if err != nil {
 		return wire.Standby{}, err
 	}
+	if err := m.joins.look(c); err != nil { // it costs the gateways what a join does
+		return wire.Standby{}, err
+	}
+	m.joins.charge(c)
 	return m.placeStandby(ctx, m.standbyFor(l, r, rules, c), others)
 }
 
@@ -118,7 +122,7 @@ func (m *Manager) settleStandby(ctx context.Context, a *admission, g state.Prese
 // lets go of it.
 func (m *Manager) Taken(ctx context.Context, g Gateway, t wire.Taken) error {
 	l, err := m.heldBy(ctx, g, t.Session)
-	if err != nil || l.Gateway == g.Instance && l.Standby == "" {
+	if err != nil || l.Gateway == g.Instance && l.Standby != g.Instance {
 		return err
 	}
 	return m.move(ctx, l, byGateway)

@@ -245,6 +245,8 @@ func (c *fakeCarrier) SetScope(s *policy.Scope) {
 	c.scope = s
 }
 
+func (c *fakeCarrier) Reached() ([]wire.Reached, uint64) { return nil, 0 }
+
 func (c *fakeCarrier) Counts() wire.FlowCounts {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -267,6 +269,8 @@ func (c *fakeCarrier) Connections() int { return 0 }
 func (c *fakeCarrier) HoldIfQuiet(time.Duration) int { return 0 }
 
 func (c *fakeCarrier) Leave() {}
+
+func (c *fakeCarrier) Vitals() (time.Time, string) { return time.Time{}, "none" }
 
 func (c *fakeCarrier) Close() {
 	c.mu.Lock()

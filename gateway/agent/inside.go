@@ -61,9 +61,11 @@ func (d *door) inside(serve func(*http.Request, *session) (any, error)) http.Han
 func (d *door) serveMe(_ *http.Request, s *session) (any, error) {
 	lease := d.table.leaseOf(s)
 	routes, named := d.reach(s)
+	reached, more := s.carrier.Reached()
 	return wire.InsideSession{
 		Session: s.id, Gateway: d.name, Addresses: s.addrs, Routes: routes, Names: named, Grants: s.grants,
 		Expires: lease.Expires, Ends: lease.Ends, Flows: s.carrier.Counts(),
+		Reached: reached, More: more,
 	}, nil
 }
 

@@ -196,7 +196,7 @@ func (fl *flow) close() {
 	fl.because(wire.CauseClosed)
 	fl.s.drop(fl)
 	if !fl.served {
-		fl.s.f.trace(fl.record(""))
+		fl.s.tell(fl.record(""))
 	}
 	fl.s.f.flows.Add(-1)
 	fl.s.f.work.Done()

@@ -68,7 +68,7 @@ func (s *Session) TakeEcho() bool { return s.echoes.Allow() }
 // NameRefused traces a name that the session asked for and may not have.
 func (s *Session) NameRefused(name string) {
 	s.counts.denied.Add(1)
-	s.f.trace(wire.FlowRecord{
+	s.tell(wire.FlowRecord{
 		Session: s.id, Proto: "dns", Name: name[:min(len(name), wire.MaxFlowName)], Verdict: wire.FlowRefused,
 		Reason: "not granted by this name", Began: time.Now(), Count: 1,
 	})

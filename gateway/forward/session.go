@@ -51,6 +51,7 @@ type Session struct {
 	lookups chan struct{} // places for names being resolved
 
 	counts     counters
+	reached    reached
 	suppressed atomic.Uint64 // denials since the last log line
 	scope      atomic.Pointer[policy.Scope]
 
@@ -268,7 +269,7 @@ func (s *Session) deny(key flowKey, why judgement) {
 	if why.served {
 		return // between the job and the gateway alone
 	}
-	s.f.trace(wire.FlowRecord{
+	s.tell(wire.FlowRecord{
 		Session: s.id, Proto: protoName(key.proto), Name: why.name, Addr: key.dst, Verdict: verdict,
 		Rule: why.Rule, Reason: why.Reason, Began: time.Now(), Count: 1,
 	})

@@ -42,12 +42,12 @@ func TestWorkflows(t *testing.T) {
 		code    int
 		want    []string // patterns in the log
 		never   []string
-		summary string // what it says; act keeps it where the job failed
+		summary []string // what it says; act keeps it where the job failed
 	}{
 		{name: "node 24", steps: []string{"node --version", query},
 			want: []string{`v24\.`, `answer\|42`, `culvert: up in network corp`, `Success - Post culvertnet/culvert@v1`}, never: []string{`::error`}},
-		{name: "step fails", steps: []string{query + "; exit 7"}, code: 1,
-			want: []string{`answer\|42`, `Failure - Main`, `Success - Post culvertnet/culvert@v1`}, summary: "| path | `reflexive`"},
+		{name: "step fails", steps: []string{query, "(exec 3<>/dev/tcp/" + a.Private.Addr().String() + "/81) || exit 7"}, code: 1,
+			want: []string{`answer\|42`, `Failure - Main`, `Success - Post culvertnet/culvert@v1`}, summary: []string{"| path | `reflexive`", "| `tcp db.internal:5432` | 1 |", "| `allow: [\"tcp "}},
 		{name: "no id-token", env: []string{"ACTIONS_ID_TOKEN_REQUEST_URL=", "ACTIONS_ID_TOKEN_REQUEST_TOKEN="}, code: 1,
 			want: []string{`::error title=culvert%3A token-unavailable::.*id-token: write`, `Success - Post`}},
 		{name: "wrong audience", claims: map[string]any{"aud": "https://elsewhere.example.com"}, code: 1,
@@ -85,8 +85,11 @@ func TestWorkflows(t *testing.T) {
 					t.Errorf("the log says %s", never)
 				}
 			}
-			if summary := m.summary(t); tc.summary != "" && !strings.Contains(summary, tc.summary) {
-				t.Errorf("the job's summary is %q", summary)
+			summary := m.summary(t)
+			for _, want := range tc.summary {
+				if !strings.Contains(summary, want) {
+					t.Errorf("the job's summary does not say %s:\n%s", want, summary)
+				}
 			}
 			m.clean(t, before)
 			if t.Failed() {

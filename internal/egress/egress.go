@@ -7,6 +7,7 @@ package egress
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/base64"
 	"fmt"
@@ -26,13 +27,20 @@ type Transport struct {
 	ordinary *http.Transport
 	upgrades *http.Transport // WebSockets over plain HTTP
 	proxy    func(*url.URL) (*url.URL, error)
+	proxies  map[string]bool // "host:port" of those that the environment names
 }
 
 // New makes a transport that dials and encrypts as base does; base's own choice of proxies is not used. The environment is
 // read here, not once for the whole process.
 func New(base *http.Transport) *Transport {
-	t := &Transport{ordinary: base.Clone(), upgrades: base.Clone(), proxy: httpproxy.FromEnvironment().ProxyFunc()}
-	t.ordinary.DialContext = cork.Dialer(base.DialContext)
+	environment := httpproxy.FromEnvironment()
+	t := &Transport{ordinary: base.Clone(), upgrades: base.Clone(), proxy: environment.ProxyFunc(), proxies: map[string]bool{}}
+	for _, name := range []string{environment.HTTPProxy, environment.HTTPSProxy} {
+		if u, err := url.Parse(name); err == nil && u.Host != "" {
+			t.proxies[hostPort(u)] = true
+		}
+	}
+	t.ordinary.DialContext = cork.Dialer(t.joining(base.DialContext))
 	t.ordinary.Proxy = func(r *http.Request) (*url.URL, error) { return t.proxy(r.URL) }
 	t.ordinary.OnProxyConnectResponse = func(_ context.Context, proxy *url.URL, _ *http.Request, resp *http.Response) error {
 		return refused(proxy, resp)
@@ -79,11 +87,7 @@ func (t *Transport) connect(ctx context.Context, network, addr string) (net.Conn
 		return nil, problem.New(problem.Usage, "a WebSocket over plain HTTP cannot pass a proxy of the scheme "+proxy.Scheme,
 			"use https for the coordinator, or a proxy of the scheme http")
 	}
-	host := proxy.Host
-	if proxy.Port() == "" {
-		host = net.JoinHostPort(proxy.Hostname(), "80")
-	}
-	conn, err := dial(ctx, network, host)
+	conn, err := dial(ctx, network, hostPort(proxy))
 	if err != nil {
 		return nil, err
 	}
@@ -92,6 +96,15 @@ func (t *Transport) connect(ctx context.Context, network, addr string) (net.Conn
 		return nil, err
 	}
 	return conn, nil
+}
+
+// hostPort is where a proxy is dialled.
+func hostPort(proxy *url.URL) string {
+	port := proxy.Port()
+	if port == "" {
+		port = map[string]string{"https": "443", "socks5": "1080", "socks5h": "1080"}[proxy.Scheme]
+	}
+	return net.JoinHostPort(proxy.Hostname(), cmp.Or(port, "80"))
 }
 
 // tunnel asks a proxy to connect to addr (RFC 9110, section 9.3.6).

@@ -5,6 +5,7 @@ import (
 	"net/netip"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 const wan = "wan" // a NAT's interface towards the internet
@@ -110,6 +111,19 @@ func (t *NAT) Router() *Host {
 func (t *NAT) Forget() error {
 	if err := t.ns.handle.ConntrackTableFlush(netlink.ConntrackTable); err != nil {
 		return fmt.Errorf("forget the mappings of NAT %s: %w", t.name, err)
+	}
+	return nil
+}
+
+// ForgetUDP drops the mappings of UDP alone: what was let in because of earlier flows is not any more, and connections stay.
+func (t *NAT) ForgetUDP() error {
+	filter := &netlink.ConntrackFilter{}
+	err := filter.AddProtocol(unix.IPPROTO_UDP)
+	if err == nil {
+		_, err = t.ns.handle.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, filter)
+	}
+	if err != nil {
+		return fmt.Errorf("forget the UDP mappings of NAT %s: %w", t.name, err)
 	}
 	return nil
 }

@@ -9,14 +9,16 @@ import (
 
 // lane is what one goroutine forwards with. It is used by one goroutine at a time.
 type lane struct {
-	server  *Server
-	counts  *counts
-	queue   *udpconn.Queue // towards UDP; nil where there is none
-	arena   []byte         // answers that wait in queue
-	now     int64          // nanoseconds since 1970, when the batch in hand came
-	patient bool           // waits for room in a WebSocket's outbox; see enqueue
-	shares  *shares        // of a UDP socket's reader; nil elsewhere
-	asks    *asks          // likewise
+	server *Server
+	counts *counts
+	queue  *udpconn.Queue // towards UDP; nil where there is none
+	arena  []byte         // answers that wait in queue
+	now    int64          // nanoseconds since 1970, when the batch in hand came
+	shares *shares        // of a UDP socket's reader; nil elsewhere
+	asks   *asks          // likewise
+
+	// patience is how long it may still wait for room in WebSockets' outboxes, for the sake of the message in hand; see enqueue.
+	patience time.Duration
 
 	packets, bytes uint64 // in queue
 }
@@ -66,16 +68,36 @@ func (l *lane) stranger(frames uint64, run []byte) {
 	}
 }
 
-// patience is how long the reader of a WebSocket that carries one session waits where the other side's does not keep up. Its sender
+// How long the reader of a WebSocket that carries one session waits, for one message, where the other side's does not keep up. Its sender
 // notices by its own connection, and slows down without a loss. A WebSocket of many sessions is never kept from being read by one of them.
-const patience = 100 * time.Millisecond
+// A gateway's may become one at any moment, by a BIND that waits behind what is there to be read: it has less patience, and none for
+// a while where that was in vain.
+const (
+	patience        = 100 * time.Millisecond
+	gatewayPatience = 20 * time.Millisecond
+	tiredFor        = 200 * time.Millisecond
+)
+
+// patienceOf is the patience for a WebSocket with these bindings.
+func patienceOf(bound map[*binding]struct{}) time.Duration {
+	if len(bound) != 1 {
+		return 0
+	}
+	for b := range bound {
+		if b.side() == Gateway {
+			return gatewayPatience
+		}
+	}
+	return patience
+}
 
 // enqueue puts a run into a WebSocket's outbox, in pieces that it takes.
 func (l *lane) enqueue(out *outbox, c Channel, run []byte, segment int) {
-	if l.patient && out.room(c) != nil {
-		timer := time.NewTimer(patience)
+	if l.patience > 0 && out.room(c) != nil {
+		begun, timer := time.Now(), time.NewTimer(l.patience)
 		out.wait(c, timer.C)
 		timer.Stop()
+		l.patience -= time.Since(begun)
 	}
 	for len(run) > 0 {
 		piece := run[:min(maxRun/segment*segment, len(run))]

@@ -25,7 +25,8 @@ type link struct {
 	port   *port    // whose socket it sends through towards UDP; nil where there is none
 	holder wire.Key // of the standing ticket that it has shown; guarded by the server's lock
 
-	lone atomic.Bool // it is bound once, as a client's is
+	patient atomic.Int64 // how long it may be left unread for the sake of one message: nanoseconds, 0 unless it is bound once
+	tired   int64        // it is not left unread again before; the reader's, as [lane.now]
 
 	mu          sync.Mutex
 	bound       map[*binding]struct{}
@@ -54,21 +55,22 @@ func (l *link) serve(socket *socket) error {
 	if !l.open(socket) {
 		return socket.bye(closeGoingAway, "the relay stops")
 	}
+	w := newWriter(l.out, socket, &l.server.counts.written)
+	l.greet()
+	err := l.read(socket)
+	w.stop()
+	_ = socket.close()
+	w.running.Wait()
+	return err
+}
+
+// greet sends the relay's first message. It is a function of its own, as is whatever else would be on the stack of a link at rest.
+//
+//go:noinline
+func (l *link) greet() {
 	var id nat.TxID
 	_, _ = rand.Read(id[:])
 	l.out.putControl(AppendHello(nil, id, l.server.offer(origin{link: l})))
-	stop, tick := make(chan struct{}), time.NewTicker(PingInterval)
-	defer tick.Stop()
-	var writer sync.WaitGroup
-	writer.Go(func() {
-		_ = l.out.drain(socket, stop, tick.C, &l.server.counts.written)
-		_ = socket.close() // ends reading
-	})
-	err := l.read(socket)
-	close(stop)
-	_ = socket.close()
-	writer.Wait()
-	return err
 }
 
 // open makes a socket the link's own, unless the server has closed meanwhile.
@@ -132,7 +134,7 @@ func (l *link) remember(b *binding) bool {
 		return false
 	}
 	l.bound[b] = struct{}{}
-	l.lone.Store(len(l.bound) == 1)
+	l.patient.Store(int64(patienceOf(l.bound)))
 	if len(l.bound) == 1 {
 		l.lonely.Stop()
 		l.recount()
@@ -148,7 +150,7 @@ func (l *link) forget(b *binding) {
 		return
 	}
 	delete(l.bound, b)
-	l.lone.Store(len(l.bound) == 1)
+	l.patient.Store(int64(patienceOf(l.bound)))
 	if len(l.bound) == 0 {
 		l.lonely.Reset(max(time.Until(l.standsUntil), 0) + BindTimeout)
 		l.recount()
@@ -204,8 +206,16 @@ func (l *link) message(msg []byte) error {
 		way = l.port.pool.Get().(*lane)
 		defer l.port.pool.Put(way)
 	}
-	way.patient, way.counts, way.now = l.lone.Load(), &l.server.counts, time.Now().UnixNano()
+	way.patience, way.counts, way.now = 0, &l.server.counts, time.Now().UnixNano()
 	defer way.flush()
+	if allowed := time.Duration(l.patient.Load()); allowed > 0 && way.now >= l.tired {
+		way.patience = allowed
+		defer func() {
+			if way.patience <= 0 && allowed < patience {
+				l.tired = way.now + int64(tiredFor)
+			}
+		}()
+	}
 	from := origin{link: l}
 	blocks := WalkBlocks(msg)
 	for blocks.Next() {

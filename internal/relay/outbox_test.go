@@ -225,14 +225,14 @@ func TestPatience(t *testing.T) {
 	run := make([]byte, 1000)
 	for _, c := range []struct {
 		name    string
-		patient bool
+		patient time.Duration
 		frees   time.Duration // when there is room
 		want    time.Duration
 		dropped uint64
 	}{
-		{"a lone session", true, patience / 2, patience / 2, 0},
-		{"a lone session's other side is stuck", true, 2 * patience, patience, 1},
-		{"one of many", false, patience / 2, 0, 1},
+		{"a lone session", patience, patience / 2, patience / 2, 0},
+		{"a lone session's other side is stuck", patience, 2 * patience, patience, 1},
+		{"one of many", 0, patience / 2, 0, 1},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -240,12 +240,57 @@ func TestPatience(t *testing.T) {
 				defer o.close()
 				for o.putPackets(1, [][]byte{run[FrameHeader:]}) == 1 { // to the last byte
 				}
-				l := &lane{patient: c.patient, counts: &counts{}}
+				l := &lane{patience: c.patient, counts: &counts{}}
 				begun := time.Now()
 				defer time.AfterFunc(c.frees, func() { _, _ = o.take(make([]byte, headroom)) }).Stop()
 				l.enqueue(o, 1, run, len(run))
 				if took, n := time.Since(begun), l.counts.overQueue.Load(); took != c.want || n != c.dropped {
 					t.Errorf("it took %v and dropped %d, want %v and %d", took, n, c.want, c.dropped)
+				}
+			})
+		})
+	}
+}
+
+// However many runs a message has, its reader waits for them once, and where a gateway's has waited in vain it does not wait again at once: a BIND of
+// another session may be behind it. The other side, which takes nothing, chooses neither the number of runs nor that of messages.
+func TestPatienceIsBounded(t *testing.T) {
+	for _, side := range []Side{Client, Gateway} {
+		t.Run(side.String(), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := &Server{}
+				to, from := &link{server: s, out: fullOutbox(t)}, &link{server: s}
+				defer to.out.close()
+				for to.out.putPackets(1, [][]byte{{1}}) == 1 { // to the last byte
+				}
+				id := [SessionSize]byte{3: 0x10} // channel 1
+				sess := &session{id: id, channel: 1}
+				for one, l := range map[Side]*link{side: from, side.Other(): to} {
+					cred := &credential{expires: time.Now().Add(time.Hour).UnixNano(), rate: DefaultRate}
+					cred.ticket[1] = byte(one)
+					b := &binding{origin: origin{link: l}, credential: cred}
+					sess.sides[one].binding.Store(b)
+					l.patient.Store(int64(patienceOf(map[*binding]struct{}{b: {}})))
+				}
+				s.table.change(1, func(m map[Channel]*session) { m[1] = sess })
+				one := make([]byte, FrameHeader+1)
+				PutHeader(one, 1)
+				msg := bytes.Repeat(append(AppendBlockHeader(nil, len(one), len(one)), one...), 1000)
+				begun := time.Now()
+				for range 100 {
+					if err := from.message(msg); err != nil {
+						t.Fatal(err)
+					}
+				}
+				most := 100 * patience
+				if side == Gateway {
+					most = gatewayPatience
+				}
+				if took := time.Since(begun); took > most || took < most/2 {
+					t.Errorf("100 messages kept it from being read for %v, at most %v are allowed", took, most)
+				}
+				if n := s.counts.overQueue.Load(); n != 100_000 {
+					t.Errorf("%d packets were dropped", n)
 				}
 			})
 		})

@@ -210,7 +210,7 @@ func (s *Stream) Receive() (msg []byte, err error) {
 // write is the writer.
 func (s *Stream) write() {
 	defer s.out.close()
-	if err := s.out.drain(s.socket, s.stop, nil, &s.sent); err != nil {
+	if err := s.out.drain(s.socket, s.stop, &s.sent); err != nil {
 		_ = s.socket.close() // which ends Receive
 	}
 }
@@ -231,6 +231,13 @@ func (s *Stream) Close() error {
 // shortQueue keeps the kernel from holding more unsent bytes of a connection than it needs, so that what waits does so
 // in our queues, where it is served in turn.
 func shortQueue(conn net.Conn) {
+	if t := tcpOf(conn); t != nil {
+		limitUnsent(t)
+	}
+}
+
+// tcpOf gives the TCP connection below all others, nil where there is none.
+func tcpOf(conn net.Conn) *net.TCPConn {
 	for {
 		above, ok := conn.(interface{ NetConn() net.Conn })
 		if !ok {
@@ -238,7 +245,6 @@ func shortQueue(conn net.Conn) {
 		}
 		conn = above.NetConn()
 	}
-	if t, ok := conn.(*net.TCPConn); ok {
-		limitUnsent(t)
-	}
+	t, _ := conn.(*net.TCPConn)
+	return t
 }

@@ -5,3 +5,5 @@ package relay
 import "net"
 
 func limitUnsent(*net.TCPConn) {}
+
+func acknowledger(*net.TCPConn) func() { return func() {} }

@@ -30,6 +30,7 @@ type socket struct {
 	conn   io.ReadWriteCloser
 	in     *bufio.Reader
 	corked *cork.Conn // below TLS; nil where there is no TLS, or nothing to be corked
+	quick  func()     // acknowledges what was received at once
 	client bool       // masks what it sends and takes unmasked frames; a server does the opposite (section 5.1)
 
 	write sync.Mutex             // keeps frames whole
@@ -69,13 +70,16 @@ var errSocket = errors.New("websocket protocol error")
 var errClosed = errors.New("the other side closed the websocket")
 
 func newSocket(conn io.ReadWriteCloser, in *bufio.Reader, client bool) *socket {
-	s := &socket{conn: conn, in: in, client: client}
+	s := &socket{conn: conn, in: in, client: client, quick: func() {}}
 	s.dead = time.AfterFunc(deadAfter, func() { _ = conn.Close() })
 	return s
 }
 
 // over tells what the socket's connection stands on: records of TLS that make up one message leave in one piece.
 func (s *socket) over(conn net.Conn) *socket {
+	if t := tcpOf(conn); t != nil {
+		s.quick = acknowledger(t)
+	}
 	if _, ok := conn.(*tls.Conn); ok {
 		s.corked = cork.Of(conn)
 	}
@@ -224,12 +228,34 @@ func (s *socket) readMessage(buf []byte) ([]byte, error) {
 
 // await waits for the next message and gives its first header. Who waits with it needs no buffer meanwhile.
 func (s *socket) await() (frameHeader, error) {
+	s.rest()
 	h, err := s.nextData()
 	if err == nil && h.op != opBinary {
 		err = fmt.Errorf("%w: unexpected frame type %d", errSocket, h.op)
 	}
 	return h, err
 }
+
+// rest returns when there is something to read. It waits below TLS, because a goroutine that waits inside of it keeps twice the stack.
+func (s *socket) rest() {
+	if s.corked == nil {
+		return
+	}
+	for {
+		s.corked.Dry(true)
+		_, err := s.in.Peek(1)
+		s.corked.Dry(false)
+		if !errors.Is(err, cork.ErrDry) {
+			return // an error comes again when it is read
+		}
+		s.corked.Await()
+	}
+}
+
+// quickSize is the size of messages, in bytes, that are acknowledged at once. A proxy that keeps TCP_NODELAY off holds back what follows
+// a small message until that is acknowledged, for which a receiver that has nothing to say takes 40 ms. Where much comes in it does
+// not matter.
+const quickSize = 4 << 10
 
 // body reads the message that starts with h into buf, which grows as needed.
 func (s *socket) body(buf []byte, h frameHeader) (_ []byte, err error) {
@@ -239,6 +265,9 @@ func (s *socket) body(buf []byte, h frameHeader) (_ []byte, err error) {
 			return buf, fmt.Errorf("%w: a message of more than %d bytes", errSocket, MaxMessage)
 		}
 		if buf, err = s.readPayload(buf, h); err != nil || h.fin {
+			if len(buf) <= quickSize {
+				s.quick()
+			}
 			return buf, err
 		}
 		if h, err = s.nextData(); err != nil {

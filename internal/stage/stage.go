@@ -51,6 +51,9 @@ type Options struct {
 	Dir      string // scratch folder that other users can enter; the caller removes it
 	Flat     bool   // everything on this machine itself, nothing kept apart; see [lab.Flat]
 	Link     lab.Link
+	// Middle puts the coordinator, and with it its relay, in the middle of the internet: without Link of its own, so that the way
+	// through it is no longer than the direct one.
+	Middle bool
 	// Runner and Gateway are what stands in front of them; default [lab.Easy]. Behind [lab.OnlyProxy] there is a proxy that wants
 	// a password, and the programs are told of it; it needs tinyproxy.
 	Runner  lab.NATOptions
@@ -171,12 +174,16 @@ func (s *Stage) buildNetwork(ctx context.Context) (err error) {
 
 func (s *Stage) hosts(runner, gateway *lab.NAT) error {
 	open := lab.HostOptions{Link: s.opts.Link}
+	cloud := open
+	if s.opts.Middle {
+		cloud.Link = lab.Link{}
+	}
 	for _, h := range []struct {
 		host **lab.Host
 		name string
 		opts lab.HostOptions
 	}{
-		{&s.Cloud, "coordinator", open},
+		{&s.Cloud, "coordinator", cloud},
 		{&s.IssuerHost, "issuer", open},
 		{&s.Runner, "runner", lab.HostOptions{Behind: runner}},
 		{&s.GatewayBox, "gateway", lab.HostOptions{Behind: gateway}},

@@ -15,6 +15,7 @@ const (
 	birthdayFewest  = 64                    // fewer are not worth a try
 	birthdayProbes  = 2048                  // of one session, however long it lasts and however often it tries
 	birthdayTry     = 1024                  // of one try, where the other side's sockets stand open: half of what there is
+	birthdayTries   = 16                    // that a leading side can have the other prepare for, in a session's life
 	birthdayBatch   = 9                     // probes at a time …
 	birthdayTick    = 20 * time.Millisecond // … so often: 450 a second
 )
@@ -64,6 +65,7 @@ type birthday struct {
 	phase   birthdayPhase
 	round   uint8
 	theirs  nat.Behind // the other side's last word in this round
+	plan    method     // our part in this round, whatever is heard later: what is open and what is guessed belong to it
 	ports   ports      // that our NAT maps to, as found out in this round
 	sockets int        // that are open for this round
 	ends    time.Time  // of the phase
@@ -77,6 +79,8 @@ type birthday struct {
 	heard   bool      // the following side: a word is to be answered
 	asks    int       // words without an answer
 	spent   int       // probes of this session
+	begun   time.Time // the following side: when this round was heard of
+	entered int       // rounds that were prepared for
 	rest    time.Time // no try before
 	rests   int
 	useless *mapper // what we were behind when the other side's word left no hope
@@ -116,9 +120,12 @@ func (b *birthday) hear(word nat.Behind, now time.Time) (over bool) {
 		return false
 	}
 	if word.Round != b.round {
+		if now.Sub(b.begun) < birthdayAfter {
+			return false // a leading side waits longer than that between two; it will say it again
+		}
 		over = b.phase != birthdayIdle
 		b.finish()
-		b.phase, b.round = birthdayMeeting, word.Round
+		b.phase, b.round, b.begun = birthdayMeeting, word.Round, now
 	}
 	if b.phase == birthdayIdle {
 		return false // a round that is over
@@ -135,7 +142,7 @@ func (b *birthday) finish() {
 	if b.phase > birthdayMeeting {
 		b.crowd.leave()
 	}
-	b.phase, b.theirs, b.sockets, b.ports, b.left, b.heard, b.guess = birthdayIdle, nat.Behind{}, 0, ports{}, 0, false, guesses{}
+	b.phase, b.plan, b.theirs, b.sockets, b.ports, b.left, b.heard, b.guess = birthdayIdle, noMethod, nat.Behind{}, 0, ports{}, 0, false, guesses{}
 }
 
 // end ends a round and says what that takes.
@@ -271,7 +278,7 @@ func (b *birthday) meet(s situation, now time.Time) errand {
 	if m == noMethod {
 		return b.giveUp(s, now)
 	}
-	if b.lead && !b.theirs.Ready || !s.target.IsValid() || b.spent+m.budget()/2 > birthdayProbes {
+	if b.lead && !b.theirs.Ready || !s.target.IsValid() || b.spent+m.budget()/2 > birthdayProbes || !b.lead && b.entered >= birthdayTries {
 		return errand{}
 	}
 	want := 0
@@ -282,7 +289,8 @@ func (b *birthday) meet(s situation, now time.Time) errand {
 	if !ok {
 		return errand{} // others are at it: the next word finds a place, perhaps
 	}
-	b.ends = now.Add(birthdayStage)
+	b.plan, b.ends = m, now.Add(birthdayStage)
+	b.entered++
 	if want == 0 {
 		b.phase, b.said, b.heard = birthdayReady, time.Time{}, true
 		return errand{}
@@ -311,8 +319,12 @@ func (b *birthday) start(s situation, now time.Time) errand {
 	if m == tryMany && !(b.known(s.own).known() && b.theirs.High > 0) {
 		m = noMethod // nobody could say where our sockets are
 	}
-	if m == noMethod || b.sockets == 0 && m != tryPorts {
+	switch m {
+	case b.plan:
+	case noMethod:
 		b.useless = s.own
+		return b.end(now)
+	default: // a side is behind something else than when this began
 		return b.end(now)
 	}
 	b.phase, b.tick, b.turn = birthdayProbing, now, 0
@@ -340,9 +352,8 @@ func (b *birthday) batch(s situation, now time.Time) (out []probe) {
 	n := min(b.left, birthdayBatch)
 	b.left -= n
 	b.spent += n
-	m := b.method(s.own)
 	for range n {
-		switch m {
+		switch b.plan {
 		case openPorts:
 			out = append(out, probe{b.turn % max(b.sockets, 1), s.target.Port()})
 			b.turn++
@@ -352,7 +363,7 @@ func (b *birthday) batch(s situation, now time.Time) (out []probe) {
 			out = append(out, probe{rand.IntN(max(b.sockets, 1)), b.guess.next(b.shuffle)})
 		}
 	}
-	if b.left == 0 && m != openPorts {
+	if b.left == 0 && b.plan != openPorts {
 		b.ends = now.Add(birthdayLinger)
 	}
 	return out

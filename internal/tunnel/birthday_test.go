@@ -333,3 +333,72 @@ func TestCrowdIsBounded(t *testing.T) {
 		t.Errorf("%d sockets, %v, after one has left", got, ok)
 	}
 }
+
+// A side that says of itself one thing and then another, or whose network changes, in the middle of a try: nothing is sent that was not begun.
+func TestWhatASideSaysMayChangeDuringATry(t *testing.T) {
+	narrow := ports{40000, 40999}
+	words := []nat.Behind{
+		{Mapping: wire.MappingEasy}, {Mapping: wire.MappingHard}, {Mapping: wire.MappingHard, Low: narrow.low, High: narrow.high},
+		{Mapping: wire.MappingEasy, Low: 1, High: 65535}, {Mapping: wire.MappingHard, Low: 7, High: 7},
+	}
+	owns := []*mapper{{mapping: wire.MappingEasy}, {mapping: wire.MappingHard}, {mapping: wire.MappingHard, ports: anyPort}, {}}
+	rapid.Check(t, func(t *rapid.T) {
+		p := newParty(rapid.Bool().Draw(t, "lead"), wire.MappingUnknown, narrow)
+		peer := newParty(!p.lead, wire.MappingUnknown, narrow)
+		pair := newPairing(p, peer)
+		pair.deaf = true // the peer's words are ours to choose
+		word := rapid.SampledFrom(words)
+		own := rapid.SampledFrom(owns)
+		p.sit.own = own.Draw(t, "own")
+		for range rapid.IntRange(1, 12).Draw(t, "changes") {
+			said := word.Draw(t, "word")
+			said.Ready, said.Round = rapid.IntRange(0, 3).Draw(t, "ready") > 0, p.round
+			if !p.lead && rapid.IntRange(0, 4).Draw(t, "anew") == 0 {
+				said.Round = uint8(rapid.IntRange(0, 3).Draw(t, "round"))
+			}
+			if p.hear(said, pair.now) {
+				p.crowd.gone(p.crowd.sockets)
+			}
+			if rapid.IntRange(0, 3).Draw(t, "moved") == 0 {
+				p.sit.own = own.Draw(t, "own now")
+			}
+			pair.run(time.Duration(rapid.IntRange(1, 1500).Draw(t, "ms")) * time.Millisecond)
+			for _, one := range p.probes {
+				if one.socket >= p.opened {
+					t.Fatalf("probe %+v, and %d sockets were ever open", one, p.opened)
+				}
+			}
+		}
+		p.bounded(t)
+	})
+}
+
+// A leading side that begins one try after another does not have the other open sockets as fast as words arrive.
+func TestTriesOfAHostileLeaderAreFew(t *testing.T) {
+	for _, mapping := range []wire.Mapping{wire.MappingHard, wire.MappingEasy} {
+		p := newParty(false, mapping, anyPort)
+		pair := newPairing(newParty(true, wire.MappingUnknown, ports{}), p)
+		pair.deaf = true
+		theirs := wire.MappingEasy
+		if mapping == wire.MappingEasy {
+			theirs = wire.MappingHard
+		}
+		held := 0
+		for i := range 60_000 { // ten minutes, a word every 10 ms
+			if p.hear(nat.Behind{Mapping: theirs, Round: uint8(i)}, pair.now) {
+				p.crowd.gone(p.crowd.sockets)
+			}
+			pair.run(10 * time.Millisecond)
+			held += p.crowd.rounds
+			if i == 400 && p.opens > 5 {
+				t.Errorf("%s: sockets opened %d times within 4 s", mapping, p.opens)
+			}
+		}
+		if p.opens > birthdayTries {
+			t.Errorf("%s: sockets opened %d times", mapping, p.opens)
+		}
+		if most := int(birthdayTries*birthdayStage/(10*time.Millisecond)) + birthdayTries; held > most {
+			t.Errorf("%s: one of few places held for %d of 60,000 ticks", mapping, held)
+		}
+	}
+}

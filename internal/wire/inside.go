@@ -33,6 +33,24 @@ type InsideSession struct {
 	Expires   time.Time      `json:"expires"`
 	Ends      time.Time      `json:"ends"`
 	Flows     FlowCounts     `json:"flows"`
+	Reached   []Reached      `json:"reached,omitempty"` // at most [MaxReached]
+	More      uint64         `json:"more,omitempty"`    // flows to targets that are not in Reached
+}
+
+// MaxReached bounds the targets that a gateway adds up for a session; half are for what it turns away.
+const MaxReached = 32
+
+// Reached adds up a session's flows to one target, as far as they have ended; those that are open count with what they have carried.
+type Reached struct {
+	Proto   string      `json:"proto"`  // as in [FlowRecord]
+	Target  string      `json:"target"` // "host:port" as a rule would name it; without a port for ICMP and names that were refused
+	Verdict FlowVerdict `json:"verdict"`
+	Rule    string      `json:"rule,omitempty"`
+	Reason  string      `json:"reason,omitempty"`
+	Flows   uint64      `json:"flows"`
+	BytesUp uint64      `json:"bytes_up,omitempty"`
+	BytesDn uint64      `json:"bytes_down,omitempty"`
+	Cause   FlowCause   `json:"cause,omitempty"` // why the last one ended
 }
 
 // FlowCounts counts a session's flows since it began.
