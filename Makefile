@@ -16,7 +16,7 @@ PACKAGES  = $(shell $(GO) list ./... | grep -v '/internal/e2e')
 export CGO_ENABLED = 0
 GOBUILD = $(GO) build -trimpath -ldflags '-s -w -X main.version=$(VERSION)'
 
-.PHONY: build demo test check action unit e2e act matrix bench charts dist pin pinned reproducible fuzz clean tools-test tools-bench FORCE
+.PHONY: build demo test check action unit e2e act matrix cluster bench charts dist pin pinned reproducible fuzz clean tools-test tools-bench FORCE
 
 build: $(BINARIES)
 
@@ -67,15 +67,21 @@ action:
 e2e: build
 	CULVERT_E2E_BIN=$(CURDIR)/bin $(GO) test -count=1 -timeout 10m ./internal/e2e/...
 
-# Workflows under act: twenty jobs at once, and what the action costs beyond `culvert up`.
+# Workflows under act, twenty jobs at once, a container without privilege, and what the action costs beyond `culvert up`.
 act: tools-test build
-	CULVERT_E2E_BIN=$(CURDIR)/bin CULVERT_E2E_ACT=all $(GO) test -count=1 -timeout 10m -run '^TestWorkflows' -v ./internal/e2e
+	@$(call want,podman runc,podman runc netavark)
+	CULVERT_E2E_BIN=$(CURDIR)/bin CULVERT_E2E_ACT=all $(GO) test -count=1 -timeout 10m -run '^TestWorkflows|InAContainer' \
+		-bench '^BenchmarkAction' -benchtime 1x -v ./internal/e2e
 
 # Every kind of network against every other, 81 pairs on links with delay: about 10 minutes. Writes the tables of docs/paths.md.
 matrix: tools-test build
 	@rm -f bin/matrix.json
 	CULVERT_E2E_BIN=$(CURDIR)/bin CULVERT_E2E_MATRIX=$(CURDIR)/bin/matrix.json \
 		$(GO) test -count=1 -timeout 60m -run '^TestMatrix' -v ./internal/e2e
+
+# Three coordinators on a cluster of three nats-servers, of which one after the other dies or stops answering: a minute.
+cluster: build
+	CULVERT_E2E_BIN=$(CURDIR)/bin CULVERT_E2E_CLUSTER=1 $(GO) test -count=1 -timeout 10m -run '^TestCluster' -v ./internal/e2e/scale
 
 # Throughput, memory and time to the first byte, in Go's benchmark format.
 bench: tools-bench build

@@ -77,9 +77,11 @@ func (m *Manager) reconcileOne(ctx context.Context, g Gateway, rules Rules, n co
 	case l.Network != g.Network || l.Key != h.Key || !slices.Equal(l.Addresses, h.Addresses):
 		return false, nil
 	case l.Gateway == "":
-		// Either a join of this node is about to write its answer down, or the node died while offering it and the client
-		// never got an answer.
-		return m.offering(h.Session), nil
+		// Either a join is about to write its answer down, or its node died while offering it and the client never got an answer.
+		if m.offering(h.Session) {
+			return true, nil
+		}
+		return m.disown(ctx, g, h.Session)
 	case l.Gateway != g.Instance && l.Standby != g.Instance:
 		return m.reassert(ctx, g, l, h)
 	}
@@ -98,6 +100,23 @@ func (m *Manager) reconcileOne(ctx context.Context, g Gateway, rules Rules, n co
 		return false, nil
 	}
 	return err == nil, err
+}
+
+// disown ends a session that its join, on another node, has not written down yet: that join hears of it and fails for now. Without
+// the mark its client would get a session that the gateway is about to drop. keep: the join was faster.
+func (m *Manager) disown(ctx context.Context, g Gateway, id string) (keep bool, err error) {
+	_, err = m.change(ctx, id, func(l *state.Lease) bool {
+		keep = l.Gateway == g.Instance && l.Over == ""
+		if l.Gateway != "" || l.Over != "" {
+			return false
+		}
+		l.Over = endedByBreak
+		return true
+	})
+	if problem.CodeOf(err) == problem.SessionOver {
+		err = nil
+	}
+	return keep, err
 }
 
 // bounded is a gateway's word on how long a session lasts, within what any session may last.

@@ -117,7 +117,7 @@ func (m *Manager) settle(ctx context.Context, a *admission, g state.Presence, an
 	if err != nil {
 		m.tell(ctx, g.Instance, wire.FrameEnd, wire.End{Session: a.lease.Session, Reason: "the session could not be kept"})
 		if errors.Is(err, state.ErrNotFound) || errors.Is(err, state.ErrConflict) {
-			return wire.Session{}, problem.Wrap(err, problem.SessionOver, "the session ended while it was being set up", "join again")
+			return wire.Session{}, m.endedBefore(ctx, a, err)
 		}
 		return wire.Session{}, storeAway(err)
 	}
@@ -139,6 +139,16 @@ func (m *Manager) settle(ctx context.Context, a *admission, g state.Presence, an
 	a.log.Info("session admitted", "gateway", g.Name, "rule", l.Rules, "addresses", l.Addresses, "client", a.join.Client,
 		"ends", l.Ends)
 	return s, nil
+}
+
+// endedBefore says why a session could not be written down as held: somebody ended it, or its gateway's stream broke, or the state
+// changed hands; then another join may do.
+func (m *Manager) endedBefore(ctx context.Context, a *admission, err error) error {
+	l, gone := m.opts.Store.Lease(ctx, a.lease.Session)
+	if errors.Is(gone, state.ErrNotFound) || gone == nil && l.Over != "" && l.Over != endedByBreak {
+		return problem.Wrap(err, problem.SessionOver, "the session ended while it was being set up", "join again")
+	}
+	return problem.Wrap(err, problem.Unreachable, "the session could not be kept", "try again in a few seconds")
 }
 
 // worse gives the refusal that tells the job more: a gateway's own word before silence, the first of two alike.

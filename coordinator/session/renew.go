@@ -21,6 +21,7 @@ const (
 	endedByPolicy  = "policy no longer gives what the session holds"
 	endedByRestart = "its gateway was restarted"
 	endedByLease   = "its lease ran out"
+	endedByBreak   = "its gateway's stream broke before the join was through"
 	endedByTime    = "the longest time that a session may last is over"
 )
 

@@ -83,7 +83,7 @@ func TestStandbyIsOffered(t *testing.T) {
 		key    wire.Key
 	}{relay.Client: {p.offeredStandby.Relays, p.job.key}, relay.Gateway: {o.Relays, p.second.key}}
 	for side, s := range sides {
-		if len(s.grants) != 2 || s.grants[0].Name != "near" {
+		if len(s.grants) < 2 || s.grants[0].Name != "near" {
 			t.Fatalf("%s: relays %+v", side, s.grants)
 		}
 		c := claimsOf(t, p.bench, s.grants[0], time.Now())

@@ -270,6 +270,8 @@ func (c *fakeCarrier) HoldIfQuiet(time.Duration) int { return 0 }
 
 func (c *fakeCarrier) Leave() {}
 
+func (c *fakeCarrier) Vitals() (time.Time, string) { return time.Time{}, "none" }
+
 func (c *fakeCarrier) Close() {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -49,7 +49,7 @@ func (m *metrics) serve(address string, g *Gateway) error {
 			"give another address with --metrics")
 	}
 	registry := prometheus.NewRegistry()
-	registry.MustRegister(m.refusals)
+	registry.MustRegister(m.refusals, snapshot{g})
 	m.register(registry, g)
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{MaxRequestsInFlight: 4, Timeout: 5 * time.Second}))
@@ -91,11 +91,20 @@ func (m *metrics) register(r *prometheus.Registry, g *Gateway) {
 	}
 	gauge("stream_up", "1 while the coordinator has welcomed this gateway.", func() float64 { return float64(g.stream.state.Load()) })
 	gauge("sessions", "Sessions held.", func() float64 { return float64(g.table.size()) })
+	gauge("sessions_standby", "Of these, sessions that another gateway carries.", func() float64 { return float64(g.table.standbys()) })
+	gauge("draining", "1 while the gateway takes no sessions because it is about to stop.", func() float64 {
+		if g.Draining() {
+			return 1
+		}
+		return 0
+	})
 	gauge("flows_open", "Flows that are open.", flows(func(c wire.FlowCounts) uint64 { return c.Open }))
 	counter("stream_connects_total", "Times the coordinator welcomed this gateway.", func() float64 { return float64(g.stream.connects.Load()) })
 	counter("admitted_total", "Sessions admitted.", func() float64 { return float64(m.admitted.Load()) })
 	counter("renewals_total", "Leases renewed.", func() float64 { return float64(m.renewals.Load()) })
 	counter("flows_allowed_total", "Flows that a grant covered.", flows(func(c wire.FlowCounts) uint64 { return c.Allowed }))
+	counter("flows_observed_total", "Flows that only an observe line covered.", flows(func(c wire.FlowCounts) uint64 { return c.Observed }))
+	counter("flows_limited_total", "Flows that a grant covered, of sessions that had used up what they may have.", flows(func(c wire.FlowCounts) uint64 { return c.Limited }))
 	counter("flows_denied_total", "Flows that no grant covered.", flows(func(c wire.FlowCounts) uint64 { return c.Denied }))
 	counter("flows_failed_total", "Flows whose target refused or did not answer.", flows(func(c wire.FlowCounts) uint64 { return c.Failed }))
 	counter("bytes_up_total", "Bytes from jobs to services.", flows(func(c wire.FlowCounts) uint64 { return c.BytesUp }))
@@ -119,7 +128,9 @@ func (g *Gateway) flows() wire.FlowCounts {
 func add(sum *wire.FlowCounts, c wire.FlowCounts) {
 	sum.Open += c.Open
 	sum.Allowed += c.Allowed
+	sum.Observed += c.Observed
 	sum.Denied += c.Denied
+	sum.Limited += c.Limited
 	sum.Failed += c.Failed
 	sum.BytesUp += c.BytesUp
 	sum.BytesDn += c.BytesDn

@@ -229,6 +229,17 @@ func (o *outbox) pending() bool {
 	return o.leaving || o.found != nil || len(o.answers)+len(o.taken)+len(o.ends)+len(o.renewed) > 0
 }
 
+// depth counts what waits to be written, flow records left out.
+func (o *outbox) depth() int {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	n := len(o.answers) + len(o.taken) + len(o.ends) + len(o.renewed)
+	if o.found != nil {
+		n++
+	}
+	return n
+}
+
 // frame encodes a message. The bodies are this program's own types, which always encode.
 func frame(t wire.FrameType, id uint64, body any) wire.Frame {
 	f := wire.Frame{Type: t, ID: id}

@@ -25,6 +25,8 @@ type carrier interface {
 	// Connections counts open TCP connections; HoldIfQuiet keeps new flows from beginning for a while where there are none.
 	Connections() int
 	HoldIfQuiet(time.Duration) (connections int)
+	// Vitals tells of the tunnel: see [tunnel.Peer.Vitals].
+	Vitals() (handshake time.Time, way string)
 	// Leave tells the client that the gateway is about to stop.
 	Leave()
 	// Close resets the session's flows and forgets its peer: nothing of it is accepted afterwards.
@@ -382,6 +384,18 @@ func (t *table) carried() []*session {
 		}
 	}
 	return out
+}
+
+// standbys counts the live sessions that another gateway carries.
+func (t *table) standbys() (n int) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, s := range t.byID {
+		if s.live() && s.standby {
+			n++
+		}
+	}
+	return n
 }
 
 // leaseOf gives a session's lease as it stands.

@@ -291,6 +291,14 @@ type Stats struct {
 	Overflow     uint64 // dropped on the way out: the queue stayed full
 }
 
+// Depth is how much waits between the stack and Read, in bytes.
+func (d *Device) Depth() int {
+	q := d.link.queue
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.bytes
+}
+
 type counters struct {
 	read, written, merged, joined, malformed, filtered, overflow atomic.Uint64
 }

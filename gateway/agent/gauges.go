@@ -1,0 +1,94 @@
+package agent
+
+import (
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/culvertnet/culvert/internal/netstack"
+	"github.com/culvertnet/culvert/internal/tunnel"
+)
+
+// ages are the upper bounds of the handshakes' histogram, in seconds. WireGuard makes new keys every two minutes while there is
+// traffic, and takes none that are older than three.
+var ages = []float64{10, 30, 60, 120, 180, 600, 3600}
+
+var (
+	ageDesc = prometheus.NewDesc("culvert_gateway_handshake_age_seconds",
+		"How long ago the sessions' last WireGuard handshakes were, at this moment; sessions without one are left out.", nil, nil)
+	pathDesc = prometheus.NewDesc("culvert_gateway_paths", "Sessions by the way their packets take.", []string{"path"}, nil)
+	dropDesc = prometheus.NewDesc("culvert_gateway_dropped_packets_total", "Packets dropped, by cause.", []string{"cause"}, nil)
+	deepDesc = prometheus.NewDesc("culvert_gateway_queue_depth", "What waits at this moment, by queue.", []string{"queue"}, nil)
+)
+
+// snapshot collects what is read from the whole gateway at once. The values of every label are few and fixed.
+type snapshot struct{ gateway *Gateway }
+
+// Describe implements [prometheus.Collector].
+func (snapshot) Describe(ch chan<- *prometheus.Desc) {
+	for _, d := range []*prometheus.Desc{ageDesc, pathDesc, dropDesc, deepDesc} {
+		ch <- d
+	}
+}
+
+// Collect implements [prometheus.Collector].
+func (s snapshot) Collect(ch chan<- prometheus.Metric) {
+	s.sessions(ch)
+	g := s.gateway
+	for cause, n := range drops(g.plane.tunnel.Stats(), g.plane.device.Stats()) {
+		ch <- prometheus.MustNewConstMetric(dropDesc, prometheus.CounterValue, float64(n), cause)
+	}
+	flows := g.traces.Stats()
+	for queue, n := range map[string]int{
+		"control":       g.out.depth(),          // frames for the coordinator
+		"verifications": len(g.door.places),     // tokens that are being verified
+		"requests":      len(g.slots),           // of the coordinator, under way
+		"flow-records":  flows.Waiting,          // not yet sent
+		"flow-batches":  flows.Unproven,         // sent, and not yet known to be recorded
+		"packet-bytes":  g.plane.device.Depth(), // from the stack to the tunnel
+	} {
+		ch <- prometheus.MustNewConstMetric(deepDesc, prometheus.GaugeValue, float64(n), queue)
+	}
+}
+
+// sessions tells of the sessions' tunnels.
+func (s snapshot) sessions(ch chan<- prometheus.Metric) {
+	now := time.Now()
+	paths := map[string]float64{"host": 0, "direct": 0, "relay": 0, "websocket": 0, "none": 0}
+	var count uint64
+	var sum float64
+	buckets := make(map[float64]uint64, len(ages))
+	for _, bound := range ages {
+		buckets[bound] = 0
+	}
+	for _, one := range s.gateway.table.opened() {
+		at, way := one.carrier.Vitals()
+		paths[way]++
+		if at.IsZero() {
+			continue
+		}
+		age := max(now.Sub(at).Seconds(), 0)
+		count, sum = count+1, sum+age
+		for _, bound := range ages {
+			if age <= bound {
+				buckets[bound]++
+			}
+		}
+	}
+	ch <- prometheus.MustNewConstHistogram(ageDesc, count, sum, buckets)
+	for way, n := range paths {
+		ch <- prometheus.MustNewConstMetric(pathDesc, prometheus.GaugeValue, n, way)
+	}
+}
+
+// drops names why packets were dropped.
+func drops(t tunnel.Stats, d netstack.Stats) map[string]uint64 {
+	return map[string]uint64{
+		"stranger":       t.Stranger,  // WireGuard from an address that is no validated path
+		"junk":           t.Junk,      // neither WireGuard nor STUN
+		"no-path":        t.NoPath,    // to a session that has none
+		"malformed":      d.Malformed, // no IP packet inside
+		"unknown-source": d.Filtered,  // of no session
+		"queue-full":     d.Overflow,  // the tunnel did not keep up
+	}
+}

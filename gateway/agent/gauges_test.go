@@ -1,0 +1,118 @@
+package agent
+
+import (
+	"net/http"
+	"net/netip"
+	"regexp"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/culvertnet/culvert/internal/wire"
+)
+
+// scrape reads the metrics page: the value of each series by its name and labels.
+func (w *world) scrape(t *testing.T) map[string]float64 {
+	t.Helper()
+	out := map[string]float64{}
+	for line := range strings.Lines(w.page(t, "/metrics")) {
+		if strings.HasPrefix(line, "#") {
+			continue
+		}
+		name, value, ok := strings.Cut(strings.TrimSpace(line), " ")
+		v, err := strconv.ParseFloat(value, 64)
+		if !ok || err != nil {
+			t.Fatalf("not a sample: %q", line)
+		}
+		out[name] = v
+	}
+	return out
+}
+
+// TestScrape: the page tells of sessions, their handshakes and ways, flows by verdict, drops and queues.
+func TestScrape(t *testing.T) {
+	w := newWorld(t, nil)
+	w.coord.hello()
+	j := w.join(nil)
+	if err := j.usable(); err != nil {
+		t.Fatal(err)
+	}
+	if c, err := j.dial(netip.MustParseAddrPort("10.9.9.9:80")); err == nil {
+		_ = c.Close()
+		t.Error("a flow beyond the grant")
+	}
+	standby := w.newJob().offer
+	standby.Standby = true
+	if _, err := w.coord.ask(wire.FrameOffer, standby); err != nil {
+		t.Fatal(err)
+	}
+	junk := w.gateway.plane.tunnel.Stats().Junk
+	c, err := j.device.DialContext(t.Context(), "udp", "198.18.0.1:9")
+	if err == nil {
+		_ = c.Close()
+	}
+	got := w.scrape(t)
+	for name, want := range map[string]float64{
+		"culvert_gateway_sessions":                                2,
+		"culvert_gateway_sessions_standby":                        1,
+		"culvert_gateway_draining":                                0,
+		"culvert_gateway_flows_allowed_total":                     1,
+		"culvert_gateway_flows_denied_total":                      1,
+		"culvert_gateway_flows_observed_total":                    0,
+		"culvert_gateway_flows_limited_total":                     0,
+		"culvert_gateway_handshake_age_seconds_count":             1,
+		`culvert_gateway_handshake_age_seconds_bucket{le="3600"}`: 1,
+		`culvert_gateway_paths{path="none"}`:                      1,
+		`culvert_gateway_dropped_packets_total{cause="junk"}`:     float64(junk),
+		`culvert_gateway_queue_depth{queue="verifications"}`:      0,
+	} {
+		if v, ok := got[name]; !ok || v != want {
+			t.Errorf("%s is %v (%v), want %v", name, v, ok, want)
+		}
+	}
+	ways := 0.0
+	for _, way := range []string{"host", "direct", "relay", "websocket"} {
+		ways += got[`culvert_gateway_paths{path="`+way+`"}`]
+	}
+	if ways != 1 || got["culvert_gateway_bytes_up_total"] == 0 {
+		t.Errorf("%v sessions with a way, %v bytes", ways, got["culvert_gateway_bytes_up_total"])
+	}
+}
+
+// TestSeriesDoNotGrow: more sessions make no more series, and no label names one.
+func TestSeriesDoNotGrow(t *testing.T) {
+	w := newWorld(t, nil)
+	w.coord.hello()
+	first := w.join(nil)
+	if err := first.usable(); err != nil {
+		t.Fatal(err)
+	}
+	before := w.scrape(t)
+	var ids []string
+	for range 3 {
+		j := w.join(nil)
+		if err := j.usable(); err != nil {
+			t.Fatal(err)
+		}
+		var me wire.InsideSession
+		if err := j.inside(http.MethodGet, wire.PathInsideMe, nil, &me); err != nil {
+			t.Fatal(err)
+		}
+		ids = append(ids, j.offer.Session, j.offer.Addresses[0].String())
+	}
+	after := w.scrape(t)
+	if len(after) != len(before) {
+		t.Errorf("%d series, then %d", len(before), len(after))
+	}
+	label := regexp.MustCompile(`^culvert_gateway_[a-z_]+(\{(le|code|path|cause|queue)="[^"]*"\})?$`)
+	for name := range after {
+		if !label.MatchString(name) {
+			t.Errorf("a series of another kind: %s", name)
+		}
+		for _, id := range ids {
+			if strings.Contains(name, id) {
+				t.Errorf("%s names a session", name)
+			}
+		}
+	}
+}
