@@ -67,9 +67,11 @@ action:
 e2e: build
 	CULVERT_E2E_BIN=$(CURDIR)/bin $(GO) test -count=1 -timeout 10m ./internal/e2e/...
 
-# Workflows under act: twenty jobs at once, and what the action costs beyond `culvert up`.
+# Workflows under act, twenty jobs at once, a container without privilege, and what the action costs beyond `culvert up`.
 act: tools-test build
-	CULVERT_E2E_BIN=$(CURDIR)/bin CULVERT_E2E_ACT=all $(GO) test -count=1 -timeout 10m -run '^TestWorkflows' -v ./internal/e2e
+	@$(call want,podman runc,podman runc netavark)
+	CULVERT_E2E_BIN=$(CURDIR)/bin CULVERT_E2E_ACT=all $(GO) test -count=1 -timeout 10m -run '^TestWorkflows|InAContainer' \
+		-bench '^BenchmarkAction' -benchtime 1x -v ./internal/e2e
 
 # Every kind of network against every other, 81 pairs on links with delay: about 10 minutes. Writes the tables of docs/paths.md.
 matrix: tools-test build

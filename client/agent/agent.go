@@ -67,6 +67,7 @@ type Options struct {
 	startNames startNames                                                   // a test's own; default is the system's
 	openLink   func(Mode, *slog.Logger) (link, error)                       // a test's own link; default is the real one
 	lookup     func(ctx context.Context, host string) ([]netip.Addr, error) // a test's own names; default is the system's
+	resolvers  func() []netip.Addr                                          // a test's own DNS servers of the host; default is the system's
 	url        *url.URL
 }
 
@@ -120,6 +121,9 @@ func (o *Options) Validate() error {
 		o.lookup = func(ctx context.Context, host string) ([]netip.Addr, error) {
 			return net.DefaultResolver.LookupNetIP(ctx, "ip", host)
 		}
+	}
+	if o.resolvers == nil {
+		o.resolvers = granted.SystemServers
 	}
 	if o.Tokens == nil {
 		return errors.New("an agent needs a source of tokens")

@@ -49,9 +49,10 @@ func (a *Agent) setRoutes(gw wire.Gateway) error {
 	return a.applyRoutes()
 }
 
-// applyRoutes tells the link; the caller holds the lock.
+// applyRoutes tells the link; the caller holds the lock. The host's own DNS servers stay outside whatever is granted: without its names
+// a runner loses its job.
 func (a *Agent) applyRoutes() error {
-	keep := append(slices.Clone(a.routes.keep), a.direct.list()...)
+	keep := slices.Concat(a.routes.keep, a.direct.list(), a.opts.resolvers())
 	left, err := a.openedLink().SetRoutes(a.routes.want, keep)
 	if err != nil {
 		return err

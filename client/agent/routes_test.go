@@ -1,10 +1,14 @@
 package agent
 
 import (
+	"log/slog"
 	"net/netip"
+	"slices"
 	"testing"
 
 	"pgregory.net/rapid"
+
+	"github.com/culvertnet/culvert/internal/wire"
 )
 
 // No gateway gets what is never a gateway's, in whatever pieces it asks for it; everything else it gets.
@@ -33,4 +37,37 @@ func TestNeverRouted(t *testing.T) {
 			t.Errorf("%s of %s: routed %t, want %t", a, p, got, want)
 		}
 	})
+}
+
+// recorded notes what a link is told to keep outside.
+type recorded struct {
+	link
+	keep []netip.Addr
+}
+
+// SetRoutes implements link.
+func (r *recorded) SetRoutes(_ []netip.Prefix, keep []netip.Addr) ([]netip.Prefix, error) {
+	r.keep = keep
+	return nil, nil
+}
+
+// A grant that covers them leaves the host its own DNS servers, and the tunnel its own way.
+func TestResolversAndPeersStayOutside(t *testing.T) {
+	a := &Agent{direct: newOutside(), log: slog.New(slog.DiscardHandler)}
+	resolver, coordinator, gateway := netip.MustParseAddr("9.9.9.9"), netip.MustParseAddr("203.0.113.10"), netip.MustParseAddr("198.51.100.7")
+	a.opts.resolvers = func() []netip.Addr { return []netip.Addr{resolver} }
+	told := &recorded{}
+	a.link = told
+	a.direct.add(coordinator)
+	err := a.setRoutes(wire.Gateway{
+		Routes: []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0")}, Candidates: []wire.Candidate{{Addr: netip.AddrPortFrom(gateway, 1)}},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, addr := range []netip.Addr{resolver, coordinator, gateway} {
+		if !slices.Contains(told.keep, addr) {
+			t.Errorf("%s goes into the tunnel: %v stay outside", addr, told.keep)
+		}
+	}
 }

@@ -44,6 +44,17 @@ func systemServers(files []string) func() []netip.AddrPort {
 	}
 }
 
+// SystemServers are the DNS servers that this host asks, loopback ones left out: no route leads to those.
+func SystemServers() []netip.Addr {
+	var addrs []netip.Addr
+	for _, server := range systemServers(resolverFiles)() {
+		if !server.Addr().IsLoopback() {
+			addrs = append(addrs, server.Addr().Unmap().WithZone(""))
+		}
+	}
+	return addrs
+}
+
 func readBounded(name string) ([]byte, error) {
 	file, err := os.Open(name)
 	if err != nil {

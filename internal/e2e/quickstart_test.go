@@ -182,7 +182,7 @@ func (q *quickstart) run(t *testing.T, b snippet, text string) {
 	}
 }
 
-func copyFile(t *testing.T, from, to string) {
+func copyFile(t testing.TB, from, to string) {
 	t.Helper()
 	in, err := os.Open(from)
 	if err != nil {

@@ -6,6 +6,8 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
+	"net"
+	"net/http"
 	"strings"
 	"syscall"
 	"testing"
@@ -149,6 +151,41 @@ func TestAnotherRepositoryIsDenied(t *testing.T) {
 	if p := result.Problem(); p == nil || p.Denial != nil || strings.Contains(p.Error(), "deploy") {
 		t.Errorf("a stranger learns something: %s", result)
 	}
+}
+
+// A grant of everything, for a fixed address on the internet, takes neither the tunnel's own packets nor the runner's own traffic to its
+// coordinator along.
+func TestFixedEgress(t *testing.T) {
+	s := setup(t, stage.Options{Rules: func(*stage.Stage) string {
+		return fmt.Sprintf("- name: egress\n  network: corp\n  match: {repository_owner_id: %q}\n  allow: [\"tcp 0.0.0.0/0:1-65535\"]\n", stage.OwnerID)
+	}})
+	web, err := s.Net.Host("web", lab.HostOptions{})
+	must(t, err)
+	must(t, s.Serve(web, 80, nil, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		from, _, _ := net.SplitHostPort(r.RemoteAddr)
+		fmt.Fprint(w, from)
+	})))
+	seen := func(want string) {
+		t.Helper()
+		if got, err := get(t, s, "http://"+web.Addr().String()+"/"); err != nil || got != want {
+			t.Errorf("a server on the internet sees %q, %v; want %s", got, err, want)
+		}
+	}
+	before := snapshot(t, s.Runner)
+	seen(s.NATs[0].Public().String())
+	job := newJob(t, s, stage.JobOptions{})
+	up(t, job, "tun", "--wait-for", web.Addr().String()+":80")
+	seen(s.NATs[1].Public().String())
+	var direct struct {
+		Path struct{ Kind string }
+	}
+	decode(t, culvert(t, job, 0, "status", "--json").Stdout, &direct)
+	if direct.Path.Kind != "reflexive" {
+		t.Errorf("the tunnel's path is %q", direct.Path.Kind)
+	}
+	culvert(t, job, 0, "down")
+	seen(s.NATs[0].Public().String())
+	unchanged(t, s.Runner, before)
 }
 
 // kill -9 of the process that holds the tunnel leaves the host as it was.
