@@ -40,12 +40,18 @@ type companion struct {
 	pause backoff
 	again *alarm
 	lost  *alarm
-	going chan bool // answers of a gateway that is left: whether connections are cut
-	leave bool      // such an answer is awaited
+	going chan going // answers of a gateway that is left
+	leave bool       // such an answer is awaited
+}
+
+// going is a gateway's word that the session may go, or that it need not be asked any longer.
+type going struct {
+	from *way
+	cut  bool // connections are cut then
 }
 
 func newCompanion() *companion {
-	return &companion{asked: true, kick: make(chan struct{}, 1), again: newAlarm(), lost: newAlarm(), going: make(chan bool, 1)}
+	return &companion{asked: true, kick: make(chan struct{}, 1), again: newAlarm(), lost: newAlarm(), going: make(chan going, 1)}
 }
 
 // accompany keeps a standby for as long as the session lasts.
@@ -67,9 +73,11 @@ func (s *session) accompany(ctx context.Context) error {
 		case <-c.lost.C():
 			c.lost.clear()
 			s.dropStandby("there is no path to it")
-		case cut := <-c.going:
+		case g := <-c.going:
 			c.leave = false
-			s.takeOver("its gateway is about to stop", cut)
+			if s.uses(g.from) { // else it was lost meanwhile, and who carries the session now has not said that
+				s.takeOver("its gateway is about to stop", g.cut)
+			}
 		}
 		s.look(ctx)
 	}
@@ -79,7 +87,8 @@ func (s *session) accompany(ctx context.Context) error {
 func (s *session) look(ctx context.Context) {
 	c := s.companion
 	s.mu.Lock()
-	first, second := *s.way, way{}
+	carrier := s.way
+	first, second := *carrier, way{}
 	spare := c.way
 	if spare != nil {
 		second = *spare
@@ -102,9 +111,8 @@ func (s *session) look(ctx context.Context) {
 	case second.up && first.left && !c.leave:
 		c.leave = true
 		s.start(func(ctx context.Context) error {
-			cut := s.askLeave(ctx)
 			select {
-			case c.going <- cut:
+			case c.going <- going{carrier, s.askLeave(ctx, carrier)}:
 			case <-ctx.Done():
 			}
 			return nil
@@ -149,17 +157,24 @@ func (s *session) take(ctx context.Context) {
 	s.agent.log.Warn("the new gateway does not know that it carries the session", "session", s.ID, "err", err)
 }
 
+// uses reports whether a way carries the session.
+func (s *session) uses(w *way) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.way == w
+}
+
 // askLeave asks a gateway that is about to stop until the session may go, and says whether connections are cut then.
-func (s *session) askLeave(ctx context.Context) (cut bool) {
+func (s *session) askLeave(ctx context.Context, from *way) (cut bool) {
 	var pause backoff
-	for {
+	for s.uses(from) {
 		var left wire.Left
 		err := s.post(ctx, wire.PathLeave, struct{}{}, &left)
 		switch {
 		case err == nil && left.Go:
 			return left.Open > 0
-		case err == nil:
-			continue
+		case err == nil: // it has taken its time to say so, as long as it is honest
+			pause = backoff{}
 		case ctx.Err() != nil || !errors.Is(err, errSilent):
 			return true
 		}
@@ -167,6 +182,7 @@ func (s *session) askLeave(ctx context.Context) (cut bool) {
 			return true
 		}
 	}
+	return true
 }
 
 // findStandby asks for a second gateway.

@@ -238,3 +238,27 @@ func TestRenewalsGoToTheGatewayInUse(t *testing.T) {
 		t.Errorf("%d rejoins", st.Rejoins)
 	}
 }
+
+// TestAnswerOfAGatewayThatWasLeft: what was asked of a gateway before the session moved says nothing about the one that carries it now.
+func TestAnswerOfAGatewayThatWasLeft(t *testing.T) {
+	t.Parallel()
+	_, a := pair(t, nil, nil)
+	open := a.flow(t)
+	s := a.current()
+	for range 3 { // there is room for one, so the first has been dealt with by then
+		select {
+		case s.companion.going <- going{from: &way{}, cut: true}:
+		case <-time.After(40 * time.Second):
+			t.Fatal("nobody listens")
+		}
+	}
+	if st := a.Status(); st.Gateway != "gw" || st.Standby != "gw-2" {
+		t.Errorf("carried by %s, standby %q", st.Gateway, st.Standby)
+	}
+	if _, err := io.WriteString(open, "GET / HTTP/1.0\r\n\r\n"); err != nil {
+		t.Fatal(err)
+	}
+	if said, err := io.ReadAll(open); err != nil || len(said) == 0 {
+		t.Errorf("the open connection: %q, %v", said, err)
+	}
+}

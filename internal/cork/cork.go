@@ -21,7 +21,18 @@ type Conn struct {
 	held   *[]byte     // nil unless corked
 	busy   atomic.Bool // Uncork is writing
 	broken error       // of a write on the way
+
+	dry atomic.Bool // reads do not wait
 }
+
+// ErrDry is what a read gives that would have to wait, see [Conn.Dry]. TLS takes it for a passing fault and can be read again.
+var ErrDry net.Error = dryError{}
+
+type dryError struct{}
+
+func (dryError) Error() string   { return "there is nothing to read yet" }
+func (dryError) Timeout() bool   { return true }
+func (dryError) Temporary() bool { return true }
 
 // most is how much is held back: a message of a relay's, 64 KiB and some, with what TLS adds.
 const most = 144 << 10
@@ -67,6 +78,18 @@ func (c *Conn) Write(p []byte) (int, error) {
 	}
 	*c.held = append(*c.held, p...)
 	return len(p), nil
+}
+
+// Dry makes reads give [ErrDry] instead of waiting, until it is called with false. It is for the goroutine that reads: where a layer
+// above has nothing left either, it can return from there and wait in [Conn.Await].
+func (c *Conn) Dry(on bool) { c.dry.Store(on) }
+
+// Read reads from the connection below.
+func (c *Conn) Read(p []byte) (int, error) {
+	if c.dry.Load() {
+		return c.readDry(p)
+	}
+	return c.Conn.Read(p)
 }
 
 // Cork holds back what is written from now on.

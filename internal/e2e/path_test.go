@@ -212,41 +212,64 @@ func TestConnectionSurvivesItsPaths(t *testing.T) {
 
 // surviveOnce says what was too slow. What must never happen fails the test.
 func surviveOnce(t *testing.T) (complaints []string) {
-	s := setup(t, stage.Options{Rules: grantStream})
-	cut := func() { must(t, s.Net.Block(s.Runner.Public(), s.GatewayBox.Public())) }
-	mend := func() { must(t, s.Net.Unblock(s.Runner.Public(), s.GatewayBox.Public())) }
-	cut()
-	job := newJob(t, s, stage.JobOptions{})
-	up(t, job, "tun")
-	if p := currentPath(t, job); p.String() != "relay" {
-		t.Fatalf("without a direct way the path is %v", p)
-	}
-	stream := startStream(t, s)
-	allowed := []span{{0, time.Second}}
-	for _, change := range []struct {
-		do   func()
-		want string
-	}{{mend, "direct"}, {cut, "relay"}, {mend, "direct"}} {
+	w := newWalk(t, stage.Options{Rules: grantStream})
+	stream := startStream(t, w.stage)
+	w.began = stream.began
+	for step := range walkSteps {
 		time.Sleep(2 * time.Second) // a second and more of steady traffic on each path
-		from := time.Since(stream.began)
-		change.do()
-		p, took := waitPath(t, job, time.Minute, func(p path) bool { return p.String() == change.want })
-		if p.String() != change.want {
-			t.Fatalf("the path is %v a minute later, want %s", p, change.want)
-		}
-		t.Logf("%s after %v", change.want, took.Round(10*time.Millisecond))
-		allowed = append(allowed, span{from, from + within})
-		if change.want == "relay" && took > within {
-			complaints = append(complaints, fmt.Sprintf("on the relay only after %v", took))
+		if took := w.change(t, step); took > within {
+			complaints = append(complaints, fmt.Sprintf("%s only after %v", walkSteps[step], took))
 		}
 		stream.alive(t)
 	}
 	time.Sleep(2 * time.Second)
 	stream.alive(t)
 	stream.stop()
-	if slow := stream.slow(allowed); len(slow) > 0 {
-		complaints = append(complaints, fmt.Sprintf("less than 1 Mbit/s in the seconds from %v, beside %v", slow, allowed))
+	if slow := stream.slow(w.allowed); len(slow) > 0 {
+		complaints = append(complaints, fmt.Sprintf("less than 1 Mbit/s in the seconds from %v, beside %v", slow, w.allowed))
 	}
-	culvert(t, job, 0, "down")
+	culvert(t, w.job, 0, "down")
 	return complaints
+}
+
+// walk is a session that is led from the relay, on which it starts, over one path after the other.
+type walk struct {
+	stage   *stage.Stage
+	job     *stage.Job
+	began   time.Time // of the traffic that is watched
+	allowed []span    // in which it may be slow
+}
+
+// walkSteps are the paths that follow.
+var walkSteps = []string{"direct", "relay", "direct"}
+
+// newWalk gives a session that is relayed because the direct way is blocked.
+func newWalk(t testing.TB, opts stage.Options) *walk {
+	t.Helper()
+	s := setup(t, opts)
+	must(t, s.Net.Block(s.Runner.Public(), s.GatewayBox.Public()))
+	job := newJob(t, s, stage.JobOptions{})
+	up(t, job, "tun")
+	if p := currentPath(t, job); p.String() != "relay" {
+		t.Fatalf("without a direct way the path is %v", p)
+	}
+	return &walk{stage: s, job: job, allowed: []span{{0, time.Second}}}
+}
+
+// change blocks the direct way or opens it, and gives how long it took until the path was the next one.
+func (w *walk) change(t testing.TB, step int) time.Duration {
+	t.Helper()
+	set := w.stage.Net.Unblock
+	if walkSteps[step] == "relay" {
+		set = w.stage.Net.Block
+	}
+	from := time.Since(w.began)
+	w.allowed = append(w.allowed, span{from, from + within})
+	must(t, set(w.stage.Runner.Public(), w.stage.GatewayBox.Public()))
+	p, took := waitPath(t, w.job, time.Minute, func(p path) bool { return p.String() == walkSteps[step] })
+	if p.String() != walkSteps[step] {
+		t.Fatalf("the path is %v a minute later, want %s", p, walkSteps[step])
+	}
+	t.Logf("%s after %v", walkSteps[step], took.Round(10*time.Millisecond))
+	return took
 }

@@ -3,7 +3,11 @@
 package e2e
 
 import (
+	"bytes"
+	"encoding/json"
 	"fmt"
+	"math"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -101,6 +105,64 @@ func BenchmarkLossyRelay(b *testing.B) {
 			b.ReportMetric(middle(ratios), "ratio")
 		})
 	}
+}
+
+// BenchmarkPathChanges leads one run of iperf3 from the relay to the direct path, back when that is blocked, and to the direct path
+// again. It measures how long each change took, in seconds, and the slowest second outside the three that each may take.
+func BenchmarkPathChanges(b *testing.B) {
+	iperf := program(b, "iperf3")
+	for _, direction := range directions {
+		b.Run(direction.name, func(b *testing.B) {
+			w := newWalk(b, stage.Options{Rules: grantIPF3})
+			_, err := w.stage.Private.Start(lab.Program{Path: iperf, Args: []string{"-s"}})
+			must(b, err)
+			var out bytes.Buffer
+			args := append([]string{"-c", w.stage.Private.Addr().String(), "-t", "18", "-i", "0.1", "-J"}, direction.flags...)
+			w.began = time.Now()
+			run, err := w.stage.Runner.Start(lab.Program{Path: iperf, Args: args, Stdout: &out})
+			must(b, err)
+			for step, name := range []string{"direct-s", "blocked-s", "direct-again-s"} {
+				time.Sleep(2 * time.Second)
+				b.ReportMetric(w.change(b, step).Seconds(), name)
+			}
+			if code, err := run.Wait(timeout(b, time.Minute)); code != 0 || err != nil {
+				b.Fatalf("iperf3 ended with %d, %v: %s", code, err, &out)
+			}
+			b.ReportMetric(0, "ns/op")
+			b.ReportMetric(slowestSecond(b, out.Bytes(), w.allowed), "slowest-Mbit/s")
+		})
+	}
+}
+
+// slowestSecond gives the lowest throughput of any second of an iperf3 run that is allowed no excuse, in Mbit/s.
+func slowestSecond(b *testing.B, report []byte, allowed []span) float64 {
+	b.Helper()
+	var run struct {
+		Error     string `json:"error"`
+		Intervals []struct {
+			Sum struct {
+				Start float64 `json:"start"`
+				Bytes float64 `json:"bytes"`
+			} `json:"sum"`
+		} `json:"intervals"`
+	}
+	if err := json.Unmarshal(report, &run); err != nil || run.Error != "" {
+		b.Fatalf("iperf3: %q, %v", run.Error, err)
+	}
+	const perSecond = 10
+	slowest := math.Inf(1)
+	for i := 0; i+perSecond <= len(run.Intervals); i++ {
+		from := time.Duration(run.Intervals[i].Sum.Start * float64(time.Second))
+		if slices.ContainsFunc(allowed, span{from, from + time.Second}.overlaps) {
+			continue
+		}
+		sum := 0.0
+		for _, interval := range run.Intervals[i : i+perSecond] {
+			sum += interval.Sum.Bytes
+		}
+		slowest = min(slowest, sum*8/1e6)
+	}
+	return slowest
 }
 
 // BenchmarkFirstByteEverywhere measures the time to the first byte from networks of each kind, runner's and gateway's alike, in

@@ -56,7 +56,7 @@ func acceptSocket(w http.ResponseWriter, r *http.Request) (*socket, error) {
 }
 
 // acceptBuffer holds headers only: messages are read past it. There may be many thousands of them.
-const acceptBuffer = 512
+const acceptBuffer = 128
 
 func refuse(w http.ResponseWriter, status int, reason string) (*socket, error) {
 	http.Error(w, reason, status)

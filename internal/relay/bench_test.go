@@ -23,6 +23,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/culvertnet/culvert/internal/cork"
 	"github.com/culvertnet/culvert/internal/udpconn"
 	"github.com/culvertnet/culvert/internal/wire"
 )
@@ -44,7 +45,9 @@ func child() {
 		os.Exit(1)
 	}
 	s.guard.verify, s.guard.source = 1<<30, 1<<30
-	web := httptest.NewTLSServer(s)
+	web := httptest.NewUnstartedServer(s)
+	web.Listener = cork.Listener(web.Listener)
+	web.StartTLS()
 	out := json.NewEncoder(os.Stdout)
 	_ = out.Encode(childAddr{s.Addr(), web.URL})
 	for in := bufio.NewScanner(os.Stdin); in.Scan(); {
@@ -128,7 +131,7 @@ func (r *remote) stream(tb testing.TB) *streamEnd {
 
 // insecure is a client that takes the child's certificate.
 func insecure(tb testing.TB) *http.Client {
-	t := &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}
+	t := &http.Transport{DialContext: cork.Dialer(nil), TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}
 	tb.Cleanup(t.CloseIdleConnections)
 	return &http.Client{Transport: t}
 }

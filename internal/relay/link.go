@@ -55,21 +55,22 @@ func (l *link) serve(socket *socket) error {
 	if !l.open(socket) {
 		return socket.bye(closeGoingAway, "the relay stops")
 	}
+	w := newWriter(l.out, socket, &l.server.counts.written)
+	l.greet()
+	err := l.read(socket)
+	w.stop()
+	_ = socket.close()
+	w.running.Wait()
+	return err
+}
+
+// greet sends the relay's first message. It is a function of its own, as is whatever else would be on the stack of a link at rest.
+//
+//go:noinline
+func (l *link) greet() {
 	var id nat.TxID
 	_, _ = rand.Read(id[:])
 	l.out.putControl(AppendHello(nil, id, l.server.offer(origin{link: l})))
-	stop, tick := make(chan struct{}), time.NewTicker(PingInterval)
-	defer tick.Stop()
-	var writer sync.WaitGroup
-	writer.Go(func() {
-		_ = l.out.drain(socket, stop, tick.C, &l.server.counts.written)
-		_ = socket.close() // ends reading
-	})
-	err := l.read(socket)
-	close(stop)
-	_ = socket.close()
-	writer.Wait()
-	return err
 }
 
 // open makes a socket the link's own, unless the server has closed meanwhile.

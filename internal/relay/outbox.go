@@ -17,6 +17,8 @@ type outbox struct {
 	perFlow int // bytes that one channel may have waiting
 	total   int // and all of them
 	wake    chan struct{}
+	asleep  atomic.Bool // nobody waits for wake, see writer
+	rouse   func()      // has somebody do so
 
 	mu      sync.Mutex
 	flows   map[Channel]*flow
@@ -259,6 +261,9 @@ func (o *outbox) signal() {
 	case o.wake <- struct{}{}:
 	default:
 	}
+	if o.asleep.Load() && o.asleep.CompareAndSwap(true, false) {
+		o.rouse()
+	}
 }
 
 // take gives the next message with headroom before it, nil where nothing waits: one chunk as it is, to be freed once it
@@ -315,15 +320,12 @@ func (o *outbox) retire(f *flow) {
 	f.next, f.tail, o.spare = o.spare, nil, f
 }
 
-// drain writes what is put until stop is closed or a write fails, and a ping at every tick. It counts the bytes. One
-// goroutine runs it.
-func (o *outbox) drain(to *socket, stop <-chan struct{}, tick <-chan time.Time, written *atomic.Uint64) (err error) {
+// drain writes what is put until stop is closed or a write fails. It counts the bytes. One goroutine runs it.
+func (o *outbox) drain(to *socket, stop <-chan struct{}, written *atomic.Uint64) (err error) {
 	for err == nil {
 		select {
 		case <-stop:
 			return nil
-		case <-tick:
-			err = to.ping()
 		case <-o.wake:
 			err = o.flush(to, written)
 		}

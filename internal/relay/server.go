@@ -274,10 +274,17 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	go func() {
 		defer s.drop(l)
-		if err := l.serve(socket); err != nil {
-			s.log.Debug("relay websocket ended", "source", l.source, "err", err)
-		}
+		l.ended(l.serve(socket))
 	}()
+}
+
+// ended logs why a link has ended.
+//
+//go:noinline
+func (l *link) ended(err error) {
+	if err != nil {
+		l.server.log.Debug("relay websocket ended", "source", l.source, "err", err)
+	}
 }
 
 // newLink makes room for a WebSocket, nil where there is none. It counts as running until drop.

@@ -210,7 +210,7 @@ func (s *Stream) Receive() (msg []byte, err error) {
 // write is the writer.
 func (s *Stream) write() {
 	defer s.out.close()
-	if err := s.out.drain(s.socket, s.stop, nil, &s.sent); err != nil {
+	if err := s.out.drain(s.socket, s.stop, &s.sent); err != nil {
 		_ = s.socket.close() // which ends Receive
 	}
 }

@@ -228,11 +228,28 @@ func (s *socket) readMessage(buf []byte) ([]byte, error) {
 
 // await waits for the next message and gives its first header. Who waits with it needs no buffer meanwhile.
 func (s *socket) await() (frameHeader, error) {
+	s.rest()
 	h, err := s.nextData()
 	if err == nil && h.op != opBinary {
 		err = fmt.Errorf("%w: unexpected frame type %d", errSocket, h.op)
 	}
 	return h, err
+}
+
+// rest returns when there is something to read. It waits below TLS, because a goroutine that waits inside of it keeps twice the stack.
+func (s *socket) rest() {
+	if s.corked == nil {
+		return
+	}
+	for {
+		s.corked.Dry(true)
+		_, err := s.in.Peek(1)
+		s.corked.Dry(false)
+		if !errors.Is(err, cork.ErrDry) {
+			return // an error comes again when it is read
+		}
+		s.corked.Await()
+	}
 }
 
 // quickSize is the size of messages, in bytes, that are acknowledged at once. A proxy that keeps TCP_NODELAY off holds back what follows
