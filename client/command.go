@@ -44,6 +44,21 @@ type commands struct {
 	Doctor   doctorCommand   `cmd:"" help:"Test every name and port that a runner needs, and print the table for a firewall team. Needs no tunnel."`
 	Check    checkCommand    `cmd:"" help:"Ask the gateway whether targets can be reached, and why not."`
 	Version  versionCommand  `cmd:"" help:"Show this program's version."`
+
+	Man        manCommand        `cmd:"" help:"Print the manual page."`
+	Completion completionCommand `cmd:"" help:"Print completion for bash: source <(culvert completion)."`
+}
+
+// newParser makes what reads command lines, and what --help and the manual page are made from.
+func newParser(cli *commands, env environment, exit func(int)) (*kong.Kong, error) {
+	return kong.New(cli,
+		kong.Name("culvert"),
+		kong.Description("Culvert gives a CI job a private path to internal services for as long as it runs.\n\n"+
+			"Exit codes: 0 done, 1 failed, 2 usage, 3 denied by policy, 4 timed out."),
+		kong.UsageOnError(),
+		kong.Writers(env.stdout, env.stderr),
+		kong.Exit(exit),
+	)
 }
 
 // command is what every command's struct does.
@@ -61,14 +76,7 @@ func (e exit) Error() string { return fmt.Sprintf("exit code %d", int(e)) }
 func run(ctx context.Context, env environment) int {
 	var cli commands
 	var helped *int
-	parser, err := kong.New(&cli,
-		kong.Name("culvert"),
-		kong.Description("Culvert gives a CI job a private path to internal services for as long as it runs.\n\n"+
-			"Exit codes: 0 done, 1 failed, 2 usage, 3 denied by policy, 4 timed out."),
-		kong.UsageOnError(),
-		kong.Writers(env.stdout, env.stderr),
-		kong.Exit(func(code int) { helped = &code }),
-	)
+	parser, err := newParser(&cli, env, func(code int) { helped = &code })
 	if err != nil {
 		return report(env, false, err)
 	}

@@ -133,9 +133,3 @@ func (l *live) sample(n int) (out []*session) {
 	}
 	return out
 }
-
-func (l *live) count() int {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return len(l.byID)
-}

@@ -182,7 +182,7 @@ func sleepUntil(ctx context.Context, at time.Time) bool {
 // one plays a job that is to join at a time.
 func (p *player) one(ctx context.Context, m *meter, tickets *supply, n int, at time.Time) {
 	late := time.Since(at)
-	s, retries, err := p.join(ctx, tickets, n, m)
+	s, err := p.join(ctx, tickets, n, m)
 	if err != nil {
 		if ctx.Err() == nil {
 			m.failed(string(problem.CodeOf(err)))
@@ -190,7 +190,7 @@ func (p *player) one(ctx context.Context, m *meter, tickets *supply, n int, at t
 		}
 		return
 	}
-	m.joined(time.Since(at), late, retries)
+	m.joined(time.Since(at), late)
 	p.live.add(s, time.Now().Add(p.opts.RenewEvery))
 	if p.opts.Hold > 0 && sleepUntil(ctx, time.Now().Add(p.opts.Hold)) && p.live.remove(s.id) {
 		if err := p.jobs.end(ctx, n, s); err != nil {
@@ -200,23 +200,23 @@ func (p *player) one(ctx context.Context, m *meter, tickets *supply, n int, at t
 }
 
 // join joins, again with a new key and at the next coordinator where that is asked for and the error passes.
-func (p *player) join(ctx context.Context, tickets *supply, n int, m *meter) (s *session, retries int, err error) {
+func (p *player) join(ctx context.Context, tickets *supply, n int, m *meter) (s *session, err error) {
 	ctx, cancel := context.WithTimeout(ctx, p.opts.Timeout)
 	defer cancel()
-	for ; ; retries++ {
+	for retries := 0; ; retries++ {
 		var t ticket
 		if t, err = tickets.next(ctx); err != nil {
-			return nil, retries, err
+			return nil, err
 		}
 		try, cancel := context.WithTimeout(ctx, p.tryFor())
 		s, err = p.jobs.join(try, n+retries, t)
 		cancel()
 		if err == nil || !p.opts.Retry || !problem.Temporary(err) {
-			return s, retries, err
+			return s, err
 		}
 		m.retried(string(problem.CodeOf(err)))
 		if !sleepUntil(ctx, time.Now().Add(100*time.Millisecond)) {
-			return nil, retries, err
+			return nil, err
 		}
 	}
 }

@@ -104,7 +104,7 @@ func newMeter(n int) *meter {
 		errors: map[string]int{}, retries: map[string]int{}}
 }
 
-func (m *meter) joined(took, late time.Duration, _ int) {
+func (m *meter) joined(took, late time.Duration) {
 	now := time.Now()
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -40,16 +40,17 @@ func (g *Gateway) Drain(ctx context.Context) {
 	g.door.draining.until.Store(&until)
 	g.table.drain()
 	g.out.leave()
-	carried := g.table.carried()
-	g.log.Info("gateway drains", "gateway", g.opts.Name, "sessions", len(carried), "until", until)
+	untold := g.table.carried()
+	g.log.Info("gateway drains", "gateway", g.opts.Name, "sessions", len(untold), "until", until)
+	untold = append(untold, g.table.spares()...) // they had better not come over
 	tick := time.NewTicker(drainLook)
 	defer tick.Stop()
 	for {
-		told := min(len(carried), drainPace)
-		for _, s := range carried[:told] {
+		now := min(len(untold), drainPace)
+		for _, s := range untold[:now] {
 			s.carrier.Leave()
 		}
-		carried = carried[told:]
+		untold = untold[now:]
 		if g.drained(time.Since(began)) {
 			g.log.Info("gateway has drained", "gateway", g.opts.Name, "sessions", g.table.size())
 			return

@@ -249,3 +249,30 @@ func (w *world) page(t *testing.T, path string) string {
 	}
 	return string(text)
 }
+
+// TestDrainingTellsWhoMightComeOver: a job for which the gateway stands by hears of it, or it would move to a gateway that is about to stop.
+func TestDrainingTellsWhoMightComeOver(t *testing.T) {
+	w := newWorld(t, func(o *Options) { o.Drain = time.Hour })
+	w.coord.hello()
+	j := w.newJob()
+	j.offer.Standby = true
+	a, err := w.coord.ask(wire.FrameOffer, j.offer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	told := make(chan struct{}, 1)
+	loop := wire.Candidate{Kind: wire.Host, Addr: netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), w.gateway.Port())}
+	if _, err = j.tunnel.AddPeer(tunnel.PeerOptions{
+		Key: a.Gateway.Key, Session: wire.StandbyID(j.offer.Key, a.Gateway.Key), Candidates: []wire.Candidate{loop}, Initiate: true,
+		AllowedIPs: []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0")}, OnLeave: func() { told <- struct{}{} },
+	}); err != nil {
+		t.Fatal(err)
+	}
+	j.ping(a.Gateway.Addresses[0])
+	w.gateway.Drain(t.Context()) // nothing is carried here, so it waits for nobody
+	select {
+	case <-told:
+	case <-time.After(30 * time.Second):
+		t.Fatal("the job was not told")
+	}
+}

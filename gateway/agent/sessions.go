@@ -374,12 +374,17 @@ func (t *table) drain() {
 }
 
 // carried lists the live sessions that do not only stand by.
-func (t *table) carried() []*session {
+func (t *table) carried() []*session { return t.living(false) }
+
+// spares lists the live sessions that another gateway carries.
+func (t *table) spares() []*session { return t.living(true) }
+
+func (t *table) living(standby bool) []*session {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	var out []*session
 	for _, s := range t.byID {
-		if s.live() && !s.standby {
+		if s.live() && s.standby == standby {
 			out = append(out, s)
 		}
 	}

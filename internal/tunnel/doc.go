@@ -9,6 +9,7 @@
 //	t.SetRelays(list)                      // as soon as relays are known: each is asked over UDP at once; again whenever the list changes
 //	p, err := t.AddPeer(tunnel.PeerOptions{…, Relays: grants, OnPath: …, OnMTU: …})
 //	p.AddRelays(grants)                    // grants that come later; known relays are ignored
+//	t.SetNAT(mapping, seen)                // whenever it is found out: a hard NAT's port is guessed from then on, where that is of use
 //	t.Refresh()                            // the local network has changed: relays and paths are tried anew, sockets stay
 //	p.Status()                             // path (kind, relay, transport), round-trip time, bytes, handshake, MTU, changes
 //
