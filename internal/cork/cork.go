@@ -30,8 +30,13 @@ var ErrDry net.Error = dryError{}
 
 type dryError struct{}
 
-func (dryError) Error() string   { return "there is nothing to read yet" }
-func (dryError) Timeout() bool   { return true }
+// Error is for logs: nobody waits for it.
+func (dryError) Error() string { return "there is nothing to read yet" }
+
+// Timeout is true, so that crypto/tls lets the connection be read again ([net.Error]).
+func (dryError) Timeout() bool { return true }
+
+// Temporary is true: what there is to read may come at any moment.
 func (dryError) Temporary() bool { return true }
 
 // most is how much is held back: a message of a relay's, 64 KiB and some, with what TLS adds.
