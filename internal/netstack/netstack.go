@@ -170,11 +170,12 @@ func (d *Device) setup() error {
 	return d.SetAddresses(d.opts.Addresses)
 }
 
-// tuneTCP raises the buffers to what a long fat path needs and says outright what else throughput rests on: SACK, RACK
-// and receive buffers that grow with the connection.
+// tuneTCP raises the buffers to what a long fat path needs and says outright what else throughput rests on: SACK and receive
+// buffers that grow with the connection. RACK (RFC 8985) is off: in this version of gVisor a sender that has lost a whole window, as
+// when a path dies under a download, then sends one segment for each retransmission timeout, or none, for good.
 func tuneTCP(s *stack.Stack) error {
 	sack := tcpip.TCPSACKEnabled(true)
-	recovery := tcpip.TCPRACKLossDetection
+	recovery := tcpip.TCPRecovery(0)
 	moderate := tcpip.TCPModerateReceiveBufferOption(true)
 	snd := tcpip.TCPSendBufferSizeRangeOption{Min: bufferMin, Default: bufferDefault, Max: sendMax}
 	rcv := tcpip.TCPReceiveBufferSizeRangeOption{Min: bufferMin, Default: bufferDefault, Max: receiveMax}
