@@ -8,6 +8,8 @@ import (
 	"reflect"
 	"strings"
 	"testing"
+
+	"github.com/culvertnet/culvert/internal/lab"
 )
 
 // printed is what a command prints.
@@ -43,7 +45,7 @@ func TestManual(t *testing.T) {
 func TestCompletion(t *testing.T) {
 	bash, err := exec.LookPath("bash")
 	if err != nil {
-		t.Skip("there is no bash here")
+		lab.Skip(t, "there is no bash here")
 	}
 	file := filepath.Join(t.TempDir(), "culvert")
 	if err := os.WriteFile(file, []byte(printed(t, "completion")), 0o600); err != nil {

@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/culvertnet/culvert/internal/lab"
 )
 
 // TestEstablishedConnectionsAreReset: on this host's own loopback, in the test's network namespace. A connection from another address,
@@ -37,7 +39,7 @@ func TestEstablishedConnectionsAreReset(t *testing.T) {
 		from := before.LocalAddr().(*net.TCPAddr).AddrPort().Addr()
 		others, err := establishedFrom([]netip.Addr{netip.MustParseAddr("192.0.2.1")})
 		if err != nil {
-			t.Skipf("connections cannot be listed here: %v", err)
+			lab.Skip(t, "connections cannot be listed here: %v", err)
 		}
 		reset, err := establishedFrom([]netip.Addr{from})
 		if err != nil {
@@ -51,7 +53,7 @@ func TestEstablishedConnectionsAreReset(t *testing.T) {
 			t.Errorf("reset by another address's: %v", err)
 		}
 		if err := reset(); errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EPERM) {
-			t.Skipf("connections cannot be reset here: %v", err)
+			lab.Skip(t, "connections cannot be reset here: %v", err)
 		} else if err != nil {
 			t.Fatal(err)
 		}

@@ -20,6 +20,7 @@ import (
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
+	"github.com/culvertnet/culvert/internal/lab"
 	"github.com/culvertnet/culvert/internal/problem"
 )
 
@@ -39,10 +40,10 @@ func inNamespace(t *testing.T) {
 	t.Helper()
 	runtime.LockOSThread()
 	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-		t.Skipf("needs root, to make a network namespace: %v", err)
+		lab.Skip(t, "needs root, to make a network namespace: %v", err)
 	}
 	if _, err := os.Stat(tunPath); err != nil {
-		t.Skipf("needs the TUN driver: %v", err)
+		lab.Skip(t, "needs the TUN driver: %v", err)
 	}
 	lo, err := netlink.LinkByName("lo")
 	check(t, err)
@@ -277,7 +278,7 @@ func TestIPv6SwitchedOff(t *testing.T) {
 	inNamespace(t)
 	for _, conf := range []string{"all", "default"} {
 		if err := os.WriteFile("/proc/sys/net/ipv6/conf/"+conf+"/disable_ipv6", []byte("1"), 0); err != nil {
-			t.Skipf("cannot switch IPv6 off: %v", err)
+			lab.Skip(t, "cannot switch IPv6 off: %v", err)
 		}
 	}
 	var logged bytes.Buffer

@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/culvertnet/culvert/internal/lab"
 )
 
 // packet is an IPv4 packet (RFC 791) with this transport header and payload.
@@ -43,7 +45,7 @@ func TestNothingComesInUnasked(t *testing.T) {
 	inNamespace(t)
 	i := open(t, Options{})
 	if i.link.shield == nil {
-		t.Skip("this kernel has no nftables")
+		lab.Skip(t, "this kernel has no nftables")
 	}
 	own, far := netip.MustParseAddr("198.18.0.5"), netip.MustParseAddrPort("10.9.0.1:5300")
 	check(t, i.SetAddresses([]netip.Addr{own}))

@@ -19,6 +19,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
+
+	"github.com/culvertnet/culvert/internal/lab"
 )
 
 // The test binary runs again in namespaces of its own, and once more as a client that is killed.
@@ -49,15 +51,6 @@ func TestMain(m *testing.M) {
 		_ = cmd.Run()
 		os.Exit(cmd.ProcessState.ExitCode())
 	}
-}
-
-// skip leaves a test out, unless nothing may be skipped.
-func skip(t *testing.T, why string) {
-	t.Helper()
-	if os.Getenv("CI") == "true" {
-		t.Fatalf("%s, and nothing may be skipped", why)
-	}
-	t.Skip(why)
 }
 
 // namespace is another host: a thread in a network namespace of its own.
@@ -130,7 +123,7 @@ type machine struct {
 func newMachine(t *testing.T) *machine {
 	t.Helper()
 	if os.Getenv(isolatedEnv) == "" {
-		skip(t, "needs root, for namespaces of its own")
+		lab.Skip(t, "needs root, for namespaces of its own")
 	}
 	m := &machine{container: newNamespace(t), cloud: newNamespace(t)}
 	veth := func(name, addr string, peer *namespace, peerAddr string) {
@@ -332,11 +325,11 @@ func runResolved(t *testing.T) {
 		program = other
 	}
 	if _, err := os.Stat(program); err != nil {
-		skip(t, "needs systemd-resolved (Debian: its package unpacked, and its path in CULVERT_TEST_RESOLVED)")
+		lab.Skip(t, "needs systemd-resolved (Debian: its package unpacked, and its path in CULVERT_TEST_RESOLVED)")
 	}
 	bus, err := exec.LookPath("dbus-daemon")
 	if err != nil {
-		skip(t, "needs dbus-daemon")
+		lab.Skip(t, "needs dbus-daemon")
 	}
 	dir := t.TempDir()
 	check(t, os.Chmod(dir, 0o755))
