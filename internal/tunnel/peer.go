@@ -11,6 +11,7 @@ import (
 
 	"golang.zx2c4.com/wireguard/conn"
 
+	"github.com/culvertnet/culvert/internal/repair"
 	"github.com/culvertnet/culvert/internal/wire"
 )
 
@@ -41,6 +42,9 @@ type Status struct {
 	RxBytes   uint64    // WireGuard packets, without UDP and IP headers
 	TxBytes   uint64
 	MTU       int      // the largest packet inside the tunnel, in bytes
+	Lost      float64  // share of the packets sent that was lost lately, by the peer's account
+	Parities  bool     // are sent, because of that
+	Rebuilt   uint64   // packets of the peer that were lost and rebuilt
 	History   []Change // the last changes of path, oldest first
 }
 
@@ -62,6 +66,10 @@ type Peer struct {
 	successor atomic.Pointer[Peer]
 	handshake handshake
 	line      atomic.Pointer[line] // towards a device outside this process
+	tally     tally
+	parities  atomic.Pointer[parities] // nil while little is lost
+	mender    atomic.Pointer[mender]   // nil while no parities come
+	rebuilt   atomic.Uint64            // packets of the peer's
 
 	mu        sync.Mutex // guards what follows, and the engine's paths
 	allowed   []netip.Prefix
@@ -79,6 +87,7 @@ type Peer struct {
 	left      bool  // the other side has said that it leaves
 	leaving   bool  // to be told to OnLeave
 	punch     punch
+	governor  repair.Governor // of parities
 
 	timers sync.WaitGroup
 }
@@ -164,8 +173,10 @@ func (p *Peer) Status() Status {
 		s.Handshake = time.Unix(0, at)
 	}
 	p.tunnel.device.status(p, &s)
+	s.Rebuilt, s.Parities = p.rebuilt.Load(), p.parities.Load() != nil
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	s.Lost = p.governor.Loss()
 	if c := p.engine.chosen; c != nil {
 		s.Path = c.public()
 	}
@@ -224,6 +235,8 @@ func (p *Peer) close() {
 	}
 	p.closed = true
 	p.disarm()
+	p.cover(false)
+	p.unmend(time.Time{}, true)
 	var last []outgoing
 	for _, l := range p.legs {
 		if o := l.close(); o != nil {

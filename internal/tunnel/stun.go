@@ -35,7 +35,7 @@ func (t *Tunnel) handleSTUN(pkt []byte, from *route) *path {
 			return nil
 		}
 		if p != nil && nat.VerifyCheck(pkt, p.key) {
-			return p.answered(from, id)
+			return p.answered(from, id, nat.PeekTally(pkt))
 		}
 	}
 	if from.header == 0 && from.via == nil {
