@@ -108,7 +108,7 @@ func (d *Decoder) Parity(pkt []byte) (more bool) {
 // rebuild makes the only packet of a group that is missing.
 func (d *Decoder) rebuild(pkt []byte, c coverage, missing uint64) bool {
 	s := d.slot(missing)
-	if s.waits || missing+ring <= d.top {
+	if s.waits || missing+ring <= d.top || missing < d.next && d.late != nil {
 		return false
 	}
 	acc := d.acc[:len(pkt)]

@@ -305,6 +305,41 @@ func TestWhatCannotBeRebuiltIsNotWaitedFor(t *testing.T) {
 	}
 }
 
+// However much is lost at once, soon afterwards nothing waits: neither for what was lost nor in a slot of it.
+func TestBurstsLeaveNothingBehind(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		e, s := NewEncoder(), newSink(nil)
+		begin(e, s, 3)
+		next := uint64(GroupSize)
+		run := func(n int, through func() bool) {
+			for range n {
+				m := message(3, next, 40)
+				s.all[next] = m
+				next++
+				for _, pkt := range [][]byte{m, e.Add(nil, m)} {
+					if len(pkt) > 0 && through() {
+						s.take(pkt)
+					}
+				}
+			}
+		}
+		always := func() bool { return true }
+		for range rapid.IntRange(1, 5).Draw(t, "bursts") {
+			run(rapid.IntRange(0, 50).Draw(t, "before"), func() bool { return rapid.IntRange(0, 9).Draw(t, "lost") > 0 })
+			run(rapid.IntRange(1, 3000).Draw(t, "burst"), func() bool { return false })
+			run(2*ring, always)
+			s.got = nil
+			run(3*ring, func() bool {
+				_, waiting := s.Waiting()
+				return !waiting || t.Failed()
+			})
+			if s.bad != nil || len(s.got) != 3*ring {
+				t.Fatalf("%d of %d packets came out, %v", len(s.got), 3*ring, s.bad)
+			}
+		}
+	})
+}
+
 // A sender that has stopped adding parities is not waited for.
 func TestWithoutParitiesNothingWaits(t *testing.T) {
 	const idx = 3
