@@ -67,10 +67,11 @@ action:
 e2e: build
 	CULVERT_E2E_BIN=$(CURDIR)/bin $(GO) test -count=1 -timeout 10m ./internal/e2e/...
 
-# The images as the Dockerfile makes them, for both architectures, and the gateway's tests against its image: 4 minutes. The client runs
-# in a container, too. `make test` runs the first of these tests.
-IMAGE_TESTS = ^Test(Images|ProxyInAContainer|TunMode|ProxyMode|AnotherRepository|FixedEgress|OutsideTheGrant|AlwaysDenied|HostileClient|Overlapping|Gateway|Pinned|Tokens?|IssuerAway|CoordinatorKilled|ServersStop|ChangedPolicy|NothingUndocumented)
+# The images as the Dockerfile makes them, for both architectures, and the gateway's tests against its image, and compose.yaml: 5 minutes. The
+# client runs in a container, too. `make test` runs the first of these tests.
+IMAGE_TESTS = ^Test(Images|Compose|ProxyInAContainer|TunMode|ProxyMode|AnotherRepository|FixedEgress|OutsideTheGrant|AlwaysDenied|HostileClient|Overlapping|Gateway|Pinned|Tokens?|IssuerAway|CoordinatorKilled|ServersStop|ChangedPolicy|NothingUndocumented)
 images: tools-test build
+	@$(call want,podman-compose,podman-compose netavark aardvark-dns)
 	CULVERT_E2E_BIN=$(CURDIR)/bin CULVERT_E2E_GATEWAY=image $(GO) test -count=1 -timeout 20m -run '$(IMAGE_TESTS)' -v ./internal/e2e
 
 # Workflows under act, twenty jobs at once, and what the action costs beyond `culvert up`.
