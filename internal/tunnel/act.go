@@ -172,11 +172,7 @@ func (p *Peer) start() {
 		return
 	}
 	p.started = true
-	p.tunnel.tasks.Go(func() {
-		if peer := p.tunnel.device.LookupPeer(device.NoisePublicKey(p.opts.Key)); peer != nil {
-			_ = peer.SendHandshakeInitiation(false) // the device logs it and tries again
-		}
-	})
+	p.tunnel.tasks.Go(func() { p.tunnel.device.shake(p) })
 }
 
 // requested handles an authentic check from the peer. Our own check goes out before the answer, so that the path is validated
