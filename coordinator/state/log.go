@@ -24,7 +24,7 @@ const (
 	markStream  = "culvert_audit_mark"
 	markSubject = "culvert.audit.mark"
 
-	logSlack   = 256 << 20 // what the embedded server may use on disk beside the log itself, bytes
+	logSlack   = 256 << 20       // what the embedded server may use on disk beside the log itself, bytes
 	appendWait = 2 * time.Second // one try; the writer of the log makes more of them
 )
 
