@@ -24,6 +24,9 @@ import (
 	"github.com/culvertnet/culvert/internal/stage"
 )
 
+// gateway6 is the address of every gateway inside the tunnel, in IPv6.
+const gateway6 = "fd63:756c:7665:7274::c612:1"
+
 // kernelEnv names a folder with a kernel that has WireGuard, its modules, the guest's program and the tests of client/kernel; make
 // kernel fills it.
 const kernelEnv = "CULVERT_E2E_KERNEL"
@@ -54,6 +57,7 @@ func TestKernelWireGuard(t *testing.T) {
 	if r := m.up(t, "kernel"); r.Mode != "kernel" {
 		t.Errorf("the mode is %q", r.Mode)
 	}
+	m.call(t, "fetch", map[string]any{"URL": "http://[" + gateway6 + "]/", "Limit": 1}, nil) // any answer will do
 	m.wait(t, "relay")
 	m.transfer(t)
 	m.call(t, "hold", map[string]any{"Addr": s.Target(stage.PortHTTP)}, nil)
@@ -254,8 +258,11 @@ func (m *guest) transfer(t *testing.T) {
 		t.Fatalf("the upload's sum is %s", got.Text)
 	}
 	rate := func(d time.Duration) float64 { return size * 8 / d.Seconds() / 1e6 }
-	t.Logf("%.0f Mbit/s down, %.0f up", rate(down), rate(time.Since(began)))
+	up := time.Since(began)
 	now := m.status(t)
+	var memory int
+	m.call(t, "memory", map[string]any{"PID": now.PID}, &memory)
+	t.Logf("%.0f Mbit/s down, %.0f up, %d MB resident", rate(down), rate(up), memory>>20)
 	if now.Handshake == nil || now.RxBytes-was.RxBytes < size || now.TxBytes-was.TxBytes < size {
 		t.Errorf("status counts %d bytes in and %d out, handshake %v", now.RxBytes-was.RxBytes, now.TxBytes-was.TxBytes, now.Handshake)
 	}

@@ -119,6 +119,7 @@ func serve() error {
 	mux.HandleFunc("POST /hold", answer(hold))
 	mux.HandleFunc("POST /held", answer(held))
 	mux.HandleFunc("POST /kill", answer(kill))
+	mux.HandleFunc("POST /memory", answer(memory))
 	mux.HandleFunc("POST /state", answer(state))
 	fmt.Println("guest: ready")
 	return http.ListenAndServe(":8080", mux)
@@ -267,6 +268,17 @@ type victim struct{ PID int }
 
 func kill(_ context.Context, v victim) (struct{}, error) {
 	return struct{}{}, syscall.Kill(v.PID, syscall.SIGKILL)
+}
+
+// memory is what of a process is resident, in bytes.
+func memory(_ context.Context, v victim) (int, error) {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", v.PID))
+	if err != nil {
+		return 0, err
+	}
+	var size, resident int
+	_, err = fmt.Sscan(string(text), &size, &resident)
+	return resident * os.Getpagesize(), err
 }
 
 // state lists what the machine's kernel holds, one a line, and the files that programs have left in /run.
