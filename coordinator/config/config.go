@@ -58,6 +58,7 @@ type Config struct {
 	Networks       map[string]Network
 	STUN           []string // what clients are told to ask instead of this coordinator, "host:port"
 	Lease          time.Duration
+	Downloads      string // folder with releases to serve; "" for none
 	InsecureHTTP   bool
 	Rules          []policy.Rule  // of all files
 	Policy         *policy.Policy // Rules, compiled

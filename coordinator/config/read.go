@@ -58,6 +58,8 @@ type document struct {
 	STUN []string `yaml:"stun"`
 	// Lease is how long one lease lasts, such as 10m; renewed at half of that.
 	Lease time.Duration `yaml:"lease"`
+	// Downloads is a folder with releases, served below /dl/ to runners that cannot reach GitHub: v1.2.3/culvert-linux-amd64.gz and so on.
+	Downloads string `yaml:"downloads"`
 	// InsecureHTTP accepts plain HTTP beyond loopback.
 	InsecureHTTP bool `yaml:"insecure_http"`
 	// Include names files with more rules, targets and groups, or folders of such files.
@@ -136,6 +138,7 @@ func (r *reader) read(d *document) *Config {
 	r.oneKeySet(c)
 	c.STUN = r.stun(d.STUN)
 	c.Lease = r.lease(d.Lease)
+	c.Downloads = r.path(d.Downloads)
 	r.policy(c, d)
 	return c
 }

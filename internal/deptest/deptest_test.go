@@ -87,6 +87,10 @@ var rules = []rule{
 		why: "a proxy that leads wherever it is asked to has no place in a program",
 	},
 	{
+		from: []string{"coordinator/downloads"}, only: []string{"std", "internal/problem"},
+		why: "what serves files to strangers knows no sessions, keys or rules",
+	},
+	{
 		from: []string{"coordinator/audit"}, never: []string{"coordinator/session", "coordinator/api", "coordinator/server"},
 		why: "whoever decides writes records; the log knows nothing of how decisions come about",
 	},
