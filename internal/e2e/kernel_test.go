@@ -300,6 +300,9 @@ func (m *guest) shown(t *testing.T, endpoint string) {
 			t.Errorf("wg does not show %q: %s", want, r)
 		}
 	}
+	if r := m.run(t, "/bin/wg", "show", "all", "dump"); !strings.HasPrefix(r.Stdout, name+"\t(none)\t") {
+		t.Errorf("wg knows more than it should: %s", r)
+	}
 	if r := m.run(t, "/bin/wg", "showconf", name); r.Code != 0 || strings.Contains(r.Stdout, "PrivateKey") {
 		t.Errorf("wg showconf gives %s", r)
 	}

@@ -298,11 +298,18 @@ func state(context.Context, struct{}) ([]string, error) {
 			lines = append(lines, "addr "+l.Attrs().Name+" "+a.IPNet.String())
 		}
 	}
+	eth, err := netlink.LinkByName("eth0")
+	if err != nil {
+		return nil, err
+	}
 	routes, err := netlink.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
 	if err != nil {
 		return nil, err
 	}
 	for _, r := range routes {
+		if r.Dst != nil && r.Dst.IP.IsMulticast() && r.LinkIndex == eth.Attrs().Index {
+			continue // comes a while after the start
+		}
 		lines = append(lines, "route "+r.String())
 	}
 	procs, _ := filepath.Glob("/proc/[0-9]*/exe")
