@@ -69,7 +69,6 @@ type Peer struct {
 	seq       uint64 // of our last check
 	seen      replay // of the other side's checks
 	timer     *time.Timer
-	started   bool // the first handshake has been asked for
 	fresh     bool // a path has just come up
 	closed    bool
 	notifying bool

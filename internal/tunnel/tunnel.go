@@ -221,6 +221,9 @@ func (t *Tunnel) AddPeer(opts PeerOptions) (*Peer, error) {
 		return nil, fmt.Errorf("add the peer of session %s: %w", opts.Session, err)
 	}
 	t.listen(p)
+	if opts.Initiate {
+		p.initiate()
+	}
 	p.AddCandidates(opts.Candidates)
 	p.AddRelays(opts.Relays)
 	return p, nil
