@@ -16,7 +16,7 @@ PACKAGES  = $(shell $(GO) list ./... | grep -v '/internal/e2e')
 export CGO_ENABLED = 0
 GOBUILD = $(GO) build -trimpath -ldflags '-s -w -X main.version=$(VERSION)'
 
-.PHONY: build demo test check action unit e2e act matrix cluster bench charts dist pin pinned reproducible fuzz clean tools-test tools-bench FORCE
+.PHONY: build demo test check action unit e2e images act matrix cluster bench charts dist pin pinned reproducible fuzz clean tools-test tools-bench FORCE
 
 build: $(BINARIES)
 
@@ -67,10 +67,15 @@ action:
 e2e: build
 	CULVERT_E2E_BIN=$(CURDIR)/bin $(GO) test -count=1 -timeout 10m ./internal/e2e/...
 
-# Workflows under act, twenty jobs at once, a container without privilege, and what the action costs beyond `culvert up`.
+# The images as the Dockerfile makes them, for both architectures, and the gateway's tests against its image: 4 minutes. The client runs
+# in a container, too. `make test` runs the first of these tests.
+IMAGE_TESTS = ^Test(Images|ProxyInAContainer|TunMode|ProxyMode|AnotherRepository|FixedEgress|OutsideTheGrant|AlwaysDenied|HostileClient|Overlapping|Gateway|Pinned|Tokens?|IssuerAway|CoordinatorKilled|ServersStop|ChangedPolicy|NothingUndocumented)
+images: tools-test build
+	CULVERT_E2E_BIN=$(CURDIR)/bin CULVERT_E2E_GATEWAY=image $(GO) test -count=1 -timeout 20m -run '$(IMAGE_TESTS)' -v ./internal/e2e
+
+# Workflows under act, twenty jobs at once, and what the action costs beyond `culvert up`.
 act: tools-test build
-	@$(call want,podman runc,podman runc netavark)
-	CULVERT_E2E_BIN=$(CURDIR)/bin CULVERT_E2E_ACT=all $(GO) test -count=1 -timeout 10m -run '^TestWorkflows|InAContainer' \
+	CULVERT_E2E_BIN=$(CURDIR)/bin CULVERT_E2E_ACT=all $(GO) test -count=1 -timeout 10m -run '^TestWorkflows' \
 		-bench '^BenchmarkAction' -benchtime 1x -v ./internal/e2e
 
 # Every kind of network against every other, 81 pairs on links with delay: about 10 minutes. Writes the tables of docs/paths.md.
@@ -145,6 +150,7 @@ tools-test:
 	@$(call want,miniupnpd,miniupnpd-nftables)
 	@$(call want,dbus-daemon,dbus-daemon)
 	@$(call want,psql initdb,postgresql)
+	@$(call want,podman runc busybox,podman runc netavark busybox-static)
 	@$(unpack-resolved)
 	@$(call go-tool,act,$(ACT))
 	@$(get-node)

@@ -31,8 +31,9 @@ type Mode string
 
 // The modes.
 const (
-	ModeTUN   Mode = "tun"   // a network interface with routes; needs CAP_NET_ADMIN
-	ModeProxy Mode = "proxy" // SOCKS5 and HTTP on loopback; needs nothing
+	ModeTUN    Mode = "tun"    // a network interface with routes; needs CAP_NET_ADMIN
+	ModeKernel Mode = "kernel" // the same, but the kernel speaks WireGuard; needs CAP_SYS_ADMIN too
+	ModeProxy  Mode = "proxy"  // SOCKS5 and HTTP on loopback; needs nothing
 )
 
 // TokenSource asks the issuer for a token with this audience.
@@ -330,7 +331,7 @@ func (a *Agent) close(err error) {
 	case tun != nil:
 		_ = tun.Close() // closes the link's device too
 	case link != nil:
-		_ = link.Device().Close()
+		_ = link.Close()
 	}
 	a.wait.Wait()
 	a.api.http.CloseIdleConnections()

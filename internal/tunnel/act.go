@@ -181,11 +181,7 @@ func (p *Peer) start() {
 
 // initiate has the device make an initiation, at most every five seconds. The first is made before there is a path: checks carry it
 // ahead.
-func (p *Peer) initiate() {
-	if peer := p.tunnel.device.LookupPeer(device.NoisePublicKey(p.opts.Key)); peer != nil {
-		_ = peer.SendHandshakeInitiation(false) // the device logs it and tries again
-	}
-}
+func (p *Peer) initiate() { p.tunnel.device.shake(p) }
 
 // requested handles an authentic check from the peer. Our own check goes out before the answer, so that the path is validated
 // on both sides before the first packet that follows the answer. A repeated one is not answered, whoever repeats it; false is given

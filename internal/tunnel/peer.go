@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -62,8 +61,10 @@ type Peer struct {
 	alive     atomic.Int64 // when it last answered a check, Unix nanoseconds
 	successor atomic.Pointer[Peer]
 	handshake handshake
+	line      atomic.Pointer[line] // towards a device outside this process
 
 	mu        sync.Mutex // guards what follows, and the engine's paths
+	allowed   []netip.Prefix
 	engine    engine
 	legs      []*leg
 	seq       uint64 // of our last check
@@ -143,12 +144,10 @@ func (p *Peer) Refresh() {
 
 // SetAllowedIPs replaces what may be sent to and taken from the peer.
 func (p *Peer) SetAllowedIPs(prefixes []netip.Prefix) error {
-	var b strings.Builder
-	fmt.Fprintf(&b, "public_key=%s\nupdate_only=true\nreplace_allowed_ips=true\n", p.opts.Key.Hex())
-	for _, prefix := range prefixes {
-		fmt.Fprintf(&b, "allowed_ip=%s\n", prefix)
-	}
-	if err := p.tunnel.device.IpcSet(b.String()); err != nil {
+	p.mu.Lock()
+	p.allowed = prefixes
+	p.mu.Unlock()
+	if err := p.tunnel.device.setAllowedIPs(p, prefixes); err != nil {
 		return fmt.Errorf("set allowed ips of session %s: %w", p.opts.Session, err)
 	}
 	return nil
@@ -163,6 +162,7 @@ func (p *Peer) Status() Status {
 	if at := p.handshake.completed.Load(); at != 0 {
 		s.Handshake = time.Unix(0, at)
 	}
+	p.tunnel.device.status(p, &s)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if c := p.engine.chosen; c != nil {
