@@ -26,6 +26,9 @@ default_ulimits = ["nofile=1024:1024","nproc=1024:1024"]
 runtime = "runc"
 cgroup_manager = "cgroupfs"
 events_logger = "file"
+[network]
+network_backend = "netavark"
+network_config_dir = %q
 `
 
 // Engine holds images and containers in a folder of its own, apart from the machine's.
@@ -61,7 +64,8 @@ func New(ctx context.Context, dir string) (*Engine, error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, err
 	}
-	if err := os.WriteFile(e.conf(), []byte(containersConf), 0o644); err != nil {
+	conf := fmt.Sprintf(containersConf, filepath.Join(dir, "networks"))
+	if err := os.WriteFile(e.conf(), []byte(conf), 0o644); err != nil {
 		return nil, err
 	}
 	// Overlay cannot stand on another overlay, as inside some CI's containers.
@@ -69,14 +73,23 @@ func New(ctx context.Context, dir string) (*Engine, error) {
 	for _, e.driver = range []string{"overlay", "vfs"} {
 		_, err := e.do(ctx, nil, "images")
 		if err == nil {
-			return e, nil
+			return e, e.writeStorage()
 		}
 		failures = append(failures, err)
 	}
 	return nil, errors.Join(failures...)
 }
 
-func (e *Engine) conf() string { return filepath.Join(e.dir, "containers.conf") }
+func (e *Engine) conf() string    { return filepath.Join(e.dir, "containers.conf") }
+func (e *Engine) storage() string { return filepath.Join(e.dir, "storage.conf") }
+func (e *Engine) root() string    { return filepath.Join(e.dir, e.driver) }
+func (e *Engine) runRoot() string { return filepath.Join(e.dir, "run") }
+
+// writeStorage says where everything is to programs that call podman themselves.
+func (e *Engine) writeStorage() error {
+	text := fmt.Sprintf("[storage]\ndriver = %q\ngraphroot = %q\nrunroot = %q\n", e.driver, e.root(), e.runRoot())
+	return os.WriteFile(e.storage(), []byte(text), 0o644)
+}
 
 // environ is what podman itself needs.
 func (e *Engine) environ() []string {
@@ -85,7 +98,7 @@ func (e *Engine) environ() []string {
 
 // global are the arguments that every command begins with.
 func (e *Engine) global() []string {
-	return []string{"--storage-driver", e.driver, "--root", filepath.Join(e.dir, e.driver), "--runroot", filepath.Join(e.dir, "run")}
+	return []string{"--storage-driver", e.driver, "--root", e.root(), "--runroot", e.runRoot()}
 }
 
 // do runs podman and gives what it printed on stdout.
@@ -121,7 +134,7 @@ func (e *Engine) Close() error {
 // Base makes a stand-in for the image that Go programs are built in, under its name: this machine's Go is mounted into it, see
 // [Engine.Build]. arch is what the stand-in calls itself; whatever it says, its programs are this machine's.
 func (e *Engine) Base(ctx context.Context, name, arch string) error {
-	root, err := base()
+	root, err := base([]string{"sh", "mkdir", "mv"})
 	if err != nil {
 		return fmt.Errorf("make a stand-in for %s: %w", name, err)
 	}
@@ -130,8 +143,28 @@ func (e *Engine) Base(ctx context.Context, name, arch string) error {
 	return err
 }
 
-// base is a root with a shell, mkdir and mv, and this machine's authorities.
-func base() (io.Reader, error) {
+// Busybox makes a stand-in for the image of that name from this machine's busybox, with all that it can do.
+func (e *Engine) Busybox(ctx context.Context, name string) error {
+	list, err := exec.CommandContext(ctx, "busybox", "--list").Output()
+	if err != nil {
+		return fmt.Errorf("make a stand-in for %s: %w", name, err)
+	}
+	root, err := base(strings.Fields(string(list)))
+	if err != nil {
+		return fmt.Errorf("make a stand-in for %s: %w", name, err)
+	}
+	_, err = e.do(ctx, root, "import", "--change", "ENV PATH=/bin", "-", name)
+	return err
+}
+
+// Tag gives an image another name.
+func (e *Engine) Tag(ctx context.Context, image, name string) error {
+	_, err := e.do(ctx, nil, "tag", image, name)
+	return err
+}
+
+// base is a root with these of busybox's programs, and this machine's authorities.
+func base(programs []string) (io.Reader, error) {
 	shell, err := exec.LookPath("busybox")
 	if err != nil {
 		return nil, err
@@ -154,7 +187,10 @@ func base() (io.Reader, error) {
 		}
 		add(tar.Header{Name: to, Mode: 0o755}, content)
 	}
-	for _, name := range []string{"sh", "mkdir", "mv"} {
+	for _, name := range programs {
+		if name == "busybox" {
+			continue
+		}
 		add(tar.Header{Name: "bin/" + name, Typeflag: tar.TypeSymlink, Linkname: "busybox"}, nil)
 	}
 	add(tar.Header{Name: "tmp", Typeflag: tar.TypeDir, Mode: 0o1777}, nil)

@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 
@@ -70,4 +71,35 @@ func (e *Engine) Health(ctx context.Context, c Container) error {
 	}
 	_, err = e.do(ctx, nil, "healthcheck", "run", strings.TrimSpace(string(id)))
 	return err
+}
+
+// HealthOf runs the health check of a container by its name.
+func (e *Engine) HealthOf(ctx context.Context, name string) error {
+	_, err := e.do(ctx, nil, "healthcheck", "run", name)
+	return err
+}
+
+// Compose gives what runs podman-compose with these files, for a project of that name and with these variables.
+func (e *Engine) Compose(project string, files, env []string, args ...string) (lab.Program, error) {
+	path, err := exec.LookPath("podman-compose")
+	if err != nil {
+		return lab.Program{}, err
+	}
+	all := []string{"--project-name", project}
+	for _, f := range files {
+		all = append(all, "--file", f)
+	}
+	env = append(append(e.environ(), "CONTAINERS_STORAGE_CONF="+e.storage()), env...)
+	return lab.Program{Path: path, Args: append(all, args...), Env: env}, nil
+}
+
+// Logs gives what a container has said.
+func (e *Engine) Logs(ctx context.Context, name string) string {
+	cmd := exec.CommandContext(ctx, e.podman, append(e.global(), "logs", name)...)
+	cmd.Env = e.environ()
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		return fmt.Sprintf("%s\n%v", out, err)
+	}
+	return string(out)
 }
