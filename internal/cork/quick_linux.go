@@ -2,8 +2,7 @@ package cork
 
 import (
 	"net"
-
-	"golang.org/x/sys/unix"
+	"syscall"
 )
 
 // Acknowledger gives a function that has the kernel acknowledge now what it has received (tcp(7), TCP_QUICKACK), instead of waiting 40 ms
@@ -13,6 +12,6 @@ func Acknowledger(conn *net.TCPConn) func() {
 	if err != nil {
 		return func() {}
 	}
-	now := func(fd uintptr) { _ = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_QUICKACK, 1) }
+	now := func(fd uintptr) { _ = syscall.SetsockoptInt(int(fd), syscall.IPPROTO_TCP, syscall.TCP_QUICKACK, 1) }
 	return func() { _ = raw.Control(now) }
 }
