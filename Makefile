@@ -4,6 +4,7 @@ GO          ?= go
 STATICCHECK ?= honnef.co/go/tools/cmd/staticcheck@v0.8.2
 ACTIONLINT  ?= github.com/rhysd/actionlint/cmd/actionlint@v1.7.12
 ACT         ?= github.com/nektos/act@v0.2.89
+PEBBLE      ?= github.com/letsencrypt/pebble/v2/cmd/pebble@v2.10.1
 NODE        ?= 24
 # What makes Debian packages.
 NFPM_MODULE ?= github.com/goreleaser/nfpm/v2/cmd/nfpm@v2.45.0
@@ -184,6 +185,7 @@ tools-test:
 	@$(call want,podman runc busybox,podman runc netavark busybox-static)
 	@$(unpack-resolved)
 	@$(call go-tool,act,$(ACT))
+	@$(call go-tool,pebble,$(PEBBLE))
 	@$(get-node)
 tools-bench:
 	@$(call want,iperf3,iperf3)
@@ -207,9 +209,10 @@ unpack-kernel = mkdir -p $(KERNEL); if [ ! -e $(KERNEL)/boot ] && command -v apt
 			|| echo "could not unpack a kernel"; \
 	fi
 
-# What plays GitHub's runner, and its Node, which is newer than Debian's; in bin/tools.
+# What plays GitHub's runner, and its Node, which is newer than Debian's, and a CA; in bin/tools.
 export CULVERT_TEST_ACTIONLINT = $(CURDIR)/bin/tools/actionlint
 export CULVERT_TEST_ACT = $(CURDIR)/bin/tools/act
+export CULVERT_TEST_PEBBLE = $(CURDIR)/bin/tools/pebble
 export CULVERT_TEST_NODE = $(CURDIR)/bin/tools/node$(NODE)/node_modules/node-linux-$(NODE_ARCH)/bin/node
 NODE_ARCH := $(if $(filter aarch64 arm64,$(shell uname -m)),arm64,x64)
 go-tool = if [ ! -e bin/tools/$(1) ]; then echo "fetching $(2)"; \

@@ -13,6 +13,7 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"go.uber.org/goleak"
+	"golang.zx2c4.com/wireguard/wgctrl"
 
 	"github.com/culvertnet/culvert/internal/problem"
 	"github.com/culvertnet/culvert/internal/wire"
@@ -121,6 +122,7 @@ func TestDevice(t *testing.T) {
 	if d == nil {
 		return
 	}
+	d.hidden(t)
 	key, err := wire.NewPrivateKey()
 	if err != nil {
 		t.Fatal(err)
@@ -165,6 +167,27 @@ func TestDevice(t *testing.T) {
 	}
 	if _, err := d.Listen(t.Context()); err == nil {
 		t.Error("a closed device opens a socket")
+	}
+}
+
+// hidden wants the device's port and interface to be nowhere on the host: nobody can send it anything, or ask it for its key.
+func (d *Device) hidden(t *testing.T) {
+	t.Helper()
+	for _, network := range []string{"udp4", "udp6"} {
+		c, err := net.ListenPacket(network, fmt.Sprintf(":%d", port))
+		if err != nil {
+			t.Errorf("the device's port is the host's as well: %v", err)
+			continue
+		}
+		c.Close()
+	}
+	host, err := wgctrl.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer host.Close()
+	if list, err := host.Devices(); err != nil || len(list) != 0 {
+		t.Errorf("the host sees %d devices, %v", len(list), err)
 	}
 }
 
