@@ -21,8 +21,8 @@ type PeerOptions struct {
 	AllowedIPs []netip.Prefix // WireGuard's cryptokey routing
 	Candidates []wire.Candidate
 	Relays     []Grant // relays that the session may use; the session's id has to be the client key's then
-	// Initiate makes this the leading side, the client: it keeps the paths alive, chooses, and starts the handshake as soon as
-	// a path shows life. The other side follows.
+	// Initiate makes this the leading side, the client: it keeps the paths alive, chooses, and starts the handshake, which its first
+	// checks carry. The other side follows.
 	Initiate bool
 	// OnPath is called, never concurrently for one peer and never from a packet path, when the chosen path changes. A
 	// zero Path says that none is left.
@@ -70,7 +70,6 @@ type Peer struct {
 	seq       uint64 // of our last check
 	seen      replay // of the other side's checks
 	timer     *time.Timer
-	started   bool // the first handshake has been asked for
 	fresh     bool // a path has just come up
 	closed    bool
 	notifying bool
