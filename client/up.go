@@ -26,7 +26,7 @@ import (
 type upCommand struct {
 	Coordinator  string        `env:"CULVERT_COORDINATOR" placeholder:"URL" help:"The coordinator's URL."`
 	Network      string        `env:"CULVERT_NETWORK" help:"Network to join; may be left out where the coordinator has one."`
-	Mode         string        `env:"CULVERT_MODE" enum:"auto,tun,proxy" default:"auto" help:"How programs get into the tunnel: tun is a network interface and needs CAP_NET_ADMIN, proxy is SOCKS5 and HTTP on loopback, auto takes tun where it can (${enum})."`
+	Mode         string        `env:"CULVERT_MODE" enum:"auto,tun,kernel,proxy" default:"auto" help:"How programs get into the tunnel: tun is a network interface and needs CAP_NET_ADMIN, kernel is one with the kernel's own WireGuard and needs root, proxy is SOCKS5 and HTTP on loopback, auto takes tun where it can (${enum})."`
 	WaitFor      []string      `env:"CULVERT_WAIT_FOR" placeholder:"HOST:PORT" help:"Return only when this answers through the tunnel, too. Repeatable."`
 	GatewayKey   []string      `env:"CULVERT_GATEWAY_KEY" placeholder:"KEY" help:"Talk to no gateway but the one with this public key. Repeatable."`
 	Timeout      time.Duration `env:"CULVERT_TIMEOUT" default:"60s" help:"Give up when the tunnel is not usable by then."`
@@ -119,10 +119,13 @@ func runnerHosts(getenv func(string) string) []string {
 }
 
 func (c *upCommand) mode() agent.Mode {
-	if c.Mode == "tun" || (c.Mode == "auto" && host.Privileged()) {
+	switch {
+	case c.Mode == "auto" && host.Privileged():
 		return agent.ModeTUN
+	case c.Mode == "auto":
+		return agent.ModeProxy
 	}
-	return agent.ModeProxy
+	return agent.Mode(c.Mode)
 }
 
 // stay runs the tunnel in this process.

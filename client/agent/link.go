@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -9,12 +10,18 @@ import (
 	"golang.zx2c4.com/wireguard/tun"
 
 	"github.com/culvertnet/culvert/client/host"
+	"github.com/culvertnet/culvert/client/kernel"
 	"github.com/culvertnet/culvert/internal/netstack"
+	"github.com/culvertnet/culvert/internal/tunnel"
 )
 
 // link is where packets leave and enter this host: an interface of the kernel's or a network stack in the process.
 type link interface {
+	// Device is the packet side, which closes the link when it is closed; nil where WireGuard gives one.
 	Device() tun.Device
+	// WireGuard is what speaks the protocol, and closes the link when it is closed; nil where the tunnel itself does.
+	WireGuard() tunnel.Device
+	Close() error
 	// Name of the interface; "" without one.
 	Name() string
 	SetAddresses([]netip.Addr) error
@@ -29,12 +36,15 @@ type link interface {
 }
 
 func openLink(mode Mode, log *slog.Logger) (link, error) {
-	if mode == ModeTUN {
-		i, err := host.Open(host.Options{})
+	switch mode {
+	case ModeTUN:
+		i, err := host.Open(host.Options{Logger: log})
 		if err != nil {
 			return nil, err
 		}
-		return &kernelLink{Interface: i}, nil
+		return &hostLink{Interface: i}, nil
+	case ModeKernel:
+		return openKernel(log)
 	}
 	d, err := netstack.New(netstack.Options{Logger: log})
 	if err != nil {
@@ -43,15 +53,62 @@ func openLink(mode Mode, log *slog.Logger) (link, error) {
 	return &stackLink{device: d}, nil
 }
 
-// kernelLink is an interface; the kernel's routes lead into it.
-type kernelLink struct {
+// hostLink is an interface; the kernel's routes lead into it.
+type hostLink struct {
 	*host.Interface
 	dialer net.Dialer
 }
 
 // DialContext dials as any program would: the routes lead into the tunnel.
-func (l *kernelLink) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
+func (l *hostLink) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
 	return l.dialer.DialContext(ctx, network, address)
+}
+
+// WireGuard is nil: the tunnel speaks it.
+func (*hostLink) WireGuard() tunnel.Device { return nil }
+
+// kernelLink is an interface behind which the kernel speaks WireGuard.
+type kernelLink struct {
+	hostLink
+	device *kernel.Device
+}
+
+func openKernel(log *slog.Logger) (link, error) {
+	d, err := kernel.Open(kernel.Options{})
+	if err != nil {
+		return nil, err
+	}
+	i, err := host.Adopt(host.Options{Name: d.Name(), Logger: log})
+	if err != nil {
+		_ = d.Close()
+		return nil, err
+	}
+	return &kernelLink{hostLink{Interface: i}, d}, nil
+}
+
+// WireGuard is the kernel's.
+func (l *kernelLink) WireGuard() tunnel.Device { return outer{l.device, l} }
+
+// outer is the kernel's WireGuard with the interface in front of it.
+type outer struct {
+	tunnel.Device
+	link *kernelLink
+}
+
+// Close closes both.
+func (o outer) Close() error { return o.link.Close() }
+
+// Close removes the interface, then what is behind it.
+func (l *kernelLink) Close() error { return errors.Join(l.Interface.Close(), l.device.Close()) }
+
+// SetAddresses sets the interface's, and leads there what WireGuard has for them.
+func (l *kernelLink) SetAddresses(addrs []netip.Addr) error {
+	return errors.Join(l.Interface.SetAddresses(addrs), l.device.SetAddresses(addrs))
+}
+
+// SetMTU bounds the packets on both sides of the cable.
+func (l *kernelLink) SetMTU(mtu int) error {
+	return errors.Join(l.Interface.SetMTU(mtu), l.device.SetMTU(mtu))
 }
 
 // stackLink is a network stack; what goes into it is decided by whoever dials.
@@ -61,6 +118,12 @@ type stackLink struct {
 
 // Device is the packet side.
 func (l *stackLink) Device() tun.Device { return l.device }
+
+// WireGuard is nil: the tunnel speaks it.
+func (*stackLink) WireGuard() tunnel.Device { return nil }
+
+// Close ends the stack.
+func (l *stackLink) Close() error { return l.device.Close() }
 
 // Name is empty: there is no interface.
 func (l *stackLink) Name() string { return "" }

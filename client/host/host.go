@@ -58,7 +58,7 @@ func checkName(name string) error {
 	return nil
 }
 
-// Interface is a TUN device with addresses and routes. Its methods are safe for concurrent use.
+// Interface is a network interface with addresses and routes: a TUN device, unless it was adopted. Its methods are safe for concurrent use.
 type Interface struct {
 	link *link
 }
@@ -76,6 +76,19 @@ func Open(opts Options) (*Interface, error) {
 	return &Interface{link: l}, nil
 }
 
+// Adopt takes over an interface that somebody else has made and whose name opts give, and brings it up. Its packets are none of our
+// business, so it has no [Interface.Device], and opts.MTU is not used.
+func Adopt(opts Options) (*Interface, error) {
+	if err := opts.Validate(); err != nil {
+		return nil, err
+	}
+	l, err := adoptLink(opts)
+	if err != nil {
+		return nil, err
+	}
+	return &Interface{link: l}, nil
+}
+
 // Device is the packet side, for the tunnel. Closing it closes the interface, and waits for its event goroutines whether
 // or not anybody reads the events.
 func (i *Interface) Device() tun.Device { return i.link.device() }
@@ -84,7 +97,7 @@ func (i *Interface) Device() tun.Device { return i.link.device() }
 func (i *Interface) Name() string { return i.link.name }
 
 // Close removes the interface with its addresses and routes. Further calls do nothing.
-func (i *Interface) Close() error { return i.link.device().Close() }
+func (i *Interface) Close() error { return i.link.close() }
 
 // SetAddresses replaces the interface's addresses. Where the host has IPv6 switched off, addresses of IPv6 are skipped, which
 // is logged and shown by [Interface.Skipped].

@@ -34,7 +34,7 @@ const (
 // changed something in between.
 type link struct {
 	name string
-	dev  *device
+	dev  *device // nil for an interface that somebody else has made
 	log  *slog.Logger
 
 	mu      sync.Mutex
@@ -77,11 +77,32 @@ func openLink(opts Options) (*link, error) {
 	}
 	l := &link{log: opts.Logger}
 	l.dev = &device{Device: native, after: l.release}
-	if err := l.bringUp(); err != nil {
+	if l.name, err = l.dev.Name(); err == nil {
+		err = l.bringUp()
+	}
+	if err != nil {
 		_ = l.dev.Close()
 		return nil, explain(err, l.name)
 	}
 	return l, nil
+}
+
+// adoptLink takes over an interface by its name.
+func adoptLink(opts Options) (*link, error) {
+	l := &link{log: opts.Logger, name: opts.Name}
+	if err := l.bringUp(); err != nil {
+		l.release()
+		return nil, explain(err, l.name)
+	}
+	return l, nil
+}
+
+func (l *link) close() error {
+	if l.dev != nil {
+		return l.dev.Close()
+	}
+	l.release()
+	return nil
 }
 
 // openTUN makes the device. It is not tun.CreateTUN because that attaches to an existing device, and leaks the descriptor
@@ -110,12 +131,8 @@ func openTUN(name string) (*os.File, error) {
 // 32 bytes and a relay's four, at the full MTU. With more, each would be followed by a batch of the few that are left.
 const segments = 44
 
-// bringUp finds the link that was made and sets it up.
-func (l *link) bringUp() error {
-	var err error
-	if l.name, err = l.dev.Name(); err != nil {
-		return err
-	}
+// bringUp finds the link by its name and sets it up.
+func (l *link) bringUp() (err error) {
 	if l.nl, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
 		return fmt.Errorf("open netlink: %w", err)
 	}
@@ -153,7 +170,12 @@ func (l *link) release() {
 	}
 }
 
-func (l *link) device() tun.Device { return l.dev }
+func (l *link) device() tun.Device {
+	if l.dev == nil {
+		return nil
+	}
+	return l.dev
+}
 
 func (l *link) skippedAddresses() []netip.Addr {
 	l.mu.Lock()
@@ -245,7 +267,7 @@ func (l *link) addAddress(addr netip.Addr) error {
 		return nil
 	case addr.Is6() && noIPv6(err):
 		l.skipped = append(l.skipped, addr)
-		l.log.Warn("this host has IPv6 switched off, the address is skipped", "addr", addr, "err", err)
+		l.log.Info("this host has IPv6 switched off, the address is skipped", "addr", addr, "err", err)
 		return nil
 	}
 	return fmt.Errorf("add address %s to %s: %w", addr, l.name, err)

@@ -14,13 +14,15 @@ import (
 // link is never made here.
 type link struct{ name string }
 
-func openLink(Options) (*link, error) { return nil, unsupported() }
+func openLink(Options) (*link, error)  { return nil, unsupported() }
+func adoptLink(Options) (*link, error) { return nil, unsupported() }
 
 func unsupported() error {
 	return problem.New(problem.Unsupported, "network interfaces are not supported on "+runtime.GOOS, "use --mode proxy")
 }
 
 func (*link) device() tun.Device              { return nil }
+func (*link) close() error                    { return nil }
 func (*link) setAddresses([]netip.Addr) error { return unsupported() }
 func (*link) setMTU(int) error                { return unsupported() }
 func (*link) skippedAddresses() []netip.Addr  { return nil }

@@ -129,7 +129,8 @@ func measure(b *testing.B, s *stage.Stage, iperf string, to netip.Addr, flags []
 // measureAll gives all that was carried as well, in Gbit, warm-up included.
 func measureAll(b *testing.B, s *stage.Stage, iperf string, to netip.Addr, flags []string) (rate, carried float64) {
 	b.Helper()
-	args := append([]string{"-c", to.String(), "-t", seconds, "-O", "1", "-J"}, flags...)
+	// The congestion control that most hosts have, whatever this machine's kernel is configured for.
+	args := append([]string{"-c", to.String(), "-t", seconds, "-O", "1", "-J", "-C", "cubic"}, flags...)
 	deadline := time.Now().Add(15 * time.Second)
 	for {
 		var out bytes.Buffer

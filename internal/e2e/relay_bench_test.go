@@ -117,7 +117,7 @@ func BenchmarkPathChanges(b *testing.B) {
 			_, err := w.stage.Private.Start(lab.Program{Path: iperf, Args: []string{"-s"}})
 			must(b, err)
 			var out bytes.Buffer
-			args := append([]string{"-c", w.stage.Private.Addr().String(), "-t", "18", "-i", "0.1", "-J"}, direction.flags...)
+			args := append([]string{"-c", w.stage.Private.Addr().String(), "-t", "18", "-i", "0.1", "-J", "-C", "cubic"}, direction.flags...)
 			w.began = time.Now()
 			run, err := w.stage.Runner.Start(lab.Program{Path: iperf, Args: args, Stdout: &out})
 			must(b, err)

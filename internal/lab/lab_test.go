@@ -20,6 +20,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
 )
 
 const patience = 20 * time.Second // for what will come
@@ -176,6 +177,70 @@ func survivors(t *testing.T, conn net.PacketConn, server netip.AddrPort) float64
 		_ = conn.SetReadDeadline(time.Now().Add(time.Second))
 	}
 	return float64(got) / sent
+}
+
+// TestLossTakesSinglePackets sends runs that the kernel is to cut into datagrams: a wire loses packets, and not runs.
+func TestLossTakesSinglePackets(t *testing.T) {
+	n := empty(t)
+	lossy := must(n.Host("lossy", HostOptions{Link: Link{Loss: 0.2}}))(t)
+	sink := must(n.Host("sink", HostOptions{}))(t)
+	in := must(sink.ListenPacket(":7"))(t)
+	defer in.Close()
+	out := open(t, lossy).(*net.UDPConn)
+	raw := must(out.SyscallConn())(t)
+	const runs, datagrams, size = 20, 40, 1000
+	var failed error
+	if err := raw.Control(func(fd uintptr) {
+		failed = syscall.SetsockoptInt(int(fd), unix.IPPROTO_UDP, unix.UDP_SEGMENT, size)
+	}); err != nil || failed != nil {
+		t.Skipf("this kernel does not segment datagrams: %v, %v", err, failed)
+	}
+	for run := range byte(runs) {
+		if _, err := out.WriteTo(bytes.Repeat([]byte{run}, datagrams*size), &net.UDPAddr{IP: sink.Addr().AsSlice(), Port: 7}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var came [runs]int
+	buf := make([]byte, 2*size)
+	for _ = in.SetReadDeadline(time.Now().Add(patience)); ; _ = in.SetReadDeadline(time.Now().Add(time.Second)) {
+		if _, _, err := in.ReadFrom(buf); err != nil {
+			break
+		}
+		came[buf[0]]++
+	}
+	// A whole run comes through with a probability of 0.0001, and is lost whole with one of 10⁻²⁸.
+	if i := slices.IndexFunc(came[:], func(n int) bool { return n > 0 && n < datagrams }); i < 0 {
+		t.Errorf("of runs of %d datagrams came %v", datagrams, came)
+	}
+}
+
+// TestConnectionsUseTheCommonCongestionControl asks a connection on each side.
+func TestConnectionsUseTheCommonCongestionControl(t *testing.T) {
+	n := empty(t)
+	nat := must(n.NAT("nat", NATOptions{}))(t)
+	near := must(n.Host("near", HostOptions{Behind: nat}))(t)
+	far := must(n.Host("far", HostOptions{}))(t)
+	l := must(far.Listen(":80"))(t)
+	defer l.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	from := must(near.Dial(ctx, "tcp", netip.AddrPortFrom(far.Addr(), 80).String()))(t)
+	defer from.Close()
+	to := must(l.Accept())(t)
+	defer to.Close()
+	for i, c := range []net.Conn{from, to} {
+		raw := must(c.(*net.TCPConn).SyscallConn())(t)
+		var got string
+		var failed error
+		if err := raw.Control(func(fd uintptr) {
+			got, failed = unix.GetsockoptString(int(fd), unix.IPPROTO_TCP, unix.TCP_CONGESTION)
+		}); err != nil || failed != nil {
+			t.Fatal(err, failed)
+		}
+		if got != congestion {
+			t.Errorf("side %d uses %q, want %q", i, got, congestion)
+		}
+	}
 }
 
 // child is what this test binary does as a program on a host.

@@ -21,6 +21,11 @@ type end struct {
 
 const linkMTU = 1500
 
+// congestion is the TCP congestion control of the lab's hosts: what Linux has unless somebody chose another, so that the lab shows
+// what most hosts do, and not what the kernel under it is configured for. Routes name it, because a namespace may choose freely only
+// among what the machine's administrator has allowed.
+const congestion = "cubic"
+
 // vethPair connects two namespaces without delay.
 func vethPair(a, b end, mtu int) error {
 	attrs := netlink.NewLinkAttrs()
@@ -94,7 +99,7 @@ func (e end) configure() (netlink.Link, error) {
 		return link, nil
 	}
 	for _, via := range e.gateway.all() {
-		route := &netlink.Route{LinkIndex: link.Attrs().Index, Gw: via.Addr().AsSlice()}
+		route := &netlink.Route{LinkIndex: link.Attrs().Index, Gw: via.Addr().AsSlice(), Congctl: congestion}
 		if err := h.RouteAdd(route); err != nil {
 			return nil, fmt.Errorf("route through %s: %w", via, err)
 		}

@@ -90,6 +90,8 @@ func (ns *namespace) prepare() error {
 	if err := h.LinkSetUp(lo); err != nil {
 		return fmt.Errorf("bring the loopback interface up: %w", err)
 	}
+	// Best effort, for connections over interfaces that a program makes: the machine has to allow it. Default routes say it anyway.
+	_ = ns.sysctl("net/ipv4/tcp_congestion_control", congestion)
 	// Best effort: without it IPv6 addresses are unusable for a second after they were added.
 	_ = ns.sysctl("net/ipv6/conf/default/accept_dad", "0")
 	return nil
@@ -138,6 +140,9 @@ func (ns *namespace) onKeeper(f func() error) error {
 		return errors.New("the lab is closed")
 	}
 }
+
+// path is where other processes find the namespace.
+func (ns *namespace) path() string { return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), ns.file.Fd()) }
 
 // close lets go of the namespace; it vanishes with its last process and socket. Nobody may use onKeeper any more.
 func (ns *namespace) close() {

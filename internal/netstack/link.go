@@ -28,6 +28,7 @@ const (
 type link struct {
 	mtu   uint32
 	out   outbound
+	acks  acks
 	watch atomic.Pointer[Watch]
 
 	mu         sync.RWMutex
@@ -38,6 +39,16 @@ var (
 	_ stack.LinkEndpoint = (*link)(nil)
 	_ stack.GSOEndpoint  = (*link)(nil)
 )
+
+func newLink(mtu int, out outbound) *link {
+	l := &link{mtu: uint32(mtu), out: out}
+	l.acks.send = func(pkt *stack.PacketBuffer) {
+		if !l.out.push(pkt) {
+			pkt.DecRef()
+		}
+	}
+	return l
+}
 
 // outbound is what waits between the stack and Read.
 type outbound interface {
@@ -75,6 +86,9 @@ func (l *link) WritePackets(pkts stack.PacketBufferList) (int, tcpip.Error) {
 	for i, pkt := range list {
 		if watch != nil {
 			watch.answered(pkt)
+		}
+		if !l.acks.pass(pkt) {
+			continue
 		}
 		if !l.out.push(pkt.IncRef()) {
 			pkt.DecRef()

@@ -117,7 +117,7 @@ func New(opts Options) (*Device, error) {
 		events:    make(chan tun.Event, 1),
 		addresses: make(map[netip.Addr]struct{}),
 	}
-	d.link = &link{mtu: uint32(opts.MTU), out: d.newOutbound()}
+	d.link = newLink(opts.MTU, d.newOutbound())
 	d.mergers.New = func() any { return newMerger() }
 	if err := d.setup(); err != nil {
 		d.stack.Destroy()
@@ -269,6 +269,7 @@ func (d *Device) Close() error {
 		d.writing.Lock() // no Write is inside any more, and the next sees closed
 		d.closed.Store(true)
 		d.writing.Unlock()
+		d.link.acks.close()
 		d.link.out.close()
 		d.stack.Destroy()
 		d.readMu.Lock() // Read has been woken by the queue
@@ -303,6 +304,7 @@ type Stats struct {
 	Malformed    uint64 // dropped in Write: no IP, a bad length or checksum
 	Filtered     uint64 // dropped in Write: the source is unknown
 	Overflow     uint64 // dropped on the way out: the queue stayed full
+	Spared       uint64 // acknowledgements of the stack that a later packet made needless
 }
 
 // Depth is how much waits between the stack and Read, in bytes.
@@ -318,5 +320,6 @@ func (d *Device) Stats() Stats {
 	return Stats{
 		ReadPackets: c.read.Load(), WritePackets: c.written.Load(), Merged: c.merged.Load(), Joined: c.joined.Load(),
 		Malformed: c.malformed.Load(), Filtered: c.filtered.Load(), Overflow: c.overflow.Load(),
+		Spared: d.link.acks.spared.Load(),
 	}
 }

@@ -24,7 +24,7 @@ import (
 type bind struct {
 	table  table
 	side   *sideEntrance
-	stun   func(pkt []byte, from *route) *path
+	stun   func(pkt []byte, from *route) (*Peer, []byte)
 	find   func(session string) *Peer
 	in     *window // packets from the socket to the TUN
 	out    *window // and from the TUN to the socket
@@ -92,7 +92,7 @@ func (b *bind) Send(bufs [][]byte, endpoint conn.Endpoint) error {
 	}
 	r := p.current.Load()
 	if r == nil {
-		if r = p.hint.Load(); r == nil || len(bufs) > 1 || messageType(bufs[0]) == device.MessageTransportType {
+		if r = p.hint.Load(); r == nil || len(bufs) > 1 || !p.greets(messageType(bufs[0])) {
 			b.counts.noPath.Add(uint64(len(bufs)))
 			p.handshake.unsent()
 			return nil

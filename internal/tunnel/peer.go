@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -23,8 +22,8 @@ type PeerOptions struct {
 	AllowedIPs []netip.Prefix // WireGuard's cryptokey routing
 	Candidates []wire.Candidate
 	Relays     []Grant // relays that the session may use; the session's id has to be the client key's then
-	// Initiate makes this the leading side, the client: it keeps the paths alive, chooses, and starts the handshake as soon as
-	// a path shows life. The other side follows.
+	// Initiate makes this the leading side, the client: it keeps the paths alive, chooses, and starts the handshake, which its first
+	// checks carry. The other side follows.
 	Initiate bool
 	// OnPath is called, never concurrently for one peer and never from a packet path, when the chosen path changes. A
 	// zero Path says that none is left.
@@ -66,14 +65,15 @@ type Peer struct {
 	alive     atomic.Int64 // when it last answered a check, Unix nanoseconds
 	successor atomic.Pointer[Peer]
 	handshake handshake
+	line      atomic.Pointer[line] // towards a device outside this process
 
 	mu        sync.Mutex // guards what follows, and the engine's paths
+	allowed   []netip.Prefix
 	engine    engine
 	legs      []*leg
 	seq       uint64 // of our last check
 	seen      replay // of the other side's checks
 	timer     *time.Timer
-	started   bool // the first handshake has been asked for
 	fresh     bool // a path has just come up
 	closed    bool
 	notifying bool
@@ -148,12 +148,10 @@ func (p *Peer) Refresh() {
 
 // SetAllowedIPs replaces what may be sent to and taken from the peer.
 func (p *Peer) SetAllowedIPs(prefixes []netip.Prefix) error {
-	var b strings.Builder
-	fmt.Fprintf(&b, "public_key=%s\nupdate_only=true\nreplace_allowed_ips=true\n", p.opts.Key.Hex())
-	for _, prefix := range prefixes {
-		fmt.Fprintf(&b, "allowed_ip=%s\n", prefix)
-	}
-	if err := p.tunnel.device.IpcSet(b.String()); err != nil {
+	p.mu.Lock()
+	p.allowed = prefixes
+	p.mu.Unlock()
+	if err := p.tunnel.device.setAllowedIPs(p, prefixes); err != nil {
 		return fmt.Errorf("set allowed ips of session %s: %w", p.opts.Session, err)
 	}
 	return nil
@@ -174,6 +172,7 @@ func (p *Peer) Status() Status {
 	if at := p.handshake.completed.Load(); at != 0 {
 		s.Handshake = time.Unix(0, at)
 	}
+	p.tunnel.device.status(p, &s)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if c := p.engine.chosen; c != nil {

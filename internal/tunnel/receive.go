@@ -69,10 +69,7 @@ func (b *bind) accept(pkt []byte, p *path, from *route) (*Peer, []byte) {
 		return p.peer.accept(p, pkt)
 	case nat.IsSTUN(pkt):
 		origin := *from
-		if p := b.stun(pkt, &origin); p != nil {
-			return p.peer.unpark(p)
-		}
-		return nil, nil
+		return b.stun(pkt, &origin)
 	}
 	b.counts.junk.Add(1)
 	return nil, nil

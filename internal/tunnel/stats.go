@@ -1,6 +1,13 @@
 package tunnel
 
-import "time"
+import (
+	"maps"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/culvertnet/culvert/internal/wire"
+)
 
 // Stats counts what the tunnel has dropped since it was opened, in packets.
 type Stats struct {
@@ -28,4 +35,28 @@ func (p *Peer) Vitals() (handshake time.Time, way string) {
 		return handshake, "none"
 	}
 	return handshake, [...]string{rankHost: "host", rankDirect: "direct", rankRelay: "relay", rankStream: "websocket"}[c.rank()]
+}
+
+// PeerState is a peer as tools for WireGuard show one.
+type PeerState struct {
+	Key        wire.Key
+	Endpoint   netip.AddrPort // where packets go at present; not valid without a path, or where that is a WebSocket
+	AllowedIPs []netip.Prefix
+	Seen
+}
+
+// Peers gives the state of all peers, in no order.
+func (t *Tunnel) Peers() []PeerState {
+	t.mu.RLock()
+	peers := slices.Collect(maps.Values(t.sessions))
+	t.mu.RUnlock()
+	list := make([]PeerState, len(peers))
+	for i, p := range peers {
+		s := p.Status()
+		list[i] = PeerState{Key: p.opts.Key, Endpoint: s.Path.Remote, Seen: Seen{s.Handshake, s.RxBytes, s.TxBytes}}
+		p.mu.Lock()
+		list[i].AllowedIPs = p.allowed
+		p.mu.Unlock()
+	}
+	return list
 }

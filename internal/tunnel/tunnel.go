@@ -5,14 +5,12 @@ import (
 	"crypto/hkdf"
 	"crypto/sha256"
 	"encoding/binary"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
 	"net/netip"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -28,9 +26,11 @@ import (
 
 // Options configure a [Tunnel].
 type Options struct {
-	Key  wire.PrivateKey
-	TUN  tun.Device // closed with the tunnel
-	Port uint16     // UDP port to listen on; 0 picks one
+	Key wire.PrivateKey
+	TUN tun.Device // closed with the tunnel
+	// Device takes the place of TUN and of the WireGuard in this process; closed with the tunnel.
+	Device Device
+	Port   uint16 // UDP port to listen on; 0 picks one
 	// Window bounds the packets that wait inside the device in each direction, 64 KiB of memory each. 0 means no bound, for a
 	// device with many peers, which must not slow each other down.
 	Window int
@@ -43,8 +43,11 @@ func (o *Options) Validate() error {
 	if o.Key.IsZero() {
 		return errors.New("a tunnel needs a private key")
 	}
-	if o.TUN == nil {
-		return errors.New("a tunnel needs a tun device")
+	if (o.TUN == nil) == (o.Device == nil) {
+		return errors.New("a tunnel needs either a tun device or a wireguard device outside this process")
+	}
+	if o.Device != nil {
+		o.Window = 0 // nothing waits here
 	}
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
@@ -55,7 +58,7 @@ func (o *Options) Validate() error {
 // Tunnel is one WireGuard device on one UDP socket.
 type Tunnel struct {
 	log    *slog.Logger
-	device *device.Device
+	device wireGuard
 	bind   *bind
 	relays *relays
 	port   uint16
@@ -95,21 +98,16 @@ func New(opts Options) (*Tunnel, error) {
 	t.relays = newRelays(t, opts.Relays)
 	in, out := newWindow(opts.Window), newWindow(opts.Window)
 	t.bind = &bind{stun: t.handleSTUN, side: newSideEntrance(), find: t.session, in: in, out: out}
-	tunDevice := &windowed{Device: opts.TUN, in: in, out: out, timer: stoppedTimer()}
-	t.device = device.NewDevice(tunDevice, t.bind, deviceLogger(opts.Logger))
-	config := fmt.Sprintf("private_key=%s\nlisten_port=%d\n", hex.EncodeToString(opts.Key.Bytes()), opts.Port)
-	if err := t.device.IpcSet(config); err != nil {
-		t.device.Close()
-		return nil, fmt.Errorf("configure the wireguard device: %w", err)
+	var err error
+	if opts.Device != nil {
+		t.device, err = newOutside(&opts, t.bind)
+	} else {
+		t.device, err = newInside(&opts, t.bind)
 	}
-	if err := t.device.Up(); err != nil {
-		t.device.Close()
-		return nil, fmt.Errorf("open udp port %d: %w", opts.Port, err)
+	if err != nil {
+		return nil, err
 	}
-	if t.port = t.bind.port(); t.port == 0 {
-		t.device.Close()
-		return nil, fmt.Errorf("open udp port %d: it was closed again", opts.Port)
-	}
+	t.port = t.bind.port()
 	return t, nil
 }
 
@@ -143,7 +141,7 @@ func (t *Tunnel) Close() error {
 		p.close()
 	}
 	t.relays.close()
-	t.device.Close() // closes the TUN first, so that no peer waits in it, then ends the peers
+	t.device.close()
 	t.tasks.Wait()
 	return nil
 }
@@ -165,7 +163,7 @@ func (t *Tunnel) SetKey(key wire.PrivateKey) error {
 	if len(t.sessions) > 0 {
 		return errors.New("a tunnel with peers keeps its key")
 	}
-	if err := t.device.SetPrivateKey(device.NoisePrivateKey(key.Bytes())); err != nil {
+	if err := t.device.setKey(key); err != nil {
 		return fmt.Errorf("set the device's key: %w", err)
 	}
 	t.key = key
@@ -211,14 +209,12 @@ func (t *Tunnel) AddPeer(opts PeerOptions) (*Peer, error) {
 	if err != nil {
 		return nil, fmt.Errorf("add the peer of session %s: %w", opts.Session, err)
 	}
-	var b strings.Builder
-	fmt.Fprintf(&b, "public_key=%s\nreplace_allowed_ips=true\nendpoint=%s\n", opts.Key.Hex(), opts.Session)
-	for _, prefix := range opts.AllowedIPs {
-		fmt.Fprintf(&b, "allowed_ip=%s\n", prefix)
-	}
-	if err := t.device.IpcSet(b.String()); err != nil {
+	if err := t.device.addPeer(p); err != nil {
 		t.RemovePeer(p)
 		return nil, fmt.Errorf("add the peer of session %s: %w", opts.Session, err)
+	}
+	if opts.Initiate {
+		p.initiate()
 	}
 	t.listen(p)
 	p.AddCandidates(opts.Candidates)
@@ -231,7 +227,7 @@ func (t *Tunnel) register(opts PeerOptions) (*Peer, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	own := t.key.Public()
-	p := &Peer{tunnel: t, opts: opts, name: checkName(opts.Session, own)}
+	p := &Peer{tunnel: t, opts: opts, name: checkName(opts.Session, own), allowed: opts.AllowedIPs}
 	p.engine = engine{lead: opts.Initiate, most: DefaultMTU, onChange: p.changed, onDrop: p.dropped, succeeded: p.succeeded}
 	p.punch = newPunch(opts.Initiate, t.crowd)
 	p.handshake.done = make(chan struct{})
@@ -246,7 +242,7 @@ func (t *Tunnel) register(opts PeerOptions) (*Peer, error) {
 		return nil, errors.New("the tunnel is closed")
 	case t.sessions[opts.Session] != nil:
 		return nil, errors.New("the session has a peer already")
-	case t.device.LookupPeer(device.NoisePublicKey(opts.Key)) != nil:
+	case t.device.knows(opts.Key):
 		return nil, errors.New("the key has a peer already")
 	}
 	for t.lastIndex++; t.indexes[t.lastIndex] != nil; t.lastIndex++ {
@@ -302,7 +298,7 @@ func (t *Tunnel) RemovePeer(p *Peer) {
 		return
 	}
 	p.close()
-	t.device.RemovePeer(device.NoisePublicKey(p.opts.Key))
+	t.device.removePeer(p)
 }
 
 func (t *Tunnel) session(id string) *Peer {
