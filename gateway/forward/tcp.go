@@ -158,14 +158,19 @@ func (r *relay) run() {
 }
 
 // settle waits until the job has taken all that was sent to it, or the flow is reset. What a job leaves unread is memory of
-// this process, so it has to count as an open flow, or closing flows without reading them would get round every limit.
+// this process, so it has to count as an open flow, or closing flows without reading them would get round every limit. The stack says so
+// itself where the job was the first to close.
 func (r *relay) settle() {
-	for wait := time.Millisecond; ; wait = min(2*wait, time.Second) {
+	entry, gone := waiter.NewChannelEntry(waiter.EventHUp | waiter.EventErr)
+	r.wq.EventRegister(&entry)
+	defer r.wq.EventUnregister(&entry)
+	for wait := 10 * time.Millisecond; ; wait = min(2*wait, time.Second) {
 		switch tcp.EndpointState(r.ep.State()) {
 		case tcp.StateFinWait2, tcp.StateTimeWait, tcp.StateClose, tcp.StateError:
 			return
 		}
 		select {
+		case <-gone:
 		case <-time.After(wait):
 		case <-r.fl.ctx.Done():
 			return

@@ -46,3 +46,24 @@ func (d *Device) Send(pkt *stack.PacketBuffer) {
 
 // Fragments cuts a packet.
 func Fragments(packet []byte, limit int) [][]byte { return new(splitter).fragments(packet, limit) }
+
+// Delays of acknowledgements.
+const (
+	AckDelay = ackDelay
+	AckSmall = ackSmall
+)
+
+// Acks holds acknowledgements back on its own.
+type Acks struct{ acks }
+
+// NewAcks makes one that gives send what has waited for long enough.
+func NewAcks(send func(*stack.PacketBuffer)) *Acks { return &Acks{acks{send: send}} }
+
+// Pass reports whether a packet goes out at once. It leaves the caller its reference.
+func (a *Acks) Pass(pkt *stack.PacketBuffer) bool { return a.pass(pkt) }
+
+// Spared counts what never went out.
+func (a *Acks) Spared() uint64 { return a.spared.Load() }
+
+// Close forgets what waits.
+func (a *Acks) Close() { a.close() }

@@ -28,6 +28,7 @@ const (
 type link struct {
 	mtu   uint32
 	queue *queue
+	acks  acks
 	watch atomic.Pointer[Watch]
 
 	mu         sync.RWMutex
@@ -40,7 +41,13 @@ var (
 )
 
 func newLink(mtu int, c *counters) *link {
-	return &link{mtu: uint32(mtu), queue: newQueue(queueLimit, queueReserve, queueWait, c)}
+	l := &link{mtu: uint32(mtu), queue: newQueue(queueLimit, queueReserve, queueWait, c)}
+	l.acks.send = func(pkt *stack.PacketBuffer) {
+		if !l.queue.push(pkt) {
+			pkt.DecRef()
+		}
+	}
+	return l
 }
 
 // WritePackets queues what the stack sends. A packet for which there is no room in time is dropped and counted; to the
@@ -50,6 +57,9 @@ func (l *link) WritePackets(pkts stack.PacketBufferList) (int, tcpip.Error) {
 	for i, pkt := range list {
 		if watch != nil {
 			watch.answered(pkt)
+		}
+		if !l.acks.pass(pkt) {
+			continue
 		}
 		if !l.queue.push(pkt.IncRef()) {
 			pkt.DecRef()

@@ -256,6 +256,7 @@ func (d *Device) Close() error {
 		d.writing.Lock() // no Write is inside any more, and the next sees closed
 		d.closed.Store(true)
 		d.writing.Unlock()
+		d.link.acks.close()
 		d.link.queue.close()
 		d.stack.Destroy()
 		d.readMu.Lock() // Read has been woken by the queue
@@ -290,6 +291,7 @@ type Stats struct {
 	Malformed    uint64 // dropped in Write: no IP, a bad length or checksum
 	Filtered     uint64 // dropped in Write: the source is unknown
 	Overflow     uint64 // dropped on the way out: the queue stayed full
+	Spared       uint64 // acknowledgements of the stack that a later packet made needless
 }
 
 // Depth is how much waits between the stack and Read, in bytes.
@@ -310,5 +312,6 @@ func (d *Device) Stats() Stats {
 	return Stats{
 		ReadPackets: c.read.Load(), WritePackets: c.written.Load(), Merged: c.merged.Load(), Joined: c.joined.Load(),
 		Malformed: c.malformed.Load(), Filtered: c.filtered.Load(), Overflow: c.overflow.Load(),
+		Spared: d.link.acks.spared.Load(),
 	}
 }
