@@ -43,5 +43,6 @@ COPY --from=build --chown=65532:65532 /out/state /var/lib/culvert
 USER 65532:65532
 VOLUME /var/lib/culvert
 EXPOSE 443/tcp 3478/udp 3479/udp
+HEALTHCHECK --interval=30s --timeout=5s --start-period=10s CMD ["/culvert-coordinator", "health"]
 ENTRYPOINT ["/culvert-coordinator"]
 CMD ["serve", "--config", "/etc/culvert/culvert.yaml"]

@@ -4,7 +4,11 @@ GO          ?= go
 STATICCHECK ?= honnef.co/go/tools/cmd/staticcheck@v0.8.2
 ACTIONLINT  ?= github.com/rhysd/actionlint/cmd/actionlint@v1.7.12
 ACT         ?= github.com/nektos/act@v0.2.89
+PEBBLE      ?= github.com/letsencrypt/pebble/v2/cmd/pebble@v2.10.1
 NODE        ?= 24
+# What makes Debian packages.
+NFPM_MODULE ?= github.com/goreleaser/nfpm/v2/cmd/nfpm@v2.45.0
+NFPM        ?= bin/tools/nfpm
 FUZZTIME    ?= 10s
 BENCHTIME   ?= 1x
 VERSION     ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
@@ -16,7 +20,7 @@ PACKAGES  = $(shell $(GO) list ./... | grep -v '/internal/e2e')
 export CGO_ENABLED = 0
 GOBUILD = $(GO) build -trimpath -ldflags '-s -w -X main.version=$(VERSION)'
 
-.PHONY: build demo test check action unit e2e act matrix cluster bench charts dist pin pinned reproducible fuzz clean tools-test tools-bench FORCE
+.PHONY: build demo test check action unit e2e images act matrix cluster kernel bench charts terraform dist packages pin pinned reproducible fuzz clean tools-test tools-bench FORCE
 
 build: $(BINARIES)
 
@@ -67,10 +71,16 @@ action:
 e2e: build
 	CULVERT_E2E_BIN=$(CURDIR)/bin $(GO) test -count=1 -timeout 10m ./internal/e2e/...
 
-# Workflows under act, twenty jobs at once, a container without privilege, and what the action costs beyond `culvert up`.
+# The images as the Dockerfile makes them, for both architectures, and the gateway's tests against its image, and compose.yaml: 5 minutes. The
+# client runs in a container, too. `make test` runs the first of these tests.
+IMAGE_TESTS = ^Test(Images|Compose|ProxyInAContainer|TunMode|ProxyMode|AnotherRepository|FixedEgress|OutsideTheGrant|AlwaysDenied|HostileClient|Overlapping|Gateway|Pinned|Tokens?|IssuerAway|CoordinatorKilled|ServersStop|ChangedPolicy|NothingUndocumented)
+images: tools-test build
+	@$(call want,podman-compose,podman-compose netavark aardvark-dns)
+	CULVERT_E2E_BIN=$(CURDIR)/bin CULVERT_E2E_GATEWAY=image $(GO) test -count=1 -timeout 20m -run '$(IMAGE_TESTS)' -v ./internal/e2e
+
+# Workflows under act, twenty jobs at once, and what the action costs beyond `culvert up`.
 act: tools-test build
-	@$(call want,podman runc,podman runc netavark)
-	CULVERT_E2E_BIN=$(CURDIR)/bin CULVERT_E2E_ACT=all $(GO) test -count=1 -timeout 10m -run '^TestWorkflows|InAContainer' \
+	CULVERT_E2E_BIN=$(CURDIR)/bin CULVERT_E2E_ACT=all $(GO) test -count=1 -timeout 10m -run '^TestWorkflows' \
 		-bench '^BenchmarkAction' -benchtime 1x -v ./internal/e2e
 
 # Every kind of network against every other, 81 pairs on links with delay: about 10 minutes. Writes the tables of docs/paths.md.
@@ -83,6 +93,17 @@ matrix: tools-test build
 cluster: build
 	CULVERT_E2E_BIN=$(CURDIR)/bin CULVERT_E2E_CLUSTER=1 $(GO) test -count=1 -timeout 10m -run '^TestCluster' -v ./internal/e2e/scale
 
+# Mode kernel on a kernel that has WireGuard, Debian's for clouds, in a virtual machine: a minute, and 40 MB to fetch the first time.
+# For x86-64 alone.
+KERNEL := bin/tools/kernel
+kernel: build
+	@$(call want,qemu-system-x86_64 depmod wg,qemu-system-x86 kmod wireguard-tools)
+	@$(unpack-kernel)
+	@$(GOBUILD) -o $(KERNEL)/guest ./internal/e2e/guest
+	@$(GO) test -c -o $(KERNEL)/kernel.test ./client/kernel
+	CULVERT_E2E_BIN=$(CURDIR)/bin CULVERT_E2E_KERNEL=$(CURDIR)/$(KERNEL) \
+		$(GO) test -count=1 -timeout 10m -run '^TestKernel' -v ./internal/e2e
+
 # Throughput, memory and time to the first byte, in Go's benchmark format.
 bench: tools-bench build
 	@CULVERT_E2E_BIN=$(CURDIR)/bin $(GO) test -run '^$$' -bench . -benchtime $(BENCHTIME) -timeout 20m ./internal/e2e
@@ -91,6 +112,10 @@ bench: tools-bench build
 # The charts, against the API's types and the table of what Culvert needs. A module of its own, with Kubernetes' dependencies.
 charts:
 	cd deploy/helm/check && $(GO) vet . && $(GO) test -count=1 .
+
+# The examples for clouds, with HCL's parser, against the same table.
+terraform:
+	cd deploy/terraform/check && $(GO) vet . && $(GO) test -count=1 .
 
 # Every fuzzer for FUZZTIME each.
 fuzz:
@@ -105,26 +130,42 @@ clean:
 	rm -rf bin dist
 
 # A release's files, the same bytes wherever they are built from the same sources with the same Go: nothing in them depends on the
-# commit, so that the commit can hold their digests. The client as the action wants it, the others with licence and units.
+# commit, so that the commit can hold their digests. The client as the action wants it, the others with licence and units, and as
+# Debian packages; of each what it is made of.
 CLIENTS := linux-amd64 linux-arm64 darwin-amd64 darwin-arm64 windows-amd64
 SERVERS := linux-amd64 linux-arm64
 RELEASE  = $(GO) build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)'
 ROOTED  := tar --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner
-dist:
+dist: $(if $(filter bin/%,$(NFPM)),$(NFPM))
 	@case "$(VERSION)" in [0-9]*.[0-9]*.[0-9]*) ;; *) echo "say which: make dist VERSION=1.2.3"; exit 1;; esac
 	@rm -rf dist && mkdir dist
+	@$(GO) build -o bin/tools/sbom ./internal/sbom
 	@set -e; sums=; for p in $(CLIENTS); do \
 		GOOS=$${p%-*} GOARCH=$${p#*-} $(RELEASE) -o dist/culvert ./client; \
 		sums="$$sums$${sums:+, }\"$$p\": \"$$(sha256sum dist/culvert | cut -d' ' -f1)\""; \
+		bin/tools/sbom culvert $(VERSION) dist/culvert > dist/culvert-$$p.cdx.json; \
 		gzip -n -9 < dist/culvert > dist/culvert-$$p.gz; rm dist/culvert; \
 	done; echo "{\"version\": \"$(VERSION)\", \"sha256\": {$$sums}}" > dist/release.json
 	@set -e; for p in $(SERVERS); do for program in coordinator gateway; do \
 		mkdir -p dist/tree; cp LICENSE deploy/systemd/*.service dist/tree/; \
 		GOOS=$${p%-*} GOARCH=$${p#*-} $(RELEASE) -o dist/tree/culvert-$$program ./$$program; \
-		$(ROOTED) -C dist/tree -cf - . | gzip -n -9 > dist/culvert-$$program-$$p.tar.gz; rm -r dist/tree; \
+		bin/tools/sbom culvert-$$program $(VERSION) dist/tree/culvert-$$program > dist/culvert-$$program-$$p.cdx.json; \
+		$(ROOTED) -C dist/tree -cf - . | gzip -n -9 > dist/culvert-$$program-$$p.tar.gz; \
+		sed -i 's|/usr/local/bin|/usr/bin|g' dist/tree/*.service; \
+		TREE=dist/tree ARCH=$${p#*-} VERSION=$(VERSION) $(NFPM) package -f deploy/deb/$$program.yaml -p deb \
+			-t dist/culvert-$${program}_$(VERSION)_$${p#*-}.deb >/dev/null; \
+		rm -r dist/tree; \
 	done; done
 	@$(GO) list -deps -f '{{with .Module}}{{.Path}} {{.Version}}{{end}}' ./client ./coordinator ./gateway | sort -u > dist/modules.txt
 	@cd dist && sha256sum -- * > SHA256SUMS && cat SHA256SUMS
+
+bin/tools/nfpm:
+	@$(call go-tool,nfpm,$(NFPM_MODULE))
+
+# The Debian packages of a trial release, unpacked and looked at; nothing is installed.
+packages:
+	$(MAKE) -s dist VERSION=0.0.0 CLIENTS=linux-amd64
+	CULVERT_DIST=$(CURDIR)/dist $(GO) test -count=1 -v ./deploy/deb
 
 # Before tagging: make dist pin VERSION=1.2.3, and commit. The release workflow then builds anew and stops where anything differs.
 pin:
@@ -133,10 +174,10 @@ pinned:
 	@cmp dist/release.json action/release.json || { echo "action/release.json is not what these sources give: make dist pin VERSION=$(VERSION)"; exit 1; }
 
 # Two builds without a common cache, from two folders, give the same bytes.
-reproducible:
+reproducible: bin/tools/nfpm
 	@set -e; dir="$$(mktemp -d)"; trap 'chmod -R u+w "$$dir"; rm -rf "$$dir"' EXIT; for n in 1 2; do \
 		mkdir "$$dir/$$n"; git archive HEAD | tar -x -C "$$dir/$$n"; \
-		GOCACHE="$$dir/cache$$n" $(MAKE) -s -C "$$dir/$$n" dist VERSION=0.0.0 CLIENTS=linux-amd64 SERVERS=linux-amd64 > "$$dir/sums$$n"; \
+		GOCACHE="$$dir/cache$$n" $(MAKE) -s -C "$$dir/$$n" dist NFPM=$(CURDIR)/bin/tools/nfpm VERSION=0.0.0 CLIENTS=linux-amd64 SERVERS=linux-amd64 > "$$dir/sums$$n"; \
 	done; diff "$$dir/sums1" "$$dir/sums2" && cat "$$dir/sums1"
 
 # What the tests use of the distribution. Only root on Debian has it installed; elsewhere the tests name what they miss.
@@ -145,8 +186,10 @@ tools-test:
 	@$(call want,miniupnpd,miniupnpd-nftables)
 	@$(call want,dbus-daemon,dbus-daemon)
 	@$(call want,psql initdb,postgresql)
+	@$(call want,podman runc busybox,podman runc netavark busybox-static)
 	@$(unpack-resolved)
 	@$(call go-tool,act,$(ACT))
+	@$(call go-tool,pebble,$(PEBBLE))
 	@$(get-node)
 tools-bench:
 	@$(call want,iperf3,iperf3)
@@ -162,9 +205,18 @@ unpack-resolved = if [ ! -e /lib/systemd/systemd-resolved ] && [ ! -e $(RESOLVED
 			|| echo "could not unpack systemd-resolved"; \
 	fi
 
-# What plays GitHub's runner, and its Node, which is newer than Debian's; in bin/tools.
+# A kernel is unpacked and not installed: the machine keeps its own.
+unpack-kernel = mkdir -p $(KERNEL); if [ ! -e $(KERNEL)/boot ] && command -v apt-get >/dev/null; then \
+		echo "unpacking a kernel"; cd $(KERNEL) && { \
+			image="$$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/^ *Depends: *//p' | head -1)" && apt-get download -qq "$$image" && \
+			dpkg-deb -x "$$image"_*.deb . && rm "$$image"_*.deb && depmod -b . "$$(ls lib/modules)"; } >/dev/null 2>&1 \
+			|| echo "could not unpack a kernel"; \
+	fi
+
+# What plays GitHub's runner, and its Node, which is newer than Debian's, and a CA; in bin/tools.
 export CULVERT_TEST_ACTIONLINT = $(CURDIR)/bin/tools/actionlint
 export CULVERT_TEST_ACT = $(CURDIR)/bin/tools/act
+export CULVERT_TEST_PEBBLE = $(CURDIR)/bin/tools/pebble
 export CULVERT_TEST_NODE = $(CURDIR)/bin/tools/node$(NODE)/node_modules/node-linux-$(NODE_ARCH)/bin/node
 NODE_ARCH := $(if $(filter aarch64 arm64,$(shell uname -m)),arm64,x64)
 go-tool = if [ ! -e bin/tools/$(1) ]; then echo "fetching $(2)"; \

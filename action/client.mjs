@@ -1,5 +1,5 @@
-// Finds the client: one's own binary, the tool cache, this version's release or a mirror of it. Whatever the source, the
-// program is run only if its SHA-256 is the one that this action pins.
+// Finds the client: one's own binary, the tool cache, this version's release or a mirror of it, the coordinator. Whatever the source,
+// the program is run only if its SHA-256 is the one that this action pins.
 import { createHash } from 'node:crypto'
 import { accessSync, chmodSync, constants, mkdirSync, readFileSync, renameSync, rmSync, writeFileSync } from 'node:fs'
 import { gunzipSync } from 'node:zlib'
@@ -30,7 +30,7 @@ export async function client(release = pinned()) {
   const folder = path.join(process.env.RUNNER_TOOL_CACHE || process.env.RUNNER_TEMP || '.', 'culvert', version, platform())
   const program = path.join(folder, `culvert${suffix}`)
   if (matches(read(program), sha256)) return debug(`client from the tool cache: ${program}`), program
-  const binary = await download(source(version), sha256)
+  const binary = await download(sources(version), sha256)
   mkdirSync(folder, { recursive: true })
   const fresh = path.join(folder, `.culvert-${process.pid}${suffix}`)
   try {
@@ -65,26 +65,33 @@ function wanted(release) {
   return { version, sha256 }
 }
 
-function source(version) {
-  const folder = input('mirror').replace(/\/+$/, '') || `${releases}/v${version}`
-  return `${folder}/culvert-${platform()}.gz`
+// sources are where the client may be, the best one first.
+function sources(version) {
+  const folders = [input('mirror') || `${releases}/v${version}`, `${input('coordinator').replace(/\/+$/, '')}/dl/v${version}`]
+  return folders.filter((f) => /^https?:\/\//.test(f)).map((f) => `${f.replace(/\/+$/, '')}/culvert-${platform()}.gz`)
 }
 
-async function download(url, sha256) {
-  for (let attempt = 1; ; attempt++) {
-    try {
-      const binary = gunzipSync(await get(url), { maxOutputLength: limit.binary })
-      if (!matches(binary, sha256)) throw new Error(`its SHA-256 is not the pinned ${sha256}`)
-      say(`culvert: client from ${new URL(url).host}`)
-      return binary
-    } catch (err) {
-      debug(`${url}, attempt ${attempt}: ${err.message}`)
-      if (attempt === tries || err.permanent) {
-        throw new Error(`the client cannot be had from ${url}: ${err.message}\nallow this host, give the input mirror, or bring the client along as the input binary`)
+// download asks every source in turn before it asks one again, so that one which is blocked costs one time limit.
+async function download(urls, sha256) {
+  const faults = new Map()
+  const hopeless = new Set()
+  for (let attempt = 1; attempt <= tries && hopeless.size < urls.length; attempt++) {
+    if (attempt > 1) await pause(125 * 2 ** attempt * (0.5 + Math.random()))
+    for (const url of urls.filter((u) => !hopeless.has(u))) {
+      try {
+        const binary = gunzipSync(await get(url), { maxOutputLength: limit.binary })
+        if (!matches(binary, sha256)) throw new Error(`its SHA-256 is not the pinned ${sha256}`)
+        say(`culvert: client from ${new URL(url).host}`)
+        return binary
+      } catch (err) {
+        debug(`${url}, attempt ${attempt}: ${err.message}`)
+        faults.set(url, err.message)
+        if (err.permanent) hopeless.add(url)
       }
-      await pause(250 * 2 ** attempt * (0.5 + Math.random()))
     }
   }
+  const tried = [...faults].map(([url, fault]) => `from ${url}: ${fault}`).join('\n')
+  throw new Error(`the client cannot be had\n${tried}\nallow one of these hosts, give the input mirror, or bring the client along as the input binary`)
 }
 
 // get fetches a URL, through HTTPS_PROXY where that is set (Node's agents read it when given the environment).

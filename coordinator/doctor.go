@@ -34,6 +34,9 @@ func (c *doctorCmd) Run() error {
 		return err
 	}
 	facts := requirements.Facts{Coordinator: base, NATS: cfg.State.NATS}
+	if cfg.ACME != nil {
+		facts.ACME = cfg.ACME.Directory
+	}
 	for _, issuers := range [][]claims.Issuer{cfg.Issuers, cfg.GatewayIssuers()} {
 		for _, i := range issuers {
 			if i.JWKSFile == "" {

@@ -30,6 +30,7 @@ type cli struct {
 	Load    loadCmd    `cmd:"" help:"Play gateways and jobs against a coordinator, to size its machine."`
 	Schema  schemaCmd  `cmd:"" help:"Print the JSON Schema of a file, for editors."`
 	Doctor  doctorCmd  `cmd:"" help:"Test every name and port that a coordinator needs, and print the table for a firewall team."`
+	Health  healthCmd  `cmd:"" help:"Ask the coordinator on this machine how it is."`
 	Version versionCmd `cmd:"" help:"Print the version."`
 }
 

@@ -21,6 +21,7 @@ import (
 	"github.com/culvertnet/culvert/client/control"
 	granted "github.com/culvertnet/culvert/client/names"
 	"github.com/culvertnet/culvert/client/proxy"
+	"github.com/culvertnet/culvert/client/uapi"
 	"github.com/culvertnet/culvert/internal/problem"
 	"github.com/culvertnet/culvert/internal/tunnel"
 	"github.com/culvertnet/culvert/internal/wire"
@@ -69,6 +70,7 @@ type Options struct {
 	openLink   func(Mode, *slog.Logger) (link, error)                       // a test's own link; default is the real one
 	lookup     func(ctx context.Context, host string) ([]netip.Addr, error) // a test's own names; default is the system's
 	resolvers  func() []netip.Addr                                          // a test's own DNS servers of the host; default is the system's
+	tools      string                                                       // where tools for WireGuard find the tunnel; "" with a test's own link
 	url        *url.URL
 }
 
@@ -116,7 +118,7 @@ func (o *Options) Validate() error {
 		o.startNames = systemNames
 	}
 	if o.openLink == nil {
-		o.openLink = openLink
+		o.openLink, o.tools = openLink, uapi.Dir
 	}
 	if o.lookup == nil {
 		o.lookup = func(ctx context.Context, host string) ([]netip.Addr, error) {
@@ -188,6 +190,7 @@ type Agent struct {
 	mu      sync.Mutex // guards what follows
 	link    link
 	tunnel  *tunnel.Tunnel
+	shown   *uapi.Server // nil where no tool sees the tunnel
 	proxy   *proxy.Server
 	session *session // nil before the first and between two
 	state   control.State
@@ -317,9 +320,12 @@ func (a *Agent) Down(ctx context.Context) error {
 func (a *Agent) close(err error) {
 	a.note(control.Closing, "closing")
 	a.mu.Lock()
-	s, tun, link, server := a.session, a.tunnel, a.link, a.proxy
+	s, tun, link, server, shown := a.session, a.tunnel, a.link, a.proxy, a.shown
 	a.session = nil
 	a.mu.Unlock()
+	if shown != nil {
+		_ = shown.Close()
+	}
 	if server != nil {
 		_ = server.Close()
 	}

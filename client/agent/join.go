@@ -13,6 +13,7 @@ import (
 	"time"
 	"unicode"
 
+	"github.com/culvertnet/culvert/client/uapi"
 	"github.com/culvertnet/culvert/internal/problem"
 	"github.com/culvertnet/culvert/internal/tunnel"
 	"github.com/culvertnet/culvert/internal/wire"
@@ -151,10 +152,25 @@ func (a *Agent) ensureTunnel(key wire.PrivateKey) (*tunnel.Tunnel, error) {
 		return nil, problem.Wrap(err, problem.Failed, "the tunnel cannot be opened: "+err.Error(),
 			"check that this process may open a UDP socket")
 	}
+	shown := a.showTools(l.Name(), t)
 	a.mu.Lock()
-	a.tunnel = t
+	a.tunnel, a.shown = t, shown
 	a.mu.Unlock()
 	return t, nil
+}
+
+// showTools lets `wg show` see the tunnel, where there is an interface; nil where it cannot.
+func (a *Agent) showTools(name string, t *tunnel.Tunnel) *uapi.Server {
+	if name == "" || a.opts.tools == "" {
+		return nil
+	}
+	server, err := uapi.Listen(uapi.Options{Dir: a.opts.tools, Name: name, State: func() uapi.State {
+		return uapi.State{Port: t.Port(), Peers: t.Peers()}
+	}})
+	if err != nil {
+		a.log.Info("wg does not show the tunnel", "err", err)
+	}
+	return server
 }
 
 func (a *Agent) openedLink() link {

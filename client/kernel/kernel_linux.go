@@ -22,8 +22,6 @@ const (
 	wgName   = "wg0"
 	cable    = "host0"     // our end
 	numbered = "culvert%d" // the host's, with the next free number
-	// addrGenNone is IN6_ADDR_GEN_MODE_NONE of linux/if_link.h.
-	addrGenNone = 1
 )
 
 // Device is the kernel's WireGuard. It implements what a tunnel needs of a device outside the process.
@@ -55,7 +53,16 @@ func open(opts Options) (*Device, error) {
 // errNoWireGuard says that the kernel does not know this kind of interface.
 var errNoWireGuard = errors.New("the kernel has no WireGuard")
 
+// settings are the namespace's: packets pass through it, and no interface gets a link-local address of its own, not even when IPv6 comes
+// back to it (IN6_ADDR_GEN_MODE_NONE of linux/if_link.h).
+var settings = [][2]string{{"ipv4/ip_forward", "1"}, {"ipv6/conf/all/forwarding", "1"}, {"ipv6/conf/default/addr_gen_mode", "1"}}
+
 func (d *Device) build(mtu int) error {
+	for _, s := range settings {
+		if err := d.ns.sysctl(s[0], s[1]); err != nil && !errors.Is(err, os.ErrNotExist) { // no IPv6 here
+			return fmt.Errorf("set %s: %w", s[0], err)
+		}
+	}
 	wg := netlink.NewLinkAttrs()
 	wg.Name, wg.MTU = wgName, mtu
 	if err := d.ns.handle.LinkAdd(&netlink.Wireguard{LinkAttrs: wg}); errors.Is(err, unix.EOPNOTSUPP) {
@@ -70,13 +77,7 @@ func (d *Device) build(mtu int) error {
 	if err := d.plug(mtu); err != nil {
 		return err
 	}
-	for _, forwarding := range []string{"ipv4/ip_forward", "ipv6/conf/all/forwarding"} {
-		if err := d.ns.sysctl(forwarding, "1"); err != nil && !errors.Is(err, os.ErrNotExist) { // no IPv6 here
-			return fmt.Errorf("let packets through: %w", err)
-		}
-	}
 	for _, l := range []netlink.Link{d.wg, d.near} {
-		_ = d.ns.handle.LinkSetIP6AddrGenMode(l, addrGenNone) // fails without IPv6
 		if err := d.ns.handle.LinkSetUp(l); err != nil {
 			return fmt.Errorf("bring %s up: %w", l.Attrs().Name, err)
 		}

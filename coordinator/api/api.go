@@ -16,6 +16,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"github.com/culvertnet/culvert/coordinator/config"
+	"github.com/culvertnet/culvert/coordinator/downloads"
 	"github.com/culvertnet/culvert/coordinator/limit"
 	"github.com/culvertnet/culvert/coordinator/session"
 	"github.com/culvertnet/culvert/coordinator/state"
@@ -153,6 +154,7 @@ type API struct {
 	leaving  atomic.Bool
 	draining atomic.Bool
 	ready    readiness
+	releases *downloads.Handler
 	warned   rate.Sometimes // of requests over the rate, or whoever sends them would write the log at will
 
 	mu      sync.Mutex
@@ -178,6 +180,7 @@ func New(opts Options) (*API, error) {
 		streams:  map[string]*stream{},
 	}
 	a.rules.Store(&opts.Rules)
+	a.releases = downloads.New(func() string { return a.rules.Load().Config.Downloads }, a.log)
 	a.router = a.routes()
 	return a, nil
 }
@@ -201,6 +204,7 @@ func (a *API) routes() http.Handler {
 		r.Delete(wire.PathSessions+"/{id}", a.end)
 		r.Post(wire.PathSessions+"/{id}"+wire.PathStandby, a.standby)
 		r.Get(wire.PathGateway, a.gateway)
+		r.Get(downloads.Path, a.download)
 		if a.opts.Relay != nil {
 			r.Get(wire.PathRelay, a.relay)
 		}

@@ -22,6 +22,7 @@ import (
 	"github.com/invopop/jsonschema"
 
 	"github.com/culvertnet/culvert/coordinator/config"
+	"github.com/culvertnet/culvert/coordinator/downloads"
 	"github.com/culvertnet/culvert/internal/problem"
 	"github.com/culvertnet/culvert/internal/wire"
 )
@@ -52,6 +53,8 @@ var endpoints = []endpoint{
 	{method: "GET", path: "/readyz", id: "ready", summary: "Whether joins can be served: state and audit log are within reach, and this node is not on its way out.",
 		status: 200, media: "text/plain", codes: []problem.Code{problem.Unreachable, problem.Failed}},
 	{method: "GET", path: "/openapi.json", id: "document", summary: "This document.", status: 200, out: map[string]any{}, codes: anybody},
+	{method: "GET", path: downloads.Path, id: "download", summary: "A file of a release, such as v1.2.3/culvert-linux-amd64.gz, where the operator has put some; its ETag is its SHA-256.",
+		status: 200, media: "application/gzip", codes: append([]problem.Code{problem.NotFound, problem.Unreachable}, anybody...)},
 	{method: "GET", path: wire.PathInfo, id: "info", summary: "What a client may know before it has proven anything.", status: 200, out: wire.Info{}, codes: anybody},
 	{method: "POST", path: wire.PathSessions, id: "join", summary: "Asks for a session. The token in the body is the credential; its audience names this coordinator and the key. " +
 		"Whoever accepts " + wire.MediaEvents + " gets a line as soon as policy has said yes, and a second one with the session or the problem; others get the session alone.",
@@ -171,8 +174,14 @@ func (g *generator) operation(e endpoint) object {
 	if e.secured != "" {
 		op["security"] = []object{{e.secured: []string{}}}
 	}
-	if strings.Contains(e.path, "{id}") {
-		op["parameters"] = []object{{"name": "id", "in": "path", "required": true, "description": "The session's id.", "schema": object{"type": "string"}}}
+	var parameters []object
+	for _, p := range []struct{ name, means string }{{"id", "The session's id."}, {"release", "A version, such as v1.2.3."}, {"file", "A file of that release."}} {
+		if strings.Contains(e.path, "{"+p.name+"}") {
+			parameters = append(parameters, object{"name": p.name, "in": "path", "required": true, "description": p.means, "schema": object{"type": "string"}})
+		}
+	}
+	if parameters != nil {
+		op["parameters"] = parameters
 	}
 	return op
 }

@@ -81,6 +81,13 @@ func (a *API) info(w http.ResponseWriter, r *http.Request) {
 	answer(w, wire.Info{Version: wire.Version, STUN: rules.STUN, Relays: rules.Relays, TicketKey: a.opts.TicketKey})
 }
 
+// download is GET /dl/{release}/{file}: a release for runners that cannot reach GitHub.
+func (a *API) download(w http.ResponseWriter, r *http.Request) {
+	if err := a.releases.Serve(w, r, chi.URLParam(r, "release"), chi.URLParam(r, "file")); err != nil {
+		a.fail(w, err)
+	}
+}
+
 // relay is GET /v1/relay: this node's own relay takes over the connection.
 func (a *API) relay(w http.ResponseWriter, r *http.Request) {
 	if a.draining.Load() {

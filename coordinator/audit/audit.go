@@ -3,7 +3,7 @@
 //
 // All nodes write one chain. Each gathers the records that come in while its last block is being stored, links them to
 // the chain's head, signs the block and appends it right after the block that it believes to be the last; if another node
-// was first, it takes that block in and links its own again. One chain, because then nothing can be missing from it: a
+// was first, it takes that block in and links its own again, with what has come in meanwhile. One chain, because then nothing can be missing from it: a
 // chain for each node would need somebody to remember which nodes there ever were, and a whole one could vanish.
 // The price is that blocks of all nodes follow one after the other; how many records a block holds has no such bound.
 //
@@ -22,6 +22,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"golang.org/x/time/rate"
 
 	"github.com/culvertnet/culvert/coordinator/state"
 	"github.com/culvertnet/culvert/internal/problem"
@@ -86,6 +88,8 @@ type Log struct {
 	tally Tally
 	stuck atomic.Pointer[error] // why the last try to store failed; nil once one has worked
 
+	failures rate.Sometimes // what is said of that: once a second is enough
+
 	life context.Context
 	end  context.CancelFunc
 	wg   sync.WaitGroup
@@ -98,6 +102,7 @@ type Log struct {
 	headMu sync.Mutex // for reading at outside of the writer
 	at     head       // the chain's head; changed by the writer alone
 	after  uint64     // the store's last message; the writer's
+	rival  time.Time  // when another node's block was last met; the writer's
 }
 
 // entry is a record on its way into the log.
@@ -131,7 +136,7 @@ func Open(ctx context.Context, opts Options) (*Log, error) {
 	if err := opts.Validate(); err != nil {
 		return nil, err
 	}
-	l := &Log{opts: opts, queue: make(chan *entry, opts.Queue)}
+	l := &Log{opts: opts, queue: make(chan *entry, opts.Queue), failures: rate.Sometimes{First: 1, Interval: time.Second}}
 	l.node, _ = json.Marshal(opts.Node) // a string always encodes
 	l.keys = append(l.keys, opts.Key.Public().(ed25519.PublicKey))
 	l.keys = append(l.keys, opts.Former...)

@@ -37,11 +37,15 @@ func (l *Log) mark(ctx context.Context, marked uint64) uint64 {
 		if old, ok := readMark(there, l.keys); ok && old.seq >= at.seq {
 			return old.seq // another node's
 		}
-		if err = l.opts.Store.SetMark(ctx, data, revision); !errors.Is(err, state.ErrConflict) {
+		err = l.opts.Store.SetMark(ctx, data, revision)
+		if err == nil {
+			return at.seq
+		}
+		if !errors.Is(err, state.ErrConflict) {
 			break
 		}
 	}
-	return at.seq
+	return marked
 }
 
 // readMark gives a mark that one of the keys has signed.

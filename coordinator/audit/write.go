@@ -4,7 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
+	"slices"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"github.com/culvertnet/culvert/coordinator/state"
 )
@@ -14,7 +18,12 @@ const (
 	maxRecords = 512                   // in a block
 	maxBlock   = 700 << 10             // bytes of a block, where the store takes that
 	firstWait  = 20 * time.Millisecond // before a block is tried again
-	lastWait   = time.Second
+	lastWait   = 250 * time.Millisecond
+	comingWait = 2 * time.Millisecond // for a block that another node is storing just now
+	comingLong = 2 * time.Second      // and when that is no longer an ordinary wait
+	maxAhead   = 64                   // blocks that are read at a time
+	rivalry    = time.Second          // how long after another node's block it counts as a rival for the log's end
+	maxYield   = 20 * time.Millisecond
 	maxForeign = 1000 // blocks at the log's end that are not ours before it is given up
 )
 
@@ -33,7 +42,7 @@ func (l *Log) write() {
 		if !ok {
 			return
 		}
-		if err := l.commit(l.gather(first)); err != nil {
+		if err := l.commit(l.gather([]*entry{}, first)); err != nil {
 			l.abandon()
 			return
 		}
@@ -69,10 +78,12 @@ func (e *entry) finish(err error) {
 	}
 }
 
-// gather takes what is queued by now, up to a block's bounds.
-func (l *Log) gather(first *entry) []*entry {
-	batch := make([]*entry, 0, 16)
+// gather adds to a batch what is queued by now, up to a block's bounds: first, where there is one, before anything else.
+func (l *Log) gather(batch []*entry, first *entry) []*entry {
 	size, limit := 0, min(maxBlock, l.opts.Store.MaxMessage()-MaxLine/4)
+	for _, e := range batch {
+		size += len(e.body) + 256
+	}
 	add := func(e *entry) {
 		if e.take() {
 			batch = append(batch, e)
@@ -83,7 +94,9 @@ func (l *Log) gather(first *entry) []*entry {
 		body, _ := encode(Record{Event: Lost, Severity: High, Count: n, Message: "records of what nobody waited for found no room"}, l.opts.Now()) // of our own making: it encodes
 		add(&entry{event: Lost, body: body})
 	}
-	add(first)
+	if first != nil {
+		add(first)
+	}
 	for len(batch) < maxRecords && size < limit/2 {
 		select {
 		case e, ok := <-l.queue:
@@ -100,40 +113,72 @@ func (l *Log) gather(first *entry) []*entry {
 
 // commit stores a batch as one block, again and again until it is stored or the log's life is over. Whoever waits for one of
 // its records gives up by himself.
+//
+// A block that lost its place to another node's is made anew, with all that has been queued meanwhile: nodes that compete for the
+// log's end then store fewer and larger blocks, and not one record at a time while thousands wait. The same block is tried until it
+// is certain that it was not stored.
 func (l *Log) commit(batch []*entry) error {
 	if len(batch) == 0 {
 		return nil
 	}
-	began, wait := time.Now(), firstWait
+	began, wait, ahead := time.Now(), firstWait, 1
 	block, next := l.build(batch)
 	for {
-		err := l.store(block, next)
+		tried := time.Now()
+		err := l.store(block, next, ahead)
 		switch {
 		case err == nil:
-			l.stuck.Store(nil)
-			l.opts.Metrics.committed(batch, len(block), time.Since(began))
-			for _, e := range batch {
-				e.finish(nil)
-			}
-			l.copy.write(block)
+			l.stored(batch, block, began)
+			l.yield(time.Since(tried))
 			return nil
-		case errors.Is(err, state.ErrConflict):
-			block, next = l.build(batch) // another node was first, and its blocks are taken in
+		case errors.Is(err, state.ErrConflict): // another node was first, and its blocks are taken in
+			batch = l.gather(batch, nil)
+			block, next = l.build(batch)
+			ahead = min(2*ahead, maxAhead)
 			continue
 		case l.life.Err() != nil:
 			for _, e := range batch {
 				l.drop(e, err)
 			}
 			return err
+		case errors.Is(err, errComing) && time.Since(began) < comingLong:
+			l.sleep(comingWait)
+			continue
 		}
 		l.stuck.Store(&err)
 		l.opts.Metrics.failed.Inc()
-		l.opts.Logger.Error("audit records cannot be stored and are tried again", "records", len(batch), "err", err, "again_in", wait)
-		select {
-		case <-time.After(wait):
-		case <-l.life.Done():
-		}
+		l.failures.Do(func() {
+			l.opts.Logger.Error("audit records cannot be stored and are tried again", "records", len(batch), "waiting", len(l.queue), "err", err, "again_in", wait)
+		})
+		l.sleep(wait)
 		wait = min(wait*2, lastWait)
+	}
+}
+
+// stored tells everybody who waits for a batch.
+func (l *Log) stored(batch []*entry, block []byte, began time.Time) {
+	l.stuck.Store(nil)
+	l.opts.Metrics.committed(batch, len(block), time.Since(began))
+	for _, e := range batch {
+		e.finish(nil)
+	}
+	l.copy.write(block)
+}
+
+// yield lets other nodes have their turn at the log's end, for about as long as storing a block has taken: they have to read ours
+// first, and would lose again and again against a node that need not.
+func (l *Log) yield(took time.Duration) {
+	if time.Since(l.rival) < rivalry {
+		took = min(took, maxYield)
+		l.sleep(took/2 + rand.N(took+1))
+	}
+}
+
+// sleep waits, unless the log's life ends.
+func (l *Log) sleep(d time.Duration) {
+	select {
+	case <-time.After(d):
+	case <-l.life.Done():
 	}
 }
 
@@ -147,31 +192,23 @@ func (l *Log) build(batch []*entry) ([]byte, head) {
 	return seal(block, l.at.seq+1, next, l.opts.Node, l.opts.Now(), l.opts.Key), next
 }
 
+// errComing says that the place of a block is taken by one that is being stored just now, and cannot be read yet.
+var errComing = errors.New("another message is on its way into the log")
+
 // store appends a block at the place that it was built for. ErrConflict: other blocks stand there, and the head is behind
-// them now.
-func (l *Log) store(block []byte, next head) error {
+// them now; at most ahead of them are read at first. After any other error it may have been stored all the same, or may yet be: the
+// same block must be tried again, and is then found where it stands.
+func (l *Log) store(block []byte, next head, ahead int) error {
 	seq, err := l.opts.Store.Append(l.life, block, l.after)
 	if err == nil {
 		l.move(next, seq)
 		return nil
 	}
 	if !errors.Is(err, state.ErrConflict) {
-		// It may have been stored all the same. If so, it stands right behind the block that it was to follow, and if another
-		// one stands there it never will be.
-		if l.life.Err() != nil {
-			return err
-		}
-		there, gerr := l.opts.Store.Get(l.life, l.after+1)
-		if gerr != nil {
-			return err // not there yet, or the store is away: the same block is tried again at the same place
-		}
-		if string(there) == string(block) {
-			l.move(next, l.after+1)
-			return nil
-		}
+		return err
 	}
 	l.opts.Metrics.conflicts.Inc()
-	return l.catchUp(block, next)
+	return l.catchUp(block, next, ahead)
 }
 
 // move puts the head behind a block.
@@ -183,26 +220,67 @@ func (l *Log) move(at head, seq uint64) {
 
 // catchUp takes in the blocks that others have appended. ErrConflict, unless one of them is ours: an earlier try of this block
 // whose acknowledgement was lost.
-func (l *Log) catchUp(block []byte, next head) error {
-	info, err := l.opts.Store.Info(l.life)
-	if err != nil {
-		return err
-	}
-	if info.Last <= l.after {
-		return fmt.Errorf("the store refuses message %d and has none there", l.after+1)
-	}
-	for seq := l.after + 1; seq <= info.Last; seq++ {
-		there, err := l.opts.Store.Get(l.life, seq)
+func (l *Log) catchUp(block []byte, next head, ahead int) error {
+	took := false
+	for {
+		found, err := l.readAhead(ahead)
+		for _, there := range found {
+			took = true
+			if string(there) == string(block) {
+				l.move(next, l.after+1)
+				return nil
+			}
+			l.takeIn(l.after+1, there)
+		}
 		switch {
-		case errors.Is(err, state.ErrNotFound): // dropped by age or size meanwhile, or taken out
-			l.after = seq
 		case err != nil:
 			return err
-		case string(there) == string(block):
-			l.move(next, seq)
-			return nil
+		case len(found) == ahead && ahead > 1: // there may be many more
+			ahead = min(2*ahead, maxAhead)
+		case took:
+			return state.ErrConflict
 		default:
-			l.takeIn(seq, there)
+			return l.skip()
+		}
+	}
+}
+
+// readAhead gives the messages behind the head, up to n and to the first one that is not there.
+func (l *Log) readAhead(n int) ([][]byte, error) {
+	found := make([][]byte, n)
+	reading, ctx := errgroup.WithContext(l.life)
+	for i := range found {
+		reading.Go(func() (err error) {
+			found[i], err = l.opts.Store.Get(ctx, l.after+1+uint64(i))
+			if errors.Is(err, state.ErrNotFound) {
+				return nil
+			}
+			return err
+		})
+	}
+	err := reading.Wait()
+	if end := slices.IndexFunc(found, func(b []byte) bool { return b == nil }); end >= 0 {
+		found = found[:end]
+	}
+	return found, err
+}
+
+// skip goes over messages that were dropped by age or size meanwhile, or taken out. Where there is none at all behind the head yet,
+// one is coming.
+func (l *Log) skip() error {
+	info, err := l.opts.Store.Info(l.life)
+	switch {
+	case err != nil:
+		return err
+	case info.Last <= l.after:
+		return errComing
+	}
+	for ; l.after < info.Last; l.after++ {
+		if _, err := l.opts.Store.Get(l.life, l.after+1); !errors.Is(err, state.ErrNotFound) {
+			if err == nil {
+				err = state.ErrConflict // the next try takes it in
+			}
+			return err
 		}
 	}
 	return state.ErrConflict
@@ -211,6 +289,7 @@ func (l *Log) catchUp(block []byte, next head) error {
 // takeIn moves the head behind a block that another node wrote. One that is not of this chain is left aside, and a record
 // says so.
 func (l *Log) takeIn(seq uint64, block []byte) {
+	l.rival = time.Now()
 	at, err := checkBlock(block, &l.at, l.keys)
 	if err == nil {
 		l.move(at, seq)

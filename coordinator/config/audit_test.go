@@ -19,7 +19,11 @@ func TestAuditAndPrivate(t *testing.T) {
 	if c.Private != (Private{}) || c.Socket() != "/var/lib/culvert/private.sock" {
 		t.Errorf("private %+v, socket %s", c.Private, c.Socket())
 	}
+	if c.Downloads != "" {
+		t.Errorf("downloads from %q", c.Downloads)
+	}
 	c, err = Parse("/etc/culvert/culvert.yaml", []byte(minimal+`
+downloads: releases
 audit: {log: audit.jsonl, keep: 30d, max_size: 5 GiB, key: audit.pem, former_keys: [abc]}
 private: {listen: "127.0.0.1:9090", secret_sha256: `+secretHash+"}\n"))
 	if err != nil {
@@ -28,6 +32,9 @@ private: {listen: "127.0.0.1:9090", secret_sha256: `+secretHash+"}\n"))
 	want := Audit{Copy: "/etc/culvert/audit.jsonl", Keep: 30 * 24 * time.Hour, MaxSize: 5 << 30, KeyFile: "/etc/culvert/audit.pem", FormerKeys: []string{"abc"}}
 	if d := cmp.Diff(want, c.Audit); d != "" {
 		t.Error(d)
+	}
+	if c.Downloads != "/etc/culvert/releases" {
+		t.Errorf("downloads from %q", c.Downloads)
 	}
 	if c.Private.Listen != "127.0.0.1:9090" || c.Private.SecretSHA256[0] != 0x5f {
 		t.Errorf("private %+v", c.Private)

@@ -42,7 +42,8 @@ type Config struct {
 	Included       []string       // files that it includes, in order
 	URL            string         // public base URL without a trailing slash; part of every token's audience
 	Listen         string         // TCP address for HTTP
-	TLS            *TLS           // nil: plain HTTP
+	TLS            *TLS           // nil where there is no certificate from files
+	ACME           *ACME          // nil where none is asked for; without both, plain HTTP
 	TrustedProxies []netip.Prefix // whose X-Forwarded-For is believed
 	UDP            string         // UDP address for STUN and the relay; "" where there is none
 	Probe          string         // UDP address of the second STUN port; "" where there is none
@@ -57,6 +58,7 @@ type Config struct {
 	Networks       map[string]Network
 	STUN           []string // what clients are told to ask instead of this coordinator, "host:port"
 	Lease          time.Duration
+	Downloads      string // folder with releases to serve; "" for none
 	InsecureHTTP   bool
 	Rules          []policy.Rule  // of all files
 	Policy         *policy.Policy // Rules, compiled

@@ -141,7 +141,12 @@ func TestRefused(t *testing.T) {
 		{"github.com", "https://culvert.example.com/", "https://GitHub.com/culvert", "2:6", "audience"},
 		{"unknown key", "udp:", "upd:", "6:1", "upd"},
 		{"bad listen", `":8443"`, `"8443"`, "3:9", "listen"},
-		{"acme", "udp:", "acme: {email: a@b.c}\nudp:", "6:", "not built yet"},
+		{"acme and tls", "udp:", "acme: {email: a@b.c}\nudp:", "6:", "both tls and acme"},
+		{"acme without email", "tls: {cert: tls/cert.pem, key: /etc/key.pem}", "acme: {directory: \"https://ca.example.com/dir\"}", "4:", "no mail address"},
+		{"acme with a name for email", "tls: {cert: tls/cert.pem, key: /etc/key.pem}", "acme: {email: ops}", "4:", "no mail address"},
+		{"acme over http", "tls: {cert: tls/cert.pem, key: /etc/key.pem}", "acme: {email: a@b.c, directory: \"http://ca.example.com/dir\"}", "4:", "loopback only"},
+		{"acme's listener", "tls: {cert: tls/cert.pem, key: /etc/key.pem}", "acme: {email: a@b.c, http: \"80\"}", "4:", "not an address to listen on"},
+		{"acme's typo", "tls: {cert: tls/cert.pem, key: /etc/key.pem}", "acme: {mail: a@b.c}", "4:", "mail"},
 		{"half tls", "tls: {cert: tls/cert.pem, key: /etc/key.pem}", "tls: {cert: x}", "4:", "both cert and key"},
 		{"bad proxy", `"192.0.2.1"`, `"proxy"`, "5:", "neither an address nor a CIDR"},
 		{"no state", "state: {dir: data}\n", "", "", "state has no place"},
@@ -252,4 +257,25 @@ func FuzzParse(f *testing.F) {
 			t.Fatalf("got %v", err)
 		}
 	})
+}
+
+func TestACME(t *testing.T) {
+	doc := strings.Replace(whole, "tls: {cert: tls/cert.pem, key: /etc/key.pem}", "acme: {email: ops@example.com, roots: ca.pem, http: \":80\"}", 1)
+	c, err := Parse("/etc/culvert/culvert.yaml", []byte(doc))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := ACME{Email: "ops@example.com", Directory: LetsEncrypt, Roots: "/etc/culvert/ca.pem", HTTP: ":80"}
+	if c.ACME == nil || *c.ACME != want || c.TLS != nil {
+		t.Errorf("%+v, tls %v", c.ACME, c.TLS)
+	}
+	for url, what := range map[string]string{
+		"https://192.0.2.1": "for an address", "https://[2001:db8::1]": "for an address", "https://culvert": "no public name",
+		"https://münchen.example.com": "xn--", "http://localhost": "https URL",
+	} {
+		_, err := Parse("culvert.yaml", []byte(strings.Replace(doc, "https://culvert.example.com/", url, 1)))
+		if err == nil || !strings.Contains(err.Error(), what) {
+			t.Errorf("%s: %v", url, err)
+		}
+	}
 }

@@ -30,8 +30,8 @@ type document struct {
 	Listen string `yaml:"listen"`
 	// TLS names the certificate; without it only loopback and trusted proxies are served.
 	TLS *TLS `yaml:"tls"`
-	// ACME asks for a certificate.
-	ACME map[string]any `yaml:"acme"`
+	// ACME asks a CA for the certificate, instead.
+	ACME *ACME `yaml:"acme"`
 	// TrustedProxies are addresses and ranges whose X-Forwarded-For is believed.
 	TrustedProxies []string `yaml:"trusted_proxies"`
 	// UDP address for STUN and the relay, such as ":3478", or off.
@@ -58,6 +58,8 @@ type document struct {
 	STUN []string `yaml:"stun"`
 	// Lease is how long one lease lasts, such as 10m; renewed at half of that.
 	Lease time.Duration `yaml:"lease"`
+	// Downloads is a folder with releases, served below /dl/ to runners that cannot reach GitHub: v1.2.3/culvert-linux-amd64.gz and so on.
+	Downloads string `yaml:"downloads"`
 	// InsecureHTTP accepts plain HTTP beyond loopback.
 	InsecureHTTP bool `yaml:"insecure_http"`
 	// Include names files with more rules, targets and groups, or folders of such files.
@@ -121,6 +123,7 @@ func (r *reader) read(d *document) *Config {
 	c := &Config{File: r.locators[0].File, InsecureHTTP: d.InsecureHTTP}
 	c.URL = r.publicURL(d.URL, d.InsecureHTTP)
 	c.TrustedProxies = r.proxies(d.TrustedProxies)
+	c.ACME = r.acme(d, c.URL)
 	c.TLS, c.Listen = r.listener(d)
 	c.UDP, c.Probe = r.ports(d)
 	c.ProbeChosen = d.Probe != ""
@@ -135,6 +138,7 @@ func (r *reader) read(d *document) *Config {
 	r.oneKeySet(c)
 	c.STUN = r.stun(d.STUN)
 	c.Lease = r.lease(d.Lease)
+	c.Downloads = r.path(d.Downloads)
 	r.policy(c, d)
 	return c
 }
@@ -202,9 +206,6 @@ func prefixOrAddr(s string) (netip.Prefix, error) {
 }
 
 func (r *reader) listener(d *document) (*TLS, string) {
-	if d.ACME != nil {
-		r.fail("$.acme", "certificates by ACME are not built yet", "give tls: {cert: FILE, key: FILE}, or terminate TLS in a proxy and name it in trusted_proxies")
-	}
 	listen := r.address("$.listen", d.Listen, DefaultListen)
 	if d.TLS != nil {
 		if d.TLS.Cert == "" || d.TLS.Key == "" {
@@ -213,8 +214,8 @@ func (r *reader) listener(d *document) (*TLS, string) {
 		return &TLS{Cert: r.path(d.TLS.Cert), Key: r.path(d.TLS.Key)}, listen
 	}
 	host, _, _ := net.SplitHostPort(listen)
-	if !Loopback(host) && len(d.TrustedProxies) == 0 && !d.InsecureHTTP {
-		r.fail("$.listen", "without tls, only loopback is listened on", "give tls: {cert: FILE, key: FILE}, name the proxy that terminates TLS in trusted_proxies, or set insecure_http: true")
+	if d.ACME == nil && !Loopback(host) && len(d.TrustedProxies) == 0 && !d.InsecureHTTP {
+		r.fail("$.listen", "without tls, only loopback is listened on", "give tls: {cert: FILE, key: FILE} or acme: {email: ADDRESS}, name the proxy that terminates TLS in trusted_proxies, or set insecure_http: true")
 	}
 	return nil, listen
 }

@@ -32,16 +32,18 @@ func (s *Server) openAudit(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	key, former, err := audit.Keys(ctx, s.auditStore, a.KeyFile, a.FormerKeys, false)
-	if err != nil {
-		return err
-	}
 	to, err := s.auditCopy(a.Copy)
 	if err != nil {
 		return err
 	}
-	s.audit, err = audit.Open(ctx, audit.Options{Store: s.auditStore, Key: key, Former: former, Node: nodeName(), Copy: to, Logger: s.log, Metrics: s.metrics.audit})
-	return err
+	return state.Patiently(ctx, s.log, func() error {
+		key, former, err := audit.Keys(ctx, s.auditStore, a.KeyFile, a.FormerKeys, false)
+		if err != nil {
+			return err
+		}
+		s.audit, err = audit.Open(ctx, audit.Options{Store: s.auditStore, Key: key, Former: former, Node: nodeName(), Copy: to, Logger: s.log, Metrics: s.metrics.audit})
+		return err
+	})
 }
 
 // auditCopy opens where records go besides the log.
@@ -121,10 +123,12 @@ func (s *Server) recordStart(ctx context.Context) error {
 	u := &r.Unmapped
 	u.Keep, u.MaxSize, u.Key = s.config.Audit.Keep.String(), s.config.Audit.MaxSize, audit.PublicKey(s.audit.PublicKey())
 	u.Program = fmt.Sprintf("%s %s/%s %s", s.opts.Version, runtime.GOOS, runtime.GOARCH, runtime.Version())
-	if err := s.audit.Record(ctx, r); err != nil {
-		return err
+	for _, r := range []audit.Record{r, policyRecord(nil, s.config)} {
+		if err := state.Patiently(ctx, s.log, func() error { return s.audit.Record(ctx, r) }); err != nil {
+			return err
+		}
 	}
-	return s.audit.Record(ctx, policyRecord(nil, s.config))
+	return nil
 }
 
 // recordPolicy puts a changed policy on record before it is in force. That the log is away does not keep a rule alive that

@@ -197,7 +197,7 @@ func needRestart(a, b *config.Config) []string {
 		key  string
 		a, b any
 	}{
-		{"url", a.URL, b.URL}, {"listen", a.Listen, b.Listen}, {"udp", a.UDP, b.UDP}, {"probe", a.Probe, b.Probe}, {"relay", a.Relay, b.Relay}, {"tls", a.TLS, b.TLS},
+		{"url", a.URL, b.URL}, {"listen", a.Listen, b.Listen}, {"udp", a.UDP, b.UDP}, {"probe", a.Probe, b.Probe}, {"relay", a.Relay, b.Relay}, {"tls", a.TLS, b.TLS}, {"acme", a.ACME, b.ACME},
 		{"trusted_proxies", a.TrustedProxies, b.TrustedProxies}, {"state", a.State, b.State},
 		{"audit", a.Audit, b.Audit}, {"private", a.Private, b.Private}, {"limits", a.Limits, b.Limits},
 	} {

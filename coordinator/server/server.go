@@ -4,7 +4,6 @@ package server
 import (
 	"context"
 	"crypto/ed25519"
-	"crypto/tls"
 	"encoding/base64"
 	"errors"
 	"fmt"
@@ -76,9 +75,11 @@ type Server struct {
 	stun     *nat.Server        // on the UDP port where the relay is not; nil without UDP
 	probe    *nat.Server        // the second port; nil without one
 	tickets  ed25519.PrivateKey // signs relay tickets
+	acme     *certs.ACME        // nil where the certificate comes from files, or from nowhere
 	watch    *watcher
 	private  *private
-	fatal    chan error // buffered
+	plain    *http.Server // answers HTTP-01 challenges; nil where there is no listener for them
+	fatal    chan error   // buffered
 
 	audit      *audit.Log
 	auditStore *state.Log
@@ -141,6 +142,9 @@ func (s *Server) Start(ctx context.Context) (err error) {
 	s.wg.Go(func() { s.expireLoop(run) })
 	s.wg.Go(func() { s.sessions.Expire(run) })
 	s.wg.Go(func() { s.watchdog(run) })
+	if err := s.openACME(ctx, run); err != nil {
+		return err
+	}
 	s.wg.Go(s.serve)
 	if s.opts.Reload > 0 && s.config.File != "" {
 		s.watch = newWatcher(s.config.File)
@@ -259,17 +263,7 @@ func (s *Server) build() (err error) {
 		IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeader, HTTP2: &http.HTTP2Config{MaxConcurrentStreams: maxStreams},
 		ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug), // strangers' broken handshakes
 	}
-	if s.config.TLS == nil {
-		return nil
-	}
-	files, err := certs.Load(s.config.TLS.Cert, s.config.TLS.Key, s.log)
-	if err != nil {
-		return err
-	}
-	s.http.TLSConfig = &tls.Config{
-		MinVersion: tls.VersionTLS12, GetCertificate: files.Get, NextProtos: []string{"h2", "http/1.1"},
-	}
-	return nil
+	return s.certificate()
 }
 
 func (s *Server) serve() {
@@ -300,7 +294,7 @@ func (s *Server) Close(ctx context.Context) error {
 	}
 	s.api.Close()
 	s.stop()
-	err = errors.Join(err, s.private.close())
+	err = errors.Join(err, s.private.close(), s.closeChallenges())
 	s.wg.Wait()
 	return errors.Join(err, s.closeAll())
 }
@@ -312,6 +306,7 @@ func (s *Server) abandon() {
 		_ = s.listener.Close()
 	}
 	_ = s.private.close()
+	_ = s.closeChallenges()
 	s.wg.Wait()
 	_ = s.closeAll()
 }

@@ -30,8 +30,6 @@ const (
 
 	operationHeader = "KV-Operation" // ADR-8 of NATS
 	operationPurge  = "PURGE"
-
-	rewatchDelay = 250 * time.Millisecond
 )
 
 // prefixes of keys by kind.
@@ -42,7 +40,6 @@ var prefixes = [kinds]string{leaseKind: "session.", addressKind: "address.", gat
 type bucket struct {
 	js     jetstream.JetStream
 	stream jetstream.Stream
-	kv     jetstream.KeyValue // for watching
 	mirror *mirror
 	log    *slog.Logger
 
@@ -100,8 +97,7 @@ func openBucket(ctx context.Context, conn *nats.Conn, now func() time.Time, log 
 	if c := b.stream.CachedInfo().Config; !c.AllowMsgTTL || c.MaxMsgsPerSubject != 1 || c.SubjectDeleteMarkerTTL == 0 {
 		return nil, fmt.Errorf("stream %s is set up for something else: it needs a history of 1, message TTLs and delete markers", streamName)
 	}
-	b.kv, err = js.KeyValue(ctx, bucketName)
-	return b, err
+	return b, nil
 }
 
 func makeStream(ctx context.Context, js jetstream.JetStream, clustered bool, log *slog.Logger) (jetstream.Stream, error) {
@@ -168,16 +164,13 @@ func (b *bucket) publish(ctx context.Context, msg *nats.Msg, k kind, id string, 
 		b.begins(key, write{msg.Data, r})
 		defer b.ends(key)
 	}
-	ack, err := b.js.PublishMsg(ctx, msg, opts...)
+	revision, err := b.store(ctx, msg, expect, opts...)
 	if err != nil {
-		if wrongRevision(err) {
-			return 0, ErrConflict
-		}
-		return 0, fmt.Errorf("write to the state's bucket: %w", err)
+		return 0, err
 	}
-	r = revised(r, ack.Sequence)
-	b.mirror.wrote(k, id, r, ack.Sequence)
-	return ack.Sequence, nil
+	r = revised(r, revision)
+	b.mirror.wrote(k, id, r, revision)
+	return revision, nil
 }
 
 // revised is a record at a revision; packed leases know theirs.
@@ -200,13 +193,13 @@ func wrongRevision(err error) bool {
 // read gives the record under a key, expired or not, and the revision that a write over it must expect. The record is
 // nil where there is none; the revision may be one even then, of the marker that it is gone.
 func (b *bucket) read(ctx context.Context, k kind, id string) (record, uint64, error) {
-	msg, err := b.stream.GetLastMsgForSubject(ctx, subjects+prefixes[k]+id)
+	msg, err := b.last(ctx, subjects+prefixes[k]+id)
 	switch {
-	case errors.Is(err, jetstream.ErrMsgNotFound):
-		return nil, 0, nil
 	case err != nil:
-		return nil, 0, fmt.Errorf("read from the state's bucket: %w", err)
-	case msg.Header.Get(operationHeader) != "" || msg.Header.Get(jetstream.MarkerReasonHeader) != "":
+		return nil, 0, err
+	case msg == nil:
+		return nil, 0, nil
+	case gone(msg):
 		return nil, msg.Sequence, nil
 	}
 	r, err := decode(k, msg.Data, msg.Sequence)
@@ -238,84 +231,6 @@ func decode(k kind, data []byte, revision uint64) (record, error) {
 		var p presence
 		err = json.Unmarshal(data, &p)
 		return p, err
-	}
-}
-
-// follow keeps the mirror true until ctx ends. Each time the connection was broken it starts over.
-func (b *bucket) follow(ctx context.Context, reconnected <-chan struct{}) {
-	for ctx.Err() == nil {
-		err := b.watch(ctx, reconnected)
-		if err == nil || ctx.Err() != nil {
-			continue
-		}
-		b.log.Warn("watching the state's bucket failed", "err", err)
-		select {
-		case <-ctx.Done():
-		case <-reconnected:
-		case <-time.After(rewatchDelay):
-		}
-	}
-}
-
-// watch feeds the mirror until ctx ends, the connection comes back after a break, or the watch breaks.
-func (b *bucket) watch(ctx context.Context, reconnected <-chan struct{}) error {
-	b.mirror.begin()
-	w, err := b.kv.WatchAll(ctx)
-	if err != nil {
-		return err
-	}
-	defer func() {
-		_ = w.Stop() // an error says that it has stopped
-		for range w.Updates() {
-			// the watch delivers what it has before it closes the channel
-		}
-	}()
-	for {
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-reconnected:
-			return nil
-		case e, ok := <-w.Updates():
-			switch {
-			case !ok:
-				return errors.New("the watch ended")
-			case e == nil:
-				for _, r := range b.mirror.settle() {
-					b.vanished(r)
-				}
-			default:
-				b.take(e)
-			}
-		}
-	}
-}
-
-// take brings one change into the mirror.
-func (b *bucket) take(e jetstream.KeyValueEntry) {
-	for k, prefix := range prefixes {
-		id, ok := strings.CutPrefix(e.Key(), prefix)
-		if !ok {
-			continue
-		}
-		k := kind(k)
-		if e.Operation() != jetstream.KeyValuePut {
-			b.vanished(b.mirror.watched(k, id, nil, e.Revision()))
-			return
-		}
-		if b.mirror.knows(k, id, e.Revision()) {
-			return
-		}
-		r, err := revised(b.ours(e.Key(), e.Value()), e.Revision()), error(nil)
-		if r == nil {
-			r, err = packed(k, e.Value(), e.Revision())
-		}
-		if err != nil {
-			b.log.Warn("a value in the state's bucket does not decode", "err", err)
-			return
-		}
-		b.mirror.watched(k, id, r, e.Revision())
-		return
 	}
 }
 

@@ -145,14 +145,15 @@ func TestForeignStreamIsRefused(t *testing.T) {
 func TestOtherToolsReadTheBucket(t *testing.T) {
 	s := open(t, Options{})
 	must(s.CreateLease(t.Context(), testLease("s1", time.Now()), testPool))
-	keys := must(s.bucket.kv.Keys(t.Context()))
+	kv := must(s.bucket.js.KeyValue(t.Context(), bucketName))
+	keys := must(kv.Keys(t.Context()))
 	if len(keys) != 2 {
 		t.Errorf("keys %q", keys)
 	}
 	if err := s.EndLease(t.Context(), "s1"); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.bucket.kv.Keys(t.Context()); !errors.Is(err, jetstream.ErrNoKeysFound) {
+	if _, err := kv.Keys(t.Context()); !errors.Is(err, jetstream.ErrNoKeysFound) {
 		t.Errorf("after the end: %v", err)
 	}
 }

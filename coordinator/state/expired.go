@@ -2,6 +2,8 @@ package state
 
 import (
 	"context"
+	"crypto/rand"
+	"errors"
 	"fmt"
 	"time"
 
@@ -23,12 +25,13 @@ func (s *Store) Expired() <-chan Lease { return s.bucket.expired }
 
 // ClaimEnd reports whether this call is the first, on any node, for the end of this session.
 func (s *Store) ClaimEnd(ctx context.Context, session string) (bool, error) {
-	_, err := s.bucket.js.PublishMsg(ctx, &nats.Msg{Subject: subjects + "ended." + token(session)},
+	// What it holds tells this claim from another one, should its acknowledgement be lost.
+	_, err := s.bucket.store(ctx, &nats.Msg{Subject: subjects + "ended." + token(session), Data: []byte(rand.Text())}, 0,
 		jetstream.WithExpectLastSequencePerSubject(0), jetstream.WithMsgTTL(claimTTL))
 	switch {
 	case err == nil:
 		return true, nil
-	case wrongRevision(err):
+	case errors.Is(err, ErrConflict):
 		return false, nil
 	default:
 		return false, fmt.Errorf("claim the end of a session: %w", err)

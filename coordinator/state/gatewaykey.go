@@ -26,22 +26,22 @@ func (s *Store) RememberGateway(ctx context.Context, network, name string, key w
 	for range maxRaces {
 		var last uint64
 		before = wire.Key{}
-		msg, err := s.bucket.stream.GetLastMsgForSubject(ctx, subject)
-		switch {
-		case err == nil:
+		msg, err := s.bucket.last(ctx, subject)
+		if err != nil {
+			return before, fmt.Errorf("read a gateway's key: %w", err)
+		}
+		if msg != nil {
 			last = msg.Sequence
 			if parsed, perr := wire.ParseKey(string(msg.Data)); perr == nil {
 				before = parsed
 			}
-		case !errors.Is(err, jetstream.ErrMsgNotFound):
-			return before, fmt.Errorf("read a gateway's key: %w", err)
 		}
-		_, err = s.bucket.js.PublishMsg(ctx, &nats.Msg{Subject: subject, Data: []byte(key.String())},
+		_, err = s.bucket.store(ctx, &nats.Msg{Subject: subject, Data: []byte(key.String())}, last,
 			jetstream.WithExpectLastSequencePerSubject(last), jetstream.WithMsgTTL(gatewayKeyLife))
 		if err == nil {
 			return before, nil
 		}
-		if !wrongRevision(err) {
+		if !errors.Is(err, ErrConflict) {
 			return before, fmt.Errorf("keep a gateway's key: %w", err)
 		}
 	}

@@ -232,7 +232,7 @@ func TestBucketForgets(t *testing.T) {
 	l.Gateway, l.Expires = "gw", time.Now().Add(700*time.Millisecond)
 	must(s.UpdateLease(t.Context(), l))
 
-	w := must(s.bucket.kv.Watch(t.Context(), prefixes[leaseKind]+">"))
+	w := must(must(s.bucket.js.KeyValue(t.Context(), bucketName)).Watch(t.Context(), prefixes[leaseKind]+">"))
 	defer func() { _ = w.Stop() }()
 	timeout := time.After(20 * time.Second)
 	for {

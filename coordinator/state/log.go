@@ -24,8 +24,8 @@ const (
 	markStream  = "culvert_audit_mark"
 	markSubject = "culvert.audit.mark"
 
-	logSlack   = 256 << 20 // what the embedded server may use on disk beside the log itself, bytes
-	appendWait = 5 * time.Second
+	logSlack   = 256 << 20       // what the embedded server may use on disk beside the log itself, bytes
+	appendWait = 2 * time.Second // one try; the writer of the log makes more of them
 )
 
 // LogOptions configure a [Log].
@@ -101,8 +101,11 @@ func (l *Log) open(ctx context.Context, opts LogOptions) (err error) {
 	if l.js, err = jetstream.New(l.conn); err != nil {
 		return err
 	}
-	if err = patiently(ctx, l.log, func() error { return l.ready(ctx, opts) }); err == nil {
-		l.marks, err = l.small(ctx, opts.ReadOnly, markStream, markSubject, jetstream.DiscardOld)
+	if err = Patiently(ctx, l.log, func() error { return l.ready(ctx, opts) }); err == nil {
+		err = Patiently(ctx, l.log, func() (err error) {
+			l.marks, err = l.small(ctx, opts.ReadOnly, markStream, markSubject, jetstream.DiscardOld)
+			return err
+		})
 	}
 	if err != nil && !(opts.ReadOnly && errors.Is(err, ErrNotFound) && l.stream != nil) {
 		return fmt.Errorf("make the audit log ready: %w", err)
@@ -201,7 +204,7 @@ func (l *Log) MaxMessage() int { return int(l.conn.MaxPayload()) }
 func (l *Log) Append(ctx context.Context, data []byte, after uint64) (uint64, error) {
 	ctx, cancel := context.WithTimeout(ctx, appendWait)
 	defer cancel()
-	ack, err := l.js.PublishMsg(ctx, &nats.Msg{Subject: logSubject, Data: data}, jetstream.WithExpectLastSequence(after))
+	ack, err := l.js.PublishMsg(ctx, &nats.Msg{Subject: logSubject, Data: data}, jetstream.WithExpectLastSequence(after), atOnce)
 	switch {
 	case err == nil:
 		return ack.Sequence, nil
@@ -214,7 +217,11 @@ func (l *Log) Append(ctx context.Context, data []byte, after uint64) (uint64, er
 
 // Get reads one message; [ErrNotFound] where there is none.
 func (l *Log) Get(ctx context.Context, seq uint64) ([]byte, error) {
-	msg, err := l.stream.GetMsg(ctx, seq)
+	var msg *jetstream.RawStreamMsg
+	err := tries(ctx, callPatience, func(ctx context.Context) (err error) {
+		msg, err = l.stream.GetMsg(ctx, seq)
+		return err
+	})
 	if errors.Is(err, jetstream.ErrMsgNotFound) {
 		return nil, ErrNotFound
 	}
@@ -226,7 +233,11 @@ func (l *Log) Get(ctx context.Context, seq uint64) ([]byte, error) {
 
 // Info says what the log holds at this moment.
 func (l *Log) Info(ctx context.Context) (LogInfo, error) {
-	info, err := l.stream.Info(ctx)
+	var info *jetstream.StreamInfo
+	err := tries(ctx, callPatience, func(ctx context.Context) (err error) {
+		info, err = l.stream.Info(ctx)
+		return err
+	})
 	if err != nil {
 		return LogInfo{}, fmt.Errorf("ask for the audit log: %w", err)
 	}
@@ -286,7 +297,11 @@ func (l *Log) Mark(ctx context.Context) (data []byte, revision uint64, err error
 	if l.marks == nil {
 		return nil, 0, nil
 	}
-	msg, err := l.marks.GetLastMsgForSubject(ctx, markSubject)
+	var msg *jetstream.RawStreamMsg
+	err = tries(ctx, callPatience, func(ctx context.Context) (err error) {
+		msg, err = l.marks.GetLastMsgForSubject(ctx, markSubject)
+		return err
+	})
 	if errors.Is(err, jetstream.ErrMsgNotFound) {
 		return nil, 0, nil
 	}
@@ -299,7 +314,10 @@ func (l *Log) Mark(ctx context.Context) (data []byte, revision uint64, err error
 // SetMark replaces the log's mark, a small message that is kept apart from the others. ErrConflict where somebody
 // else did since revision was read.
 func (l *Log) SetMark(ctx context.Context, data []byte, revision uint64) error {
-	_, err := l.js.PublishMsg(ctx, &nats.Msg{Subject: markSubject, Data: data}, jetstream.WithExpectLastSequence(revision))
+	err := tries(ctx, callPatience, func(ctx context.Context) error {
+		_, err := l.js.PublishMsg(ctx, &nats.Msg{Subject: markSubject, Data: data}, jetstream.WithExpectLastSequence(revision), atOnce)
+		return err
+	})
 	if err != nil && wrongRevision(err) {
 		return ErrConflict
 	}

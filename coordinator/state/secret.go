@@ -24,23 +24,54 @@ func (s *Store) TicketKey(ctx context.Context) (ed25519.PrivateKey, error) {
 	return ed25519.NewKeyFromSeed(seed), nil
 }
 
+// Secret gives what PutSecret stored under a name; [ErrNotFound] where there is nothing.
+func (s *Store) Secret(ctx context.Context, name string) ([]byte, error) {
+	msg, err := s.bucket.last(ctx, secretSubject(name))
+	if err != nil {
+		return nil, err
+	}
+	if msg == nil || gone(msg) {
+		return nil, ErrNotFound
+	}
+	return msg.Data, nil
+}
+
+// PutSecret keeps data under a name for all nodes, over what was there, and for good.
+func (s *Store) PutSecret(ctx context.Context, name string, data []byte) error {
+	_, err := s.bucket.store(ctx, &nats.Msg{Subject: secretSubject(name), Data: data}, anyRevision)
+	return err
+}
+
+// DropSecret forgets what is under a name. It is idempotent.
+func (s *Store) DropSecret(ctx context.Context, name string) error {
+	msg := &nats.Msg{Subject: secretSubject(name), Header: nats.Header{
+		operationHeader:     {operationPurge},
+		jetstream.MsgRollup: {jetstream.MsgRollupSubject},
+	}}
+	_, err := s.bucket.store(ctx, msg, anyRevision, jetstream.WithMsgTTL(markerTTL))
+	return err
+}
+
+// secretSubject is apart from those of the secrets that the store itself makes.
+func secretSubject(name string) string { return subjects + "secret.named." + token(name) }
+
 // secret reads size random bytes under a subject, and creates them where there are none.
 func (b *bucket) secret(ctx context.Context, subject string, size int) ([]byte, error) {
 	for range maxRaces {
-		msg, err := b.stream.GetLastMsgForSubject(ctx, subject)
+		msg, err := b.last(ctx, subject)
 		switch {
-		case err == nil && len(msg.Data) == size:
+		case err != nil:
+			return nil, err
+		case msg != nil && len(msg.Data) == size:
 			return msg.Data, nil
-		case err == nil:
+		case msg != nil:
 			return nil, fmt.Errorf("it has %d bytes in the state, not %d", len(msg.Data), size)
-		case !errors.Is(err, jetstream.ErrMsgNotFound):
-			return nil, fmt.Errorf("read from the state's bucket: %w", err)
 		}
 		fresh := make([]byte, size)
 		_, _ = rand.Read(fresh) // never fails, see crypto/rand
-		_, err = b.js.PublishMsg(ctx, &nats.Msg{Subject: subject, Data: fresh}, jetstream.WithExpectLastSequencePerSubject(0))
-		if err != nil && !wrongRevision(err) {
-			return nil, fmt.Errorf("write to the state's bucket: %w", err)
+		_, err = b.store(ctx, &nats.Msg{Subject: subject, Data: fresh}, 0, jetstream.WithExpectLastSequencePerSubject(0))
+		if err != nil && !errors.Is(err, ErrConflict) {
+			return nil, err
 		}
 	}
 	return nil, ErrConflict

@@ -118,7 +118,7 @@ func (s *Store) open(ctx context.Context, opts Options) error {
 	if s.conn, err = connect(opts, s.embedded, reconnected); err != nil {
 		return err
 	}
-	err = patiently(ctx, s.log, func() (err error) {
+	err = Patiently(ctx, s.log, func() (err error) {
 		s.bucket, err = openBucket(ctx, s.conn, s.now, s.log)
 		return err
 	})

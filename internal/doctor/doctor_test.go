@@ -95,7 +95,7 @@ func TestEverythingWorks(t *testing.T) {
 	}{
 		{requirements.Runner, requirements.Facts{TokenURL: parse(t, c.URL+"/token?secret=1")}, []string{"runner/release", "runner/direct"}},
 		{requirements.Gateway, requirements.Facts{Issuers: []string{c.issuer}}, []string{"gateway/targets", "gateway/direct", "gateway/listen", "gateway/router", "gateway/metrics"}},
-		{requirements.Coordinator, requirements.Facts{Issuers: []string{c.issuer}, NATS: []string{c.nats}}, []string{"coordinator/filter", "coordinator/private"}},
+		{requirements.Coordinator, requirements.Facts{Issuers: []string{c.issuer}, NATS: []string{c.nats}, ACME: c.URL + "/token"}, []string{"coordinator/filter", "coordinator/private", "coordinator/challenge"}},
 	} {
 		t.Run(string(tc.party), func(t *testing.T) {
 			tc.facts.Coordinator = parse(t, c.URL)

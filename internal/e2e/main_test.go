@@ -38,6 +38,7 @@ func TestMain(m *testing.M) {
 	}
 	_ = lab.Enter() // each test names the reason, through lab.Require
 	code := m.Run()
+	closeImages()
 	if os.Getenv(ownedEnv) != "" {
 		os.RemoveAll(os.Getenv(binEnv))
 	}
@@ -93,6 +94,7 @@ func scenery(t testing.TB, opts stage.Options) *stage.Stage {
 		t.Fatal(err)
 	}
 	opts.Binaries, opts.Dir = os.Getenv(binEnv), dir
+	asImage(t, &opts)
 	if opts.Service == nil {
 		opts.Service = http.HandlerFunc(serve)
 	}

@@ -113,6 +113,14 @@ func (h *Host) Addr6() netip.Addr { return h.addr.v6.Addr() }
 // Public is the address under which the internet sees the host: its own, or that of the NAT in front of it.
 func (h *Host) Public() netip.Addr { return h.public }
 
+// Namespace is a file that stands for the host's network namespace while this process runs, "" in a flat lab.
+func (h *Host) Namespace() string {
+	if h.ns == nil {
+		return ""
+	}
+	return h.ns.path()
+}
+
 // Do runs f on the caller's goroutine inside the host. Sockets that f opens stay there; goroutines that f starts do not, so
 // what dials on goroutines of its own (an http.Client, say) takes [Host.Dial].
 func (h *Host) Do(f func() error) error {

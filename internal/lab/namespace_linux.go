@@ -141,6 +141,9 @@ func (ns *namespace) onKeeper(f func() error) error {
 	}
 }
 
+// path is where other processes find the namespace.
+func (ns *namespace) path() string { return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), ns.file.Fd()) }
+
 // close lets go of the namespace; it vanishes with its last process and socket. Nobody may use onKeeper any more.
 func (ns *namespace) close() {
 	ns.once.Do(func() {

@@ -16,6 +16,7 @@ func newNamespace() (*namespace, error)                             { return nil
 func (*namespace) sysctl(string, string) error                      { return errLinux }
 func (*namespace) do(func() error) error                            { return errLinux }
 func (*namespace) onKeeper(func() error) error                      { return errLinux }
+func (*namespace) path() string                                     { return "" }
 func (*namespace) close()                                           {}
 func killStrays([]*namespace) error                                 { return nil }
 func dieWithThread(*syscall.SysProcAttr)                            {}

@@ -7,7 +7,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"os/exec"
+	"strconv"
+	"strings"
 	"syscall"
 	"time"
 )
@@ -25,11 +28,14 @@ type Program struct {
 	Stdout       io.Writer
 	Stderr       io.Writer
 	Unprivileged bool // run as [UnprivilegedID], without any capability over the host
+	// PidFile is where the program writes the id of the process that does its work, where that is no child of its own, as with podman.
+	PidFile string
 }
 
 // Process is a program that was started, and the process group it leads.
 type Process struct {
 	cmd  *exec.Cmd
+	main string // Program.PidFile
 	done chan struct{}
 	err  error // of Wait; valid once done is closed
 }
@@ -46,7 +52,7 @@ func (h *Host) Start(p Program) (*Process, error) {
 	if p.Unprivileged {
 		dropPrivileges(cmd.SysProcAttr, h.ns == nil)
 	}
-	proc := &Process{cmd: cmd, done: make(chan struct{})}
+	proc := &Process{cmd: cmd, main: p.PidFile, done: make(chan struct{})}
 	if err := h.net.start(h, proc); err != nil {
 		return nil, fmt.Errorf("start %s on host %s: %w", p.Path, h.name, err)
 	}
@@ -87,21 +93,32 @@ func (h *Host) Run(ctx context.Context, p Program) (int, error) {
 	return proc.Wait(ctx)
 }
 
-// Pid is the process id, and the id of its group.
-func (p *Process) Pid() int { return p.cmd.Process.Pid }
+// Pid is the id of the process that does the work.
+func (p *Process) Pid() int {
+	if p.main != "" {
+		text, err := os.ReadFile(p.main)
+		if pid, bad := strconv.Atoi(strings.TrimSpace(string(text))); err == nil && bad == nil && pid > 1 {
+			return pid
+		}
+	}
+	return p.cmd.Process.Pid
+}
 
 // Done is closed when the process has ended and been waited for.
 func (p *Process) Done() <-chan struct{} { return p.done }
 
-// Signal sends a signal to the process alone.
+// Signal sends a signal to the process that was started, alone.
 func (p *Process) Signal(sig syscall.Signal) error { return p.cmd.Process.Signal(sig) }
 
-// Kill kills the process and its group.
+// Kill kills the process and its group, and first the one that does the work.
 func (p *Process) Kill() {
 	select {
 	case <-p.done: // the id may be somebody else's by now
 	default:
-		_ = syscall.Kill(-p.Pid(), syscall.SIGKILL) // gone already is as good
+		if main := p.Pid(); main != p.cmd.Process.Pid {
+			_ = syscall.Kill(main, syscall.SIGKILL)
+		}
+		_ = syscall.Kill(-p.cmd.Process.Pid, syscall.SIGKILL) // gone already is as good
 	}
 }
 

@@ -58,14 +58,15 @@ func TestRFC5769(t *testing.T) {
 
 func drawCheck(t *rapid.T) (Check, []byte, int) {
 	return Check{
-			ID:       drawID(t),
-			Username: rapid.StringMatching(`[A-Za-z0-9_-]{1,40}:[A-Za-z0-9_-]{1,10}`).Draw(t, "username"),
-			Nominate: rapid.Bool().Draw(t, "nominate"),
-			Seq:      rapid.Uint64().Draw(t, "seq"),
-			MTU:      rapid.Uint16().Draw(t, "mtu"),
-			Call:     rapid.Bool().Draw(t, "call"),
-			Behind:   drawBehind(t),
-			Tally:    drawTally(t),
+			ID:        drawID(t),
+			Username:  rapid.StringMatching(`[A-Za-z0-9_-]{1,40}:[A-Za-z0-9_-]{1,10}`).Draw(t, "username"),
+			Nominate:  rapid.Bool().Draw(t, "nominate"),
+			Seq:       rapid.Uint64().Draw(t, "seq"),
+			MTU:       rapid.Uint16().Draw(t, "mtu"),
+			Call:      rapid.Bool().Draw(t, "call"),
+			Behind:    drawBehind(t),
+			Handshake: rapid.SliceOfN(rapid.Byte(), 0, MaxHandshake).Draw(t, "handshake"),
+			Tally:     drawTally(t),
 		}, rapid.SliceOfN(rapid.Byte(), 1, 100).Draw(t, "key"),
 		rapid.IntRange(-1, MaxMessage).Draw(t, "size")
 }
@@ -124,6 +125,9 @@ func TestCheckAgreesWithPion(t *testing.T) {
 		name, id, ok := PeekUsername(b)
 		if !ok || string(name) != c.Username || id != c.ID || !VerifyCheck(b, key) {
 			t.Fatalf("we read %q, %x, %v", name, id, ok)
+		}
+		if got := PeekHandshake(b); !bytes.Equal(got, c.Handshake) {
+			t.Fatalf("the check carries %x, want %x", got, c.Handshake)
 		}
 		want := Asked{Nominate: c.Nominate, Seq: c.Seq, MTU: c.MTU, Call: c.Call, Behind: c.Behind, Tally: c.Tally}
 		bare, _ := AppendCheck(nil, c, key, 0)

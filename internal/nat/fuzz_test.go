@@ -21,6 +21,12 @@ func seed(f *testing.F) {
 		f.Fatal(err)
 	}
 	f.Add(behind)
+	told.Handshake = bytes.Repeat([]byte{1}, 148)
+	carries, err := AppendCheck(nil, told, benchKey, 0)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(carries)
 	for _, b := range [][]byte{
 		s.plain, s.check, s.padded, s.response, s.check[:len(s.check)-1], s.check[:headerSize], nil,
 		[]byte(rfc5769Request), []byte(rfc5769Response4), []byte(rfc5769Response6),
@@ -56,7 +62,10 @@ func FuzzPeekAsked(f *testing.F) {
 	seed(f)
 	f.Fuzz(func(t *testing.T, b []byte) {
 		before := bytes.Clone(b)
-		asked := PeekAsked(b)
+		asked, carried := PeekAsked(b), PeekHandshake(b)
+		if len(carried) > MaxHandshake || !bytes.Contains(b, carried) {
+			t.Fatalf("carries %x", carried)
+		}
 		if !bytes.Equal(b, before) {
 			t.Fatal("wrote to its input")
 		}

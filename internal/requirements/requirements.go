@@ -57,6 +57,7 @@ type Facts struct {
 	TokenURL    *url.URL     // where a job asks for its token
 	Issuers     []string     // whose keys are fetched
 	NATS        []string     // of an external state
+	ACME        string       // URL of the directory of the CA that the coordinator asks for its certificate
 	Releases    bool         // whether the action gets the client from GitHub
 }
 
@@ -207,6 +208,13 @@ func releases(f Facts) (out []Target) {
 	return out
 }
 
+func acmeDirectory(f Facts) []Target {
+	if f.ACME == "" {
+		return nil
+	}
+	return at(HTTPS, f.ACME)
+}
+
 func natsServers(f Facts) (out []Target) {
 	for _, s := range f.NATS {
 		u, err := url.Parse(s)
@@ -224,7 +232,7 @@ func natsServers(f Facts) (out []Target) {
 
 // names are looked up to see that this network's DNS knows them.
 func names(f Facts) (out []Target) {
-	for _, from := range []func(Facts) []Target{coordinatorAPI, tokenEndpoint, issuers, relaysHTTPS, relaysUDP, natsServers} {
+	for _, from := range []func(Facts) []Target{coordinatorAPI, tokenEndpoint, issuers, relaysHTTPS, relaysUDP, natsServers, acmeDirectory} {
 		for _, t := range from(f) {
 			name := Target{Kind: DNS, Host: t.Host}
 			if _, err := netip.ParseAddr(t.Host); err != nil && !slices.Contains(out, name) {

@@ -95,7 +95,7 @@ func example() Facts {
 		},
 		TokenURL: mustURL("https://pipelines.actions.githubusercontent.com/abc?api-version=2.0"),
 		Issuers:  []string{"https://token.actions.githubusercontent.com", "https://192.0.2.1/issuer"},
-		NATS:     []string{"tls://n1.example.com:4333", "nats://n2.example.com", ":"}, Releases: true,
+		NATS:     []string{"tls://n1.example.com:4333", "nats://n2.example.com", ":"}, ACME: "https://ca.example.com/dir", Releases: true,
 	}
 }
 
@@ -110,12 +110,13 @@ func TestTargets(t *testing.T) {
 		"runner/direct":       nil,
 		"gateway/issuer":      {"discovery token.actions.githubusercontent.com:443 https://token.actions.githubusercontent.com", "discovery 192.0.2.1:443 https://192.0.2.1/issuer"},
 		"coordinator/nats":    {"tcp n1.example.com:4333 ", "tcp n2.example.com:4222 "},
+		"coordinator/acme":    {"https ca.example.com:443 https://ca.example.com/dir"},
 		"coordinator/https":   {"api culvert.example.com:443 https://culvert.example.com/base"},
 		"relay/https":         nil,
 		"gateway/coordinator": {"api culvert.example.com:443 https://culvert.example.com/base"},
 		"coordinator/filter":  nil,
 		"gateway/router":      nil,
-		"runner/dns":          {"dns culvert.example.com:0 ", "dns pipelines.actions.githubusercontent.com:0 ", "dns token.actions.githubusercontent.com:0 ", "dns relay.example.com:0 ", "dns n1.example.com:0 ", "dns n2.example.com:0 "},
+		"runner/dns":          {"dns culvert.example.com:0 ", "dns pipelines.actions.githubusercontent.com:0 ", "dns token.actions.githubusercontent.com:0 ", "dns relay.example.com:0 ", "dns n1.example.com:0 ", "dns n2.example.com:0 ", "dns ca.example.com:0 "},
 		"runner/release":      {"https github.com:443 https://github.com/", "https release-assets.githubusercontent.com:443 https://release-assets.githubusercontent.com/", "https objects.githubusercontent.com:443 https://objects.githubusercontent.com/"},
 		"coordinator/issuer":  {"discovery token.actions.githubusercontent.com:443 https://token.actions.githubusercontent.com", "discovery 192.0.2.1:443 https://192.0.2.1/issuer"},
 		"coordinator/probe":   {"stun culvert.example.com:3479 ", "stun stun.example.com:19302 "},

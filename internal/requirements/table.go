@@ -175,6 +175,16 @@ func coordinator() []Row {
 			When: "with `state: {nats: …}`", Required: true, targets: natsServers,
 		},
 		{
+			ID: "coordinator/acme", Party: Coordinator, Direction: Out, Peer: "the CA's directory (`acme.directory`), Let's Encrypt's unless another is named", Protocol: "TCP", Port: "443",
+			Carries: "HTTPS", Purpose: "getting and renewing its certificate",
+			When: "with `acme`", Required: true, targets: acmeDirectory,
+		},
+		{
+			ID: "coordinator/challenge", Party: Coordinator, Direction: In, Peer: "the CA, from anywhere", Protocol: "TCP", Port: "80 (`acme.http`)",
+			Carries: "HTTP", Purpose: "showing the CA that the name is its own; without it that happens on port 443",
+			When: "with `acme: {http: …}`",
+		},
+		{
 			ID: "coordinator/private", Party: Coordinator, Direction: In, Peer: "monitoring and operators", Protocol: "TCP", Port: "as `private.listen` says, usually 9090 on loopback",
 			Carries: "HTTP", Purpose: "metrics, health and the audit log",
 			When: "with `private: {listen: …}`",

@@ -141,11 +141,15 @@ func (s *Stage) daemon(h *lab.Host, name string, p lab.Program) (*lab.Process, e
 
 // StartCoordinator starts the coordinator, on the state that it left, and returns when it is ready.
 func (s *Stage) StartCoordinator(ctx context.Context) error {
-	proc, err := s.daemon(s.Cloud, "coordinator", lab.Program{
+	program, err := s.coordinatorProgram(lab.Program{
 		Path: s.Binary("culvert-coordinator"),
 		Args: []string{"serve", "--config", s.ConfigFile()},
 		Env:  s.environ(s.Cloud),
 	})
+	if err != nil {
+		return err
+	}
+	proc, err := s.daemon(s.Cloud, "coordinator", program)
 	if err != nil {
 		return err
 	}
@@ -262,9 +266,13 @@ func (s *Stage) launchGateway(log string, port uint16, args ...string) (*lab.Pro
 	} else {
 		args = append(args, "--owner", OwnerID)
 	}
-	return s.daemon(s.GatewayBox, log, lab.Program{
+	program, err := s.gatewayProgram(log, lab.Program{
 		Path: s.Binary("culvert-gateway"), Args: args, Env: s.environ(s.GatewayBox), Unprivileged: true,
 	})
+	if err != nil {
+		return nil, err
+	}
+	return s.daemon(s.GatewayBox, log, program)
 }
 
 // Gateway is the gateway's process.

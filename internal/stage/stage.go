@@ -24,6 +24,7 @@ import (
 
 	"github.com/culvertnet/culvert/internal/claims/claimstest"
 	"github.com/culvertnet/culvert/internal/lab"
+	"github.com/culvertnet/culvert/internal/lab/podman"
 )
 
 // Network is the name of the private network.
@@ -73,6 +74,9 @@ type Options struct {
 	Coordinator string
 	// Service handles the service's HTTP ports.
 	Service http.Handler
+	// Images runs the gateway from its image, see [BuildImages]; the coordinator too, where CoordinatorImage says so.
+	Images           *podman.Engine
+	CoordinatorImage bool
 	// Names are what the private network's DNS knows, and the gateway asks. All lead to the service's host.
 	Names []string
 }

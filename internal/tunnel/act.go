@@ -73,6 +73,9 @@ func (p *Peer) messages(now time.Time) []outgoing {
 			Seq: p.seq, Call: o.call, Leave: p.engine.leaving, Behind: o.behind,
 			Tally: p.tally.tell(),
 		}
+		if p.opts.Initiate && !o.valid && o.mtu == 0 {
+			c.Handshake = p.handshake.carried(now)
+		}
 		if p.opts.Initiate {
 			c.MTU = uint16(p.engine.settle())
 		}
@@ -123,7 +126,10 @@ func randomID() nat.TxID {
 
 // rearm sets the timer for the next thing to do.
 func (p *Peer) rearm(now time.Time) {
-	wake := sooner(sooner(p.engine.wake(now), p.handshake.wake()), p.punch.wake())
+	wake := sooner(p.engine.wake(now), p.punch.wake())
+	if p.current.Load() != nil || p.hint.Load() != nil {
+		wake = sooner(wake, p.handshake.wake())
+	}
 	for _, l := range p.legs {
 		wake = sooner(wake, l.next)
 	}
@@ -169,19 +175,21 @@ func (p *Peer) dropped(gone *path) {
 	p.tunnel.bind.table.drop(gone)
 }
 
-// start asks the device for the first handshake.
+// start has the device begin the first handshake, again where it has given up. It does nothing while one is under way.
 func (p *Peer) start() {
-	if !p.opts.Initiate || p.started {
-		return
+	if p.opts.Initiate && p.handshake.completed.Load() == 0 {
+		p.tunnel.tasks.Go(p.initiate)
 	}
-	p.started = true
-	p.tunnel.tasks.Go(func() { p.tunnel.device.shake(p) })
 }
 
+// initiate has the device make an initiation, at most every five seconds. The first is made before there is a path: checks carry it
+// ahead.
+func (p *Peer) initiate() { p.tunnel.device.shake(p) }
+
 // requested handles an authentic check from the peer. Our own check goes out before the answer, so that the path is validated
-// on both sides before the first packet that follows the answer. A repeated one is not answered, whoever repeats it.
-func (p *Peer) requested(from *route, id nat.TxID, asked nat.Asked) {
-	answer := false
+// on both sides before the first packet that follows the answer. A repeated one is not answered, whoever repeats it; false is given
+// then.
+func (p *Peer) requested(from *route, id nat.TxID, asked nat.Asked) (answer bool) {
 	p.act(func(now time.Time) {
 		if !p.seen.fresh(asked.Seq) {
 			return
@@ -210,11 +218,12 @@ func (p *Peer) requested(from *route, id nat.TxID, asked nat.Asked) {
 		}
 	})
 	if !answer {
-		return
+		return false
 	}
 	if pkt, err := nat.AppendCheckResponse(nil, id, from.mapped(), p.tally.tell(), p.key, asked.Size); err == nil {
 		_ = p.tunnel.bind.sendTo(pkt, from)
 	}
+	return true
 }
 
 // answered handles an authentic answer and gives the path that it validated, or nil.
@@ -248,14 +257,45 @@ func (p *Peer) accept(from *path, pkt []byte) (*Peer, []byte) {
 	if messageType(pkt) == device.MessageTransportType {
 		return p, pkt
 	}
+	return p.greeted(pkt)
+}
+
+// greeted takes a handshake message: a repeated one gets the response that the device has given before.
+func (p *Peer) greeted(pkt []byte) (*Peer, []byte) {
 	repeated, response := p.handshake.receiving(pkt)
 	if !repeated {
 		return p, pkt
 	}
-	if to := p.current.Load(); to != nil && response != nil {
+	to := p.current.Load()
+	if to == nil {
+		to = p.hint.Load()
+	}
+	if to != nil && response != nil {
 		_ = p.tunnel.bind.sendTo(bytes.Clone(response), to)
 	}
 	return nil, nil
+}
+
+// introduced takes the initiation that an authentic check carried, which had no answer yet: the other side made it, and for this
+// session. The response goes where the check came from, as its answer does, while no path is validated. Nothing but a response
+// goes there, and no packet is taken from there.
+func (p *Peer) introduced(from *route, pkt []byte) (*Peer, []byte) {
+	if p.opts.Initiate || !isWireGuard(pkt) || messageType(pkt) != device.MessageInitiationType {
+		return nil, nil
+	}
+	if p.current.Load() == nil {
+		p.hint.Store(from)
+	}
+	p.rx.Add(uint64(len(pkt)))
+	return p.greeted(pkt)
+}
+
+// greets reports whether a message of this type may go where the other side has been heard, before a path is validated.
+func (p *Peer) greets(message uint32) bool {
+	if p.opts.Initiate {
+		return message != device.MessageTransportType
+	}
+	return message == device.MessageResponseType
 }
 
 // park keeps one handshake message that came from a spot whose checks are authentic but whose path is not validated

@@ -13,6 +13,7 @@ import (
 const (
 	firstRetry   = 20 * time.Millisecond   // doubled with every try …
 	slowestRetry = 1280 * time.Millisecond // … up to this
+	streamRetry  = 320 * time.Millisecond  // and not below this where nothing gets lost on the way
 	leadTries    = 11                      // checks before a candidate rests, leading side: 7.7 s
 	followTries  = 8                       // the same, following side: 3.8 s
 	answerTries  = 3                       // checks that one check from an unknown address, or a call, draws
@@ -186,7 +187,11 @@ func (e *engine) after(p *path, now time.Time) time.Time {
 	case !e.lead && p.tries >= p.limit:
 		return time.Time{}
 	}
-	return now.Add(min(firstRetry<<(p.tries-1), slowestRetry))
+	retry := min(firstRetry<<(p.tries-1), slowestRetry)
+	if p.spot.stream() {
+		retry = max(retry, streamRetry)
+	}
+	return now.Add(retry)
 }
 
 // rest is how long a path that does not answer is left alone.
@@ -282,7 +287,7 @@ func (e *engine) answered(p *path, id nat.TxID, r *route, now time.Time) bool {
 		p.valid, p.since = true, now
 		p.open.Store(true)
 		if e.lead {
-			p.size.search(e.most, now)
+			e.search(p, now)
 		}
 	}
 	p.next = time.Time{}
@@ -298,6 +303,14 @@ func (e *engine) answered(p *path, id nat.TxID, r *route, now time.Time) bool {
 	}
 	e.choose(now, "validated")
 	return true
+}
+
+// search begins to look for the sizes that a path takes.
+func (e *engine) search(p *path, now time.Time) {
+	if p.spot.stream() {
+		now = now.Add(streamSearch)
+	}
+	p.size.search(e.most, now)
 }
 
 // sized learns from an answer which sizes a path takes.
@@ -388,7 +401,7 @@ func (e *engine) refresh(now time.Time) {
 			p.limit = answerTries
 		}
 		if p.valid && e.lead {
-			p.size.search(e.most, now)
+			e.search(p, now)
 		}
 	}
 }
@@ -401,7 +414,7 @@ func (e *engine) moved(from, to *path, now time.Time) {
 	to.tries, to.next = 0, now
 	to.open.Store(true)
 	if e.lead {
-		to.size.search(e.most, now)
+		e.search(to, now)
 	}
 	if e.nominee == from {
 		e.nominee = to

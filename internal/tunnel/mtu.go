@@ -22,10 +22,11 @@ var mtus = [...]int{
 
 // Timing of the search for the MTU.
 const (
-	sizeWait    = 150 * time.Millisecond // for the answers of a round, at least
-	sizeRounds  = 4                      // rounds before what has been found stands
-	sizeRaise   = 10 * time.Minute       // a path that takes less than the most is tried anew after this
-	sizeMissing = 2                      // full-sized checks in a row that go missing where small ones come back
+	sizeWait     = 150 * time.Millisecond // for the answers of a round, at least
+	sizeRounds   = 4                      // rounds before what has been found stands
+	sizeRaise    = 10 * time.Minute       // a path that takes less than the most is tried anew after this
+	streamSearch = 500 * time.Millisecond // on a WebSocket a search waits so long: there the first packets would wait for it
+	sizeMissing  = 2                      // full-sized checks in a row that go missing where small ones come back
 )
 
 // sizer finds how large a packet a path takes, both ways, by checks that are padded to a packet's size and are answered in the

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"golang.zx2c4.com/wireguard/conn"
+	"golang.zx2c4.com/wireguard/device"
 
 	"github.com/culvertnet/culvert/internal/repair"
 	"github.com/culvertnet/culvert/internal/wire"
@@ -22,8 +23,8 @@ type PeerOptions struct {
 	AllowedIPs []netip.Prefix // WireGuard's cryptokey routing
 	Candidates []wire.Candidate
 	Relays     []Grant // relays that the session may use; the session's id has to be the client key's then
-	// Initiate makes this the leading side, the client: it keeps the paths alive, chooses, and starts the handshake as soon as
-	// a path shows life. The other side follows.
+	// Initiate makes this the leading side, the client: it keeps the paths alive, chooses, and starts the handshake, which its first
+	// checks carry. The other side follows.
 	Initiate bool
 	// OnPath is called, never concurrently for one peer and never from a packet path, when the chosen path changes. A
 	// zero Path says that none is left.
@@ -33,6 +34,9 @@ type PeerOptions struct {
 	OnMTU func(mtu int)
 	// OnLeave is called like OnPath, once, when the other side has said that it is about to go away.
 	OnLeave func()
+	// Sent is called from packet paths when so many data packets have gone to the socket, or nowhere because there is no path, and with
+	// 0 after handshake messages.
+	Sent func(packets int)
 }
 
 // Status is a peer's state at one moment.
@@ -78,7 +82,6 @@ type Peer struct {
 	seq       uint64 // of our last check
 	seen      replay // of the other side's checks
 	timer     *time.Timer
-	started   bool // the first handshake has been asked for
 	fresh     bool // a path has just come up
 	closed    bool
 	notifying bool
@@ -165,6 +168,12 @@ func (p *Peer) SetAllowedIPs(prefixes []netip.Prefix) error {
 
 // MTU is the largest packet inside the tunnel, in bytes, as far as is known. It takes no lock.
 func (p *Peer) MTU() int { return int(p.mtu.Load()) }
+
+// Live tells whether the device has keys for the peer, as far as is known. It takes no lock.
+func (p *Peer) Live() bool {
+	at := p.handshake.completed.Load()
+	return at != 0 && time.Since(time.Unix(0, at)) < device.RejectAfterTime
+}
 
 // Status reads the peer's state.
 func (p *Peer) Status() Status {

@@ -31,7 +31,8 @@ type inbox struct {
 	*bind
 	last  *path // packets come in runs from one spot
 	timer *time.Timer
-	run   repair.Run // of last's peer, not yet in its tally
+	run   repair.Run // of packets that are not yet in the tally …
+	runOf *Peer      // … of this peer
 	// release has packets for the device that have waited, if it is not nil.
 	release *mender
 }
@@ -59,7 +60,6 @@ func (in *inbox) fill(a arrivals, bufs [][]byte, sizes []int, eps []conn.Endpoin
 			return n, false
 		}
 		if in.last == nil || in.last.spot != from.spot || in.last.gone.Load() {
-			in.tally()
 			in.last = in.table.lookup(from.spot)
 		}
 		p, packet := in.accept(packet, in.last, from)
@@ -79,8 +79,9 @@ func (in *inbox) fill(a arrivals, bufs [][]byte, sizes []int, eps []conn.Endpoin
 func (in *inbox) mended(p *Peer, packet []byte) bool {
 	switch {
 	case repair.IsTransport(packet):
-		if !in.run.Add(packet) {
+		if p != in.runOf || !in.run.Add(packet) {
 			in.tally()
+			in.runOf = p
 			in.run.Add(packet)
 		}
 		m := p.mender.Load()
@@ -104,7 +105,7 @@ func (in *inbox) mended(p *Peer, packet []byte) bool {
 // tally counts the run that has ended.
 func (in *inbox) tally() {
 	if in.run.N > 0 {
-		in.last.peer.tally.note(in.run)
+		in.runOf.tally.note(in.run)
 		in.run.N = 0
 	}
 }
@@ -121,10 +122,7 @@ func (b *bind) accept(pkt []byte, p *path, from *route) (*Peer, []byte) {
 		return p.peer.accept(p, pkt)
 	case nat.IsSTUN(pkt):
 		origin := *from
-		if p := b.stun(pkt, &origin); p != nil {
-			return p.peer.unpark(p)
-		}
-		return nil, nil
+		return b.stun(pkt, &origin)
 	case p != nil && p.open.Load() && repair.IsParity(pkt):
 		return p.peer, pkt
 	}

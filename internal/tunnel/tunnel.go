@@ -213,6 +213,9 @@ func (t *Tunnel) AddPeer(opts PeerOptions) (*Peer, error) {
 		t.RemovePeer(p)
 		return nil, fmt.Errorf("add the peer of session %s: %w", opts.Session, err)
 	}
+	if opts.Initiate {
+		p.initiate()
+	}
 	t.listen(p)
 	p.AddCandidates(opts.Candidates)
 	p.AddRelays(opts.Relays)

@@ -1,0 +1,155 @@
+package state
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"net/http"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+// How long calls to JetStream are waited for. A stream whose leader has died elects another one after 4 to 9 s, and what was
+// asked meanwhile is never answered: a call is therefore given up soon, and made again.
+const (
+	firstTry = time.Second // one call; twice that for each that follows, so that a slow server is not asked faster and faster
+	lastTry  = 4 * time.Second
+
+	callPatience  = 12 * time.Second // all tries of a call, where its caller has less time to spare: a server's death, noticed late, and an election
+	startPatience = time.Minute      // at the start: for a cluster that was started together with us, or has just lost a server
+
+	firstAgain = 10 * time.Millisecond // between tries
+	lastAgain  = 250 * time.Millisecond
+)
+
+// tries makes a call again and again while JetStream has no leader, or the connection is broken: f, each time with a time of its
+// own. What f does must bear being done twice. It ends with f's last error when ctx does, or after patience.
+func tries(ctx context.Context, patience time.Duration, f func(ctx context.Context) error) error {
+	deadline := time.Now().Add(patience)
+	for try, again := firstTry, firstAgain; ; try, again = min(2*try, lastTry), min(2*again, lastAgain) {
+		err := once(ctx, try, f)
+		if err == nil || !leaderless(err) || ctx.Err() != nil || time.Now().After(deadline) {
+			return err
+		}
+		select {
+		case <-time.After(again/2 + rand.N(again)): // apart from others that wait for the same
+		case <-ctx.Done():
+			return err
+		}
+	}
+}
+
+func once(ctx context.Context, limit time.Duration, f func(ctx context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	return f(ctx)
+}
+
+// Patiently does f again, for a minute, while JetStream has no leader.
+func Patiently(ctx context.Context, log *slog.Logger, f func() error) error {
+	warned := false
+	for deadline := time.Now().Add(startPatience); ; {
+		err := f()
+		if err == nil || !leaderless(err) || ctx.Err() != nil || time.Now().After(deadline) {
+			return err
+		}
+		if !warned {
+			log.Warn("nats is not ready yet", "err", err)
+			warned = true
+		}
+		select {
+		case <-time.After(lastAgain):
+		case <-ctx.Done():
+			return err
+		}
+	}
+}
+
+// leaderless reports whether an error is what JetStream says, or keeps silent with, while it elects a leader.
+func leaderless(err error) bool {
+	if apiErr, ok := errors.AsType[*jetstream.APIError](err); ok {
+		return apiErr.Code == http.StatusServiceUnavailable
+	}
+	for _, passing := range []error{errComing, context.DeadlineExceeded, nats.ErrTimeout, nats.ErrNoResponders, nats.ErrDisconnected, nats.ErrConnectionReconnecting,
+		nats.ErrStaleConnection, jetstream.ErrNoStreamResponse} {
+		if errors.Is(err, passing) {
+			return true
+		}
+	}
+	return false
+}
+
+// atOnce leaves it to tries when to try again.
+var atOnce = jetstream.WithRetryAttempts(0)
+
+// store publishes a message, and gives its sequence. A try that nobody has answered may have been stored all the same; what stands
+// under the subject then tells. [ErrConflict] where something else than expect does.
+func (b *bucket) store(ctx context.Context, msg *nats.Msg, expect uint64, opts ...jetstream.PublishOpt) (sequence uint64, err error) {
+	unsure := false
+	err = tries(ctx, callPatience, func(ctx context.Context) error {
+		ack, err := b.js.PublishMsg(ctx, msg, append(opts, atOnce)...)
+		switch {
+		case err == nil:
+			sequence = ack.Sequence
+		case wrongRevision(err):
+			sequence, err = b.settled(ctx, msg, expect, unsure)
+		default:
+			unsure = true
+		}
+		return err
+	})
+	if err != nil && !errors.Is(err, ErrConflict) {
+		err = fmt.Errorf("write to the state's bucket: %w", err)
+	}
+	return sequence, err
+}
+
+// errComing says that a message was refused because of another one that is being stored just now: a cluster's leader knows of that
+// before it can be read, and it may come to nothing.
+var errComing = errors.New("another change is on its way")
+
+// settled says what became of a message that was refused: [ErrConflict] where something else stands in its place, its sequence where
+// that is itself, stored by an earlier try that nobody answered.
+func (b *bucket) settled(ctx context.Context, msg *nats.Msg, expect uint64, unsure bool) (uint64, error) {
+	there, err := b.stream.GetLastMsgForSubject(ctx, msg.Subject)
+	removal := msg.Header.Get(operationHeader) != ""
+	switch {
+	case errors.Is(err, jetstream.ErrMsgNotFound) && expect == 0:
+		return 0, errComing
+	case errors.Is(err, jetstream.ErrMsgNotFound) && unsure && removal:
+		return expect, nil // and its marker is gone as well
+	case errors.Is(err, jetstream.ErrMsgNotFound):
+		return 0, ErrConflict
+	case err != nil:
+		return 0, err
+	case there.Sequence == expect:
+		return 0, errComing
+	case unsure && removal && gone(there), unsure && !removal && !gone(there) && string(there.Data) == string(msg.Data):
+		return there.Sequence, nil
+	}
+	return 0, ErrConflict
+}
+
+// last gives the last message under a subject, nil where there is none.
+func (b *bucket) last(ctx context.Context, subject string) (msg *jetstream.RawStreamMsg, err error) {
+	err = tries(ctx, callPatience, func(ctx context.Context) (err error) {
+		msg, err = b.stream.GetLastMsgForSubject(ctx, subject)
+		return err
+	})
+	if errors.Is(err, jetstream.ErrMsgNotFound) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read from the state's bucket: %w", err)
+	}
+	return msg, nil
+}
+
+// gone reports whether a message says that what was under its subject is gone.
+func gone(msg *jetstream.RawStreamMsg) bool {
+	return msg.Header.Get(operationHeader) != "" || msg.Header.Get(jetstream.MarkerReasonHeader) != ""
+}
