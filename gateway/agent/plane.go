@@ -156,12 +156,14 @@ func (p *plane) open(id string, key wire.Key, addrs []netip.Addr, r reach, scope
 		return nil, fmt.Errorf("add the session to the forwarder: %w", err)
 	}
 	way := &passage{addrs: addrs}
+	p.narrow.set(way, tunnel.StartMTU) // until the client has found out what fits
 	peer, err := p.tunnel.AddPeer(tunnel.PeerOptions{
 		Key: key, Session: cmp.Or(r.way, id), AllowedIPs: hostPrefixes(addrs), Candidates: r.candidates, Relays: r.relays,
 		OnMTU: func(mtu int) { p.narrow.set(way, mtu) },
 	})
 	if err != nil {
 		fwd.Remove(flows)
+		p.narrow.forget(way)
 		return nil, fmt.Errorf("add the peer: %w", err)
 	}
 	return &place{Peer: peer, Session: flows, plane: p, way: way, fwd: fwd}, nil
