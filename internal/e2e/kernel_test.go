@@ -80,6 +80,8 @@ func TestKernelWireGuard(t *testing.T) {
 	socket := "file /run/wireguard/" + m.status(t).Interface + ".sock" // a file outlives who is killed
 	m.call(t, "kill", map[string]any{"PID": m.status(t).PID}, nil)
 	m.unchanged(t, before, "file /run/wireguard", socket)
+	m.culvert(t, 1, "down")
+	m.unchanged(t, before)
 	m.up(t, "tun") // and nothing is in the way of the next; wg shows that one, too
 	m.transfer(t)
 	m.shown(t, "")
