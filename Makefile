@@ -20,7 +20,7 @@ PACKAGES  = $(shell $(GO) list ./... | grep -v '/internal/e2e')
 export CGO_ENABLED = 0
 GOBUILD = $(GO) build -trimpath -ldflags '-s -w -X main.version=$(VERSION)'
 
-.PHONY: build demo test check action unit e2e images act matrix cluster kernel bench charts dist packages pin pinned reproducible fuzz clean tools-test tools-bench FORCE
+.PHONY: build demo test check action unit e2e images act matrix cluster kernel bench charts terraform dist packages pin pinned reproducible fuzz clean tools-test tools-bench FORCE
 
 build: $(BINARIES)
 
@@ -112,6 +112,10 @@ bench: tools-bench build
 # The charts, against the API's types and the table of what Culvert needs. A module of its own, with Kubernetes' dependencies.
 charts:
 	cd deploy/helm/check && $(GO) vet . && $(GO) test -count=1 .
+
+# The examples for clouds, with HCL's parser, against the same table.
+terraform:
+	cd deploy/terraform/check && $(GO) vet . && $(GO) test -count=1 .
 
 # Every fuzzer for FUZZTIME each.
 fuzz:

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"net"
+	"regexp"
 	"slices"
 	"strconv"
 
@@ -55,18 +56,31 @@ func (r *reader) ports(d *document) (udp, probe string) {
 		}
 		return "", ""
 	}
-	udp = r.address("$.udp", d.UDP, DefaultUDP)
+	udp = r.addressOrName("$.udp", d.UDP, DefaultUDP)
 	switch d.Probe {
 	case off:
 		return udp, ""
 	case "":
 		return udp, nextPort(udp)
 	}
-	probe = r.address("$.probe", d.Probe, "")
+	probe = r.addressOrName("$.probe", d.Probe, "")
 	if probe == udp && !ephemeral(udp) {
 		r.fail("$.probe", "probe and udp are the same address", "give probe another port, or remove it for the one after udp's")
 	}
 	return udp, probe
+}
+
+// localName is how a machine's own hosts file may call one of its addresses.
+var localName = regexp.MustCompile(`^[a-z][a-z0-9-]{0,62}(\.[a-z0-9-]{1,63}){0,8}$`)
+
+// addressOrName is [reader.address] that takes a name as well: on Fly.io datagrams come to the address behind fly-global-services alone.
+func (r *reader) addressOrName(path, s, otherwise string) string {
+	if host, port, err := net.SplitHostPort(s); err == nil && localName.MatchString(host) {
+		if n, err := strconv.ParseUint(port, 10, 16); err == nil && n > 0 {
+			return s
+		}
+	}
+	return r.address(path, s, otherwise)
 }
 
 func ephemeral(addr string) bool {

@@ -200,7 +200,7 @@ func (r *relay) up() error {
 
 // took notes that n bytes have gone to the target.
 func (r *relay) took(n int) {
-	r.window.took(n)
+	r.window.took(n, r.fl.share)
 	r.fl.carry(n, 0)
 }
 
@@ -243,7 +243,8 @@ func (r *relay) carried(n int) {
 
 // await waits until the stack has room again. A reset wakes it as well.
 func (r *relay) await(writable <-chan struct{}) {
-	r.window.grow(r.total)
+	share, full := r.fl.share()
+	r.window.fit(r.total, share, full)
 	<-writable
 }
 

@@ -47,6 +47,7 @@ const (
 	sendMax       = 16 << 20         // the same: a writer is woken when half of it is free
 	timeWait      = 10 * time.Second // a gateway closes many flows first; the port pair is the job's, not ours
 	synRetries    = 5                // about a minute
+	minRTO        = time.Second      // RFC 6298, section 2.4: downloads that begin at once delay each other by more than the 200 ms of the stack
 )
 
 // Options configure a [Device].
@@ -83,9 +84,10 @@ type Device struct {
 	link   *link
 	events chan tun.Event
 
-	// Reading side; readMu because the splitter carries over what a batch had no room for.
+	// Reading side; readMu because a splitter carries over what a batch had no room for.
 	readMu sync.Mutex
-	split  splitter
+	path   atomic.Pointer[func(netip.Addr) int] // see [Device.SetPathMTU]
+	ident  uint32                               // of fragments; Read's
 
 	// Writing side.
 	inbound  [2]stack.NetworkEndpoint // IPv4, IPv6
@@ -115,8 +117,7 @@ func New(opts Options) (*Device, error) {
 		events:    make(chan tun.Event, 1),
 		addresses: make(map[netip.Addr]struct{}),
 	}
-	d.link = newLink(opts.MTU, &d.counters)
-	d.split.mtu, d.split.counters = opts.MTU, &d.counters
+	d.link = newLink(opts.MTU, d.newOutbound())
 	d.mergers.New = func() any { return newMerger() }
 	if err := d.setup(); err != nil {
 		d.stack.Destroy()
@@ -124,6 +125,17 @@ func New(opts Options) (*Device, error) {
 	}
 	d.events <- tun.EventUp
 	return d, nil
+}
+
+// newOutbound makes what waits between the stack and Read: on a gateway, a lane for each session.
+func (d *Device) newOutbound() outbound {
+	split := func() *splitter {
+		return &splitter{mtu: d.opts.MTU, counters: &d.counters, path: &d.path, ident: &d.ident}
+	}
+	if d.opts.Forward {
+		return newLanes(&d.counters, split)
+	}
+	return single{newQueue(queueLimit, queueReserve, queueWait, &d.counters), split()}
 }
 
 // newStack makes the stack itself. A forwarding stack must not short-cut packets between the addresses that it plays,
@@ -181,7 +193,8 @@ func tuneTCP(s *stack.Stack) error {
 	rcv := tcpip.TCPReceiveBufferSizeRangeOption{Min: bufferMin, Default: bufferDefault, Max: receiveMax}
 	wait := tcpip.TCPTimeWaitTimeoutOption(timeWait)
 	retries := tcpip.TCPSynRetriesOption(synRetries)
-	for _, opt := range []tcpip.SettableTransportProtocolOption{&sack, &recovery, &moderate, &snd, &rcv, &wait, &retries} {
+	timeout := tcpip.TCPMinRTOOption(minRTO)
+	for _, opt := range []tcpip.SettableTransportProtocolOption{&sack, &recovery, &moderate, &snd, &rcv, &wait, &retries, &timeout} {
 		if err := s.SetTransportProtocolOption(tcp.ProtocolNumber, opt); err != nil {
 			return fmt.Errorf("set %T: %v", opt, err)
 		}
@@ -257,10 +270,10 @@ func (d *Device) Close() error {
 		d.closed.Store(true)
 		d.writing.Unlock()
 		d.link.acks.close()
-		d.link.queue.close()
+		d.link.out.close()
 		d.stack.Destroy()
 		d.readMu.Lock() // Read has been woken by the queue
-		d.split.drop()
+		d.link.out.drop()
 		d.readMu.Unlock()
 		close(d.events)
 	})
@@ -295,12 +308,7 @@ type Stats struct {
 }
 
 // Depth is how much waits between the stack and Read, in bytes.
-func (d *Device) Depth() int {
-	q := d.link.queue
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	return q.bytes
-}
+func (d *Device) Depth() int { return d.link.out.depth() }
 
 type counters struct {
 	read, written, merged, joined, malformed, filtered, overflow atomic.Uint64

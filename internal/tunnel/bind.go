@@ -84,6 +84,9 @@ func (b *bind) Send(bufs [][]byte, endpoint conn.Endpoint) error {
 	if !ok {
 		return conn.ErrWrongEndpointType
 	}
+	if p.opts.Sent != nil {
+		defer p.opts.Sent(dataPackets(bufs))
+	}
 	if p.handshake.sending(bufs[0]) {
 		p.act(func(time.Time) {}) // sets the timer for sending it again
 	}
@@ -105,6 +108,14 @@ func (b *bind) Send(bufs [][]byte, endpoint conn.Endpoint) error {
 	}
 	b.out.give(len(bufs))
 	return b.transmit(bufs, r)
+}
+
+// dataPackets is how many of the packets that the device sends at once came from the TUN.
+func dataPackets(bufs [][]byte) int {
+	if messageType(bufs[0]) != device.MessageTransportType || len(bufs[0]) <= device.MessageKeepaliveSize {
+		return 0
+	}
+	return len(bufs)
 }
 
 // transmit sends packets over a route. It may write into them and behind them, up to their capacity.

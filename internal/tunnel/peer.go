@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"golang.zx2c4.com/wireguard/conn"
+	"golang.zx2c4.com/wireguard/device"
 
 	"github.com/culvertnet/culvert/internal/wire"
 )
@@ -28,10 +29,13 @@ type PeerOptions struct {
 	// zero Path says that none is left.
 	OnPath func(Path)
 	// OnMTU is called like OnPath when the largest packet that fits inside the tunnel is found to be another than it was; at first
-	// that is [DefaultMTU]. Both sides agree on it. Larger packets get lost: the TUN device has to be told.
+	// that is [StartMTU]. Both sides agree on it. Larger packets get lost: the TUN device has to be told.
 	OnMTU func(mtu int)
 	// OnLeave is called like OnPath, once, when the other side has said that it is about to go away.
 	OnLeave func()
+	// Sent is called from packet paths when so many data packets have gone to the socket, or nowhere because there is no path, and with
+	// 0 after handshake messages.
+	Sent func(packets int)
 }
 
 // Status is a peer's state at one moment.
@@ -155,6 +159,12 @@ func (p *Peer) SetAllowedIPs(prefixes []netip.Prefix) error {
 
 // MTU is the largest packet inside the tunnel, in bytes, as far as is known. It takes no lock.
 func (p *Peer) MTU() int { return int(p.mtu.Load()) }
+
+// Live tells whether the device has keys for the peer, as far as is known. It takes no lock.
+func (p *Peer) Live() bool {
+	at := p.handshake.completed.Load()
+	return at != 0 && time.Since(time.Unix(0, at)) < device.RejectAfterTime
+}
 
 // Status reads the peer's state.
 func (p *Peer) Status() Status {
