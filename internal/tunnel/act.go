@@ -75,7 +75,7 @@ func (p *Peer) messages(now time.Time) []outgoing {
 			c.Handshake = p.handshake.carried(now)
 		}
 		if p.opts.Initiate {
-			c.MTU = uint16(p.engine.settle())
+			c.MTU = uint16(p.engine.told())
 		}
 		size := 0
 		if o.mtu > 0 {
@@ -102,7 +102,7 @@ func (p *Peer) settle(now time.Time) {
 			p.tunnel.relays.feel(l, lonely, carries, now)
 		}
 	}
-	if mtu := p.engine.settle(); mtu > 0 && mtu != p.MTU() {
+	if mtu := p.engine.fit(); mtu > 0 && mtu != p.MTU() {
 		p.mtu.Store(int32(mtu))
 		p.latestMTU = mtu
 	}

@@ -29,7 +29,7 @@ type PeerOptions struct {
 	// zero Path says that none is left.
 	OnPath func(Path)
 	// OnMTU is called like OnPath when the largest packet that fits inside the tunnel is found to be another than it was; at first
-	// that is [DefaultMTU]. Both sides agree on it. Larger packets get lost: the TUN device has to be told.
+	// that is [StartMTU]. Both sides agree on it. Larger packets get lost: the TUN device has to be told.
 	OnMTU func(mtu int)
 	// OnLeave is called like OnPath, once, when the other side has said that it is about to go away.
 	OnLeave func()

@@ -241,7 +241,7 @@ func (t *Tunnel) register(opts PeerOptions) (*Peer, error) {
 	p.engine = engine{lead: opts.Initiate, most: DefaultMTU, onChange: p.changed, onDrop: p.dropped, succeeded: p.succeeded}
 	p.punch = newPunch(opts.Initiate, t.crowd)
 	p.handshake.done = make(chan struct{})
-	p.mtu.Store(DefaultMTU)
+	p.mtu.Store(StartMTU)
 	p.seq = uint64(time.Now().UnixMicro()) // so that a session that is added again goes on where it was
 	var err error
 	if p.key, err = checkKey(t.key, opts.Key, opts.Session); err != nil {
