@@ -263,6 +263,10 @@ func (p *Peer) accept(from *path, pkt []byte) (*Peer, []byte) {
 // greeted takes a handshake message: a repeated one gets the response that the device has given before.
 func (p *Peer) greeted(pkt []byte) (*Peer, []byte) {
 	repeated, response := p.handshake.receiving(pkt)
+	if !repeated && p.asleep.Load() {
+		p.rouse(pkt)
+		return nil, nil
+	}
 	if !repeated {
 		return p, pkt
 	}

@@ -69,6 +69,9 @@ type Peer struct {
 	alive     atomic.Int64 // when it last answered a check, Unix nanoseconds
 	successor atomic.Pointer[Peer]
 	handshake handshake
+	asleep    atomic.Bool          // the device does not know the peer
+	woken     atomic.Int64         // when it last learned of it, Unix nanoseconds
+	dozing    sync.Mutex           // held while the device learns or forgets; taken before mu
 	line      atomic.Pointer[line] // towards a device outside this process
 	tally     tally
 	parities  atomic.Pointer[parities] // nil while little is lost
@@ -83,6 +86,8 @@ type Peer struct {
 	seen      replay // of the other side's checks
 	timer     *time.Timer
 	fresh     bool // a path has just come up
+	waking    bool
+	letter    []byte // for the device, once it knows the peer
 	closed    bool
 	notifying bool
 	latest    *Path // to be told to OnPath

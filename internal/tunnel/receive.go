@@ -39,6 +39,9 @@ type inbox struct {
 
 // fill copies packets out until there are no more, or no room. It gives how many the device gets, and whether there may be more.
 func (in *inbox) fill(a arrivals, bufs [][]byte, sizes []int, eps []conn.Endpoint) (n int, more bool) {
+	if l, ok := a.(*letter); ok {
+		return l.fill(bufs, sizes, eps), false
+	}
 	data := 0
 	defer func() {
 		in.tally()
@@ -234,7 +237,7 @@ func (s *sideEntrance) open(b *bind) conn.ReceiveFunc {
 				}
 			}
 			more := false
-			if n, more = in.fill(now, bufs, sizes, eps); !more {
+			if n, more = in.fill(now.arrivals, bufs, sizes, eps); !more {
 				now.done <- struct{}{}
 				now = nil
 			}
