@@ -5,19 +5,20 @@ import "time"
 // When parities are worth their cost. Loss that has a full queue behind it is a word to senders and must reach them: what shows it are a high
 // rate, and loss that grows as soon as parities hide it.
 const (
-	onShare   = 0.003       // loss from which on parities are sent …
-	offShare  = 0.001       // … and below which they are not any more
-	onPackets = 300         // packets that it takes to see the former
-	onLost    = 3           // and lost ones
-	onReports = 2           // reports that have to tell of loss: one may be of a single full queue
-	window    = 1000        // packets after which what was counted is forgotten while parities are off
-	offWindow = 4000        // and the same while they are on
-	mostShare = 0.15        // more cannot be repaired
-	growth    = 3           // loss that has grown so many times since parities are sent …
-	grownFrom = 0.03        // … and is at least this is the parities' own doing
-	onRate    = 200_000_000 // bit/s above which loss is taken for a full queue …
-	offRate   = 600_000_000 // … even while parities are sent
-	pauseMin  = time.Minute // after such a mistake; doubled each time …
+	onShare   = 0.003                  // loss from which on parities are sent …
+	offShare  = 0.001                  // … and below which they are not any more
+	onPackets = 300                    // packets that it takes to see the former
+	onLost    = 3                      // and lost ones
+	onReports = 2                      // reports that have to tell of loss: one may be of a single full queue
+	apart     = 500 * time.Millisecond // between reports that count: a rate over less is a burst's
+	window    = 1000                   // packets after which what was counted is forgotten while parities are off
+	offWindow = 4000                   // and the same while they are on
+	mostShare = 0.15                   // more cannot be repaired
+	growth    = 3                      // loss that has grown so many times since parities are sent …
+	grownFrom = 0.03                   // … and is at least this is the parities' own doing
+	onRate    = 200_000_000            // bit/s above which loss is taken for a full queue …
+	offRate   = 600_000_000            // … even while parities are sent
+	pauseMin  = time.Minute            // after such a mistake; doubled each time …
 	pauseMost = 16 * time.Minute
 )
 
@@ -45,7 +46,10 @@ func (g *Governor) Report(c Count, bytes uint64, now time.Time) bool {
 		return g.on // overtaken by a later one
 	}
 	elapsed := now.Sub(g.at)
-	rate := 8 * float64(bytes-g.bytes) / max(elapsed.Seconds(), 0.001)
+	if g.seen && elapsed < apart {
+		return g.on
+	}
+	rate := 8 * float64(bytes-g.bytes) / elapsed.Seconds()
 	first := !g.seen
 	g.seen, g.last, g.at, g.bytes = true, c, now, bytes
 	if first {

@@ -138,6 +138,11 @@ func TestReportsThatSayNothingNew(t *testing.T) {
 	if !s.On() || !s.Report(old, s.bytes, s.now) || !s.Report(s.count, s.bytes, s.now) {
 		t.Error("an old report ends the parities")
 	}
+	s.bytes += 100 << 20 // a burst between two checks that come one upon the other
+	if s.now = s.now.Add(time.Millisecond); !s.Report(s.count, s.bytes, s.now) {
+		t.Error("a burst ends the parities")
+	}
+	s.now = s.now.Add(30 * time.Second)
 	if s.Reset(); s.On() || s.Loss() != 0 {
 		t.Error("on another path from the start")
 	}
