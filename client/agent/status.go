@@ -167,6 +167,7 @@ func (s *session) describe(st *control.Status) {
 	}
 	if now.Path != (tunnel.Path{}) {
 		path := describe(now.Path)
+		path.Lost, path.Parities, path.Rebuilt = now.Lost, now.Parities, now.Rebuilt
 		st.Path = &path
 	}
 	for _, c := range now.History {

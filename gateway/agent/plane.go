@@ -158,6 +158,7 @@ func (p *plane) open(id string, key wire.Key, addrs []netip.Addr, r reach, scope
 	lane := p.device.OpenLane(addrs)
 	flows.SetLane(lane)
 	way := &passage{addrs: addrs}
+	p.narrow.set(way, tunnel.StartMTU) // until the client has found out what fits
 	peer, err := p.tunnel.AddPeer(tunnel.PeerOptions{
 		Key: key, Session: cmp.Or(r.way, id), AllowedIPs: hostPrefixes(addrs), Candidates: r.candidates, Relays: r.relays,
 		OnMTU: func(mtu int) { p.narrow.set(way, mtu) }, Sent: lane.Sent,
@@ -165,9 +166,10 @@ func (p *plane) open(id string, key wire.Key, addrs []netip.Addr, r reach, scope
 	if err != nil {
 		lane.Close()
 		fwd.Remove(flows)
+		p.narrow.forget(way)
 		return nil, fmt.Errorf("add the peer: %w", err)
 	}
-	lane.SetLive(peer.Live)
+	lane.SetLive(peer.Live, peer.Ready)
 	return &place{Peer: peer, Session: flows, plane: p, way: way, fwd: fwd, lane: lane}, nil
 }
 

@@ -8,6 +8,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -73,11 +74,14 @@ func TestKernelWireGuard(t *testing.T) {
 	m.culvert(t, 0, "down")
 	m.unchanged(t, before)
 
+	must(t, s.LaunchSecondGateway())
 	m.up(t, "kernel")
-	m.transfer(t)
+	m.moved(t)
 	socket := "file /run/wireguard/" + m.status(t).Interface + ".sock" // a file outlives who is killed
 	m.call(t, "kill", map[string]any{"PID": m.status(t).PID}, nil)
 	m.unchanged(t, before, "file /run/wireguard", socket)
+	m.culvert(t, 1, "down")
+	m.unchanged(t, before)
 	m.up(t, "tun") // and nothing is in the way of the next; wg shows that one, too
 	m.transfer(t)
 	m.shown(t, "")
@@ -266,6 +270,27 @@ func (m *guest) transfer(t *testing.T) {
 	if now.Handshake == nil || now.RxBytes-was.RxBytes < size || now.TxBytes-was.TxBytes < size {
 		t.Errorf("status counts %d bytes in and %d out, handshake %v", now.RxBytes-was.RxBytes, now.TxBytes-was.TxBytes, now.Handshake)
 	}
+}
+
+// moved has the gateway die that carries the session, and wants the other one to go on with it.
+func (m *guest) moved(t *testing.T) {
+	t.Helper()
+	var first, now standing
+	eventually(t, time.Minute, "a standby", func() error {
+		if decode(t, m.culvert(t, 0, "status", "--json").Stdout, &first); first.Standby == "" {
+			return errors.New("there is none")
+		}
+		return nil
+	})
+	dying, _ := carriers(m.stage, first)
+	dying.Kill()
+	eventually(t, time.Minute, "the standby carries the session", func() error {
+		if decode(t, m.culvert(t, 0, "status", "--json").Stdout, &now); now.Gateway != first.Standby {
+			return fmt.Errorf("it is %s", now.Gateway)
+		}
+		return nil
+	})
+	m.transfer(t)
 }
 
 // stillHeld wants the connection that was opened on the first path to be alive.

@@ -58,6 +58,7 @@ type engine struct {
 	chosen *path
 	mtu    int // of the session, as far as known; 0 before
 	most   int // the largest MTU that is looked for
+	said   int // the MTU that our last checks have told
 
 	// Leading.
 	begun   time.Time // when the first path was added
@@ -140,6 +141,10 @@ func (e *engine) due(now time.Time) []order {
 		if p.isDue(now) && p.valid && e.lead && p.tries >= staleTries {
 			e.overdue(p, now)
 		}
+	}
+	if m := e.told(); m != e.said {
+		e.said = m
+		e.chosen.next = now // the other side need not wait for the next one to hear it
 	}
 	if c := e.chosen; c != nil && e.lead && c.isDue(now) && c.tries > 0 {
 		e.warm(c, now)
@@ -316,7 +321,7 @@ func (e *engine) search(p *path, now time.Time) {
 // sized learns from an answer which sizes a path takes.
 func (e *engine) sized(p *path, s sent, now time.Time) {
 	if s.mtu > 0 {
-		p.size.answered(s.mtu)
+		p.size.answered(s.mtu, p.srtt, now)
 		return
 	}
 	if p.size.searching(now) {
@@ -347,6 +352,31 @@ func (e *engine) settle() int {
 		e.mtu = least
 	}
 	return e.mtu
+}
+
+// fit is what may be sent: the session's MTU, or less while nothing has come back yet; 0 where that is to stay as it is. A WebSocket
+// takes packets of any size.
+func (e *engine) fit() int {
+	m, c := e.settle(), e.chosen
+	switch {
+	case m > 0 || !e.lead || c == nil:
+		return unpadded(m, e.most)
+	case c.spot.stream():
+		return e.most
+	}
+	return unpadded(max(c.size.found, StartMTU), e.most)
+}
+
+// told is what our checks say fits; 0 while that is not known.
+func (e *engine) told() int {
+	c := e.chosen
+	if !e.lead || c == nil {
+		return e.said
+	}
+	if m := e.settle(); m > 0 || c.size.found < StartMTU {
+		return m
+	}
+	return c.size.found
 }
 
 // requested handles an authentic check from the peer, which asks for something. A path that is not validated is checked
