@@ -163,6 +163,34 @@ func checkRoot(t *testing.T, name, root, version, arch string) {
 	}
 }
 
+// TestSystemTakesThem: dpkg unpacks each package into a root of its own, where its users can be made.
+func TestSystemTakesThem(t *testing.T) {
+	for name := range packages {
+		deb := dist(t, name+"_*_amd64.deb")[0]
+		root := t.TempDir()
+		for _, dir := range []string{"var/lib/dpkg/info", "var/lib/dpkg/updates", "etc"} {
+			if err := os.MkdirAll(filepath.Join(root, dir), 0o755); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := os.WriteFile(filepath.Join(root, "var/lib/dpkg/status"), nil, 0o644); err != nil {
+			t.Fatal(err)
+		}
+		output(t, "dpkg", "--root="+root, "--force-not-root", "--force-bad-path", "--no-triggers", "--log="+filepath.Join(root, "log"), "--unpack", deb)
+		if _, err := os.Stat(filepath.Join(root, "usr/bin", name)); err != nil {
+			t.Error(err)
+		}
+		sysusers, err := exec.LookPath("systemd-sysusers")
+		if err != nil {
+			continue // not every Debian runs systemd
+		}
+		output(t, sysusers, "--root="+root, name+".conf")
+		if users, err := os.ReadFile(filepath.Join(root, "etc/passwd")); err != nil || !strings.Contains(string(users), name+":x:") {
+			t.Errorf("%s: no user in %q, %v", name, users, err)
+		}
+	}
+}
+
 // TestExampleIsTaken: the configuration that the package brings is one, once it is filled in.
 func TestExampleIsTaken(t *testing.T) {
 	deb := dist(t, "culvert-coordinator_*_amd64.deb")[0]

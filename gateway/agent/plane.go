@@ -169,7 +169,7 @@ func (p *plane) open(id string, key wire.Key, addrs []netip.Addr, r reach, scope
 		p.narrow.forget(way)
 		return nil, fmt.Errorf("add the peer: %w", err)
 	}
-	lane.SetLive(peer.Live)
+	lane.SetLive(peer.Live, peer.Ready)
 	return &place{Peer: peer, Session: flows, plane: p, way: way, fwd: fwd, lane: lane}, nil
 }
 

@@ -26,6 +26,8 @@ type Check struct {
 	Leave bool
 	// Behind says what the sender is behind, where it wants to try the birthday method; else zero.
 	Behind Behind
+	// Tally says how many of the packets sent to the sender have come, where it knows of tallies.
+	Tally Tally
 	// Handshake is WireGuard's first message, so that it is on its way before there is a path; nil for none, at most [MaxHandshake]
 	// bytes. See [PeekHandshake].
 	Handshake []byte
@@ -42,6 +44,7 @@ type Asked struct {
 	Call     bool
 	Leave    bool
 	Behind   Behind
+	Tally    Tally
 	Size     int // of the whole check, where it is padded; 0 for a plain one
 }
 
@@ -68,6 +71,7 @@ func AppendCheck(dst []byte, c Check, key []byte, size int) ([]byte, error) {
 	}
 	dst = appendPath(dst, c)
 	dst = c.Behind.append(dst)
+	dst = c.Tally.append(dst)
 	if len(c.Handshake) > 0 {
 		dst = AppendAttr(dst, attrHandshake, c.Handshake)
 	}
@@ -105,10 +109,10 @@ func appendPadding(dst []byte, start, size int) []byte {
 	return dst
 }
 
-// AppendCheckResponse encodes the success response to a check, with the mapped address and MESSAGE-INTEGRITY, padded as
-// [AppendCheck] does. It fails for an empty key, an address that is not valid and a size over [MaxMessage], and does not
+// AppendCheckResponse encodes the success response to a check, with the mapped address, the sender's tally and MESSAGE-INTEGRITY, padded
+// as [AppendCheck] does. It fails for an empty key, an address that is not valid and a size over [MaxMessage], and does not
 // allocate where dst has room.
-func AppendCheckResponse(dst []byte, id TxID, mapped netip.AddrPort, key []byte, size int) ([]byte, error) {
+func AppendCheckResponse(dst []byte, id TxID, mapped netip.AddrPort, tally Tally, key []byte, size int) ([]byte, error) {
 	if size > MaxMessage {
 		return dst, fmt.Errorf("encode a check's response: %d bytes are more than %d", size, MaxMessage)
 	}
@@ -121,6 +125,7 @@ func AppendCheckResponse(dst []byte, id TxID, mapped netip.AddrPort, key []byte,
 	start := len(dst)
 	dst = AppendHeader(dst, TypeBindingSuccess, id)
 	dst = AppendMapped(dst, id, mapped)
+	dst = tally.append(dst)
 	dst = appendPadding(dst, start, size)
 	return AppendIntegrity(dst, start, key), nil
 }
@@ -165,6 +170,8 @@ func PeekAsked(b []byte) (asked Asked) {
 			asked.Leave = a.Value[11]&pathLeave != 0
 		case a.Type == attrBehind:
 			asked.Behind = readBehind(a.Value)
+		case a.Type == attrTally:
+			asked.Tally = readTally(a.Value)
 		}
 	}
 	return asked

@@ -15,6 +15,7 @@ func seed(f *testing.F) {
 	s := makeSamples(f)
 	told := benchCheck
 	told.Behind = Behind{Mapping: wire.MappingHard, Ready: true, Round: 1, Low: 30000, High: 30999}
+	told.Tally = Tally{Known: true, Sent: 1000, Came: 990}
 	behind, err := AppendCheck(nil, told, benchKey, 0)
 	if err != nil {
 		f.Fatal(err)
@@ -111,11 +112,11 @@ func FuzzResponse(f *testing.F) {
 		if !ok {
 			return
 		}
-		again, err := AppendCheckResponse(nil, id, mapped, benchKey, 0)
+		again, err := AppendCheckResponse(nil, id, mapped, PeekTally(b), benchKey, 0)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if id3, mapped3, ok := PeekResponse(again); !ok || id3 != id || mapped3 != mapped {
+		if id3, mapped3, ok := PeekResponse(again); !ok || id3 != id || mapped3 != mapped || PeekTally(again) != PeekTally(b) {
 			t.Fatalf("%v comes back as %v", mapped, mapped3)
 		}
 	})

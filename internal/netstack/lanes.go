@@ -65,6 +65,7 @@ type Lane struct {
 	all   *lanes
 	addrs []netip.Addr
 	live  func() bool // nil for always
+	ready func() bool // as live
 
 	// guarded by all.mu
 	packets  []*stack.PacketBuffer
@@ -116,14 +117,15 @@ func (l *lanes) open(addrs []netip.Addr) *Lane {
 }
 
 // SetLive sets what tells whether the tunnel has keys for the session. While it has none, a packet now and then is
-// given to it, so that it asks for some, and the others wait. live is called with a lock held: it must not block.
-func (s *Lane) SetLive(live func() bool) {
+// given to it, so that it asks for some, and the others wait. While ready says no, nothing is given to it. Both are called with a lock
+// held: they must not block. When they say otherwise than before, [Lane.Sent] has to be called.
+func (s *Lane) SetLive(live, ready func() bool) {
 	if s.all == nil {
 		return
 	}
 	s.all.mu.Lock()
 	defer s.all.mu.Unlock()
-	s.live = live
+	s.live, s.ready = live, ready
 }
 
 // Sent notes that the tunnel has sent n packets of the session.
@@ -270,6 +272,9 @@ func (l *lanes) lane(dst netip.Addr) *Lane {
 func (l *lanes) room(s *Lane) int {
 	if s.closed {
 		return 1
+	}
+	if s.ready != nil && !s.ready() {
+		return 0
 	}
 	if s.lost || s.live != nil && !s.live() {
 		if time.Now().Before(s.knock) {

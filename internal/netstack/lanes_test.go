@@ -138,7 +138,7 @@ func TestDeadLanes(t *testing.T) {
 	var lanes []*netstack.Lane
 	for i := range dead {
 		lane := l.Open(laneAddr(i))
-		lane.SetLive(func() bool { return live })
+		lane.SetLive(func() bool { return live }, func() bool { return true })
 		lanes = append(lanes, lane)
 		s := bulk(laneAddr(i), 1000)
 		s.mss = 0

@@ -28,6 +28,7 @@ func (p *Peer) act(do func(now time.Time)) {
 		return
 	}
 	do(now)
+	p.unmend(now, false)
 	out := p.messages(now)
 	fresh := p.fresh
 	p.fresh = false
@@ -70,6 +71,7 @@ func (p *Peer) messages(now time.Time) []outgoing {
 		c := nat.Check{
 			ID: p.newID(), Username: p.name, Nominate: p.opts.Initiate && o.path == p.engine.chosen,
 			Seq: p.seq, Call: o.call, Leave: p.engine.leaving, Behind: o.behind,
+			Tally: p.tally.tell(),
 		}
 		// Where there is a path it goes by itself: checks of candidates that never answer would put its repetition off.
 		if p.opts.Initiate && !o.valid && o.mtu == 0 && p.current.Load() == nil {
@@ -162,6 +164,7 @@ func (p *Peer) changed(to *path) {
 	}
 	p.current.Store(to.route)
 	p.fresh = true
+	p.uncover()
 	p.start()
 	latest := to.public()
 	p.latest = &latest
@@ -209,6 +212,7 @@ func (p *Peer) requested(from *route, id nat.TxID, asked nat.Asked) (answer bool
 		p.tunnel.bind.table.put(known)
 		p.engine.requested(known, asked, now)
 		p.heed(asked.Behind, now)
+		p.heedTally(asked.Tally, now)
 		if p.opts.Initiate && p.current.Load() == nil && p.hint.Load() == nil {
 			p.hint.Store(from)
 			p.start()
@@ -217,14 +221,14 @@ func (p *Peer) requested(from *route, id nat.TxID, asked nat.Asked) (answer bool
 	if !answer {
 		return false
 	}
-	if pkt, err := nat.AppendCheckResponse(nil, id, from.mapped(), p.key, asked.Size); err == nil {
+	if pkt, err := nat.AppendCheckResponse(nil, id, from.mapped(), p.tally.tell(), p.key, asked.Size); err == nil {
 		_ = p.tunnel.bind.sendTo(pkt, from)
 	}
 	return true
 }
 
 // answered handles an authentic answer and gives the path that it validated, or nil.
-func (p *Peer) answered(from *route, id nat.TxID) (validated *path) {
+func (p *Peer) answered(from *route, id nat.TxID, tally nat.Tally) (validated *path) {
 	p.act(func(now time.Time) {
 		path := p.engine.find(from.spot)
 		if path == nil {
@@ -235,6 +239,7 @@ func (p *Peer) answered(from *route, id nat.TxID) (validated *path) {
 		}
 		p.tunnel.bind.table.put(path)
 		p.alive.Store(now.UnixNano())
+		p.heedTally(tally, now)
 		validated = path
 		if path == p.engine.chosen {
 			p.current.Store(path.route)
@@ -259,6 +264,10 @@ func (p *Peer) accept(from *path, pkt []byte) (*Peer, []byte) {
 // greeted takes a handshake message: a repeated one gets the response that the device has given before.
 func (p *Peer) greeted(pkt []byte) (*Peer, []byte) {
 	repeated, response := p.handshake.receiving(pkt)
+	if !repeated && p.asleep.Load() {
+		p.rouse(pkt)
+		return nil, nil
+	}
 	if !repeated {
 		return p, pkt
 	}

@@ -29,14 +29,17 @@ type bind struct {
 	in     *window // packets from the socket to the TUN
 	out    *window // and from the TUN to the socket
 	counts bindCounts
-	socket atomic.Pointer[socket] // nil while closed
+	// menders is how many peers' packets are kept, see [maxMenders].
+	menders atomic.Int32
+	socket  atomic.Pointer[socket] // nil while closed
 }
 
-// bindCounts counts what the bind dropped, in packets.
+// bindCounts counts what the bind dropped, in packets, and what it rebuilt.
 type bindCounts struct {
 	stranger atomic.Uint64 // WireGuard packets from a spot that is no validated path
 	junk     atomic.Uint64 // neither WireGuard nor STUN
 	noPath   atomic.Uint64 // sent to a peer without a path
+	rebuilt  atomic.Uint64 // not dropped: rebuilt from parities
 }
 
 // Open opens the socket, for both families where there are two.
@@ -107,6 +110,9 @@ func (b *bind) Send(bufs [][]byte, endpoint conn.Endpoint) error {
 		s.wait(r)
 	}
 	b.out.give(len(bufs))
+	if s := p.covers(bufs, r); s != nil {
+		return s.send(bufs, r)
+	}
 	return b.transmit(bufs, r)
 }
 

@@ -69,6 +69,7 @@ func TestOnlyAnInitiationComesWithACheck(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	g.wake()
 	from := &route{spot: spot{remote: loopback(9)}}
 	for name, pkt := range map[string][]byte{
 		"nothing": nil, "a word": []byte("word"),
@@ -111,6 +112,7 @@ func TestForgedCheckCarriesNothing(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	g.wake()
 	check := func(seq uint64, key []byte) []byte {
 		pkt, err := nat.AppendCheck(nil, nat.Check{
 			ID: randomID(), Username: checkName(session, client.PublicKey()), Seq: seq, Handshake: initiationFrom(uint32(seq)),

@@ -12,6 +12,7 @@ import (
 	"golang.zx2c4.com/wireguard/conn"
 	"golang.zx2c4.com/wireguard/device"
 
+	"github.com/culvertnet/culvert/internal/repair"
 	"github.com/culvertnet/culvert/internal/wire"
 )
 
@@ -45,6 +46,9 @@ type Status struct {
 	RxBytes   uint64    // WireGuard packets, without UDP and IP headers
 	TxBytes   uint64
 	MTU       int      // the largest packet inside the tunnel, in bytes
+	Lost      float64  // share of the packets sent that was lost lately, by the peer's account
+	Parities  bool     // are sent, because of that
+	Rebuilt   uint64   // packets of the peer that were lost and rebuilt
 	History   []Change // the last changes of path, oldest first
 }
 
@@ -65,7 +69,14 @@ type Peer struct {
 	alive     atomic.Int64 // when it last answered a check, Unix nanoseconds
 	successor atomic.Pointer[Peer]
 	handshake handshake
+	asleep    atomic.Bool          // the device does not know the peer
+	woken     atomic.Int64         // when it last learned of it, Unix nanoseconds
+	dozing    sync.Mutex           // held while the device learns or forgets; taken before mu
 	line      atomic.Pointer[line] // towards a device outside this process
+	tally     tally
+	parities  atomic.Pointer[parities] // nil while little is lost
+	mender    atomic.Pointer[mender]   // nil while no parities come
+	rebuilt   atomic.Uint64            // packets of the peer's
 
 	mu        sync.Mutex // guards what follows, and the engine's paths
 	allowed   []netip.Prefix
@@ -75,6 +86,8 @@ type Peer struct {
 	seen      replay // of the other side's checks
 	timer     *time.Timer
 	fresh     bool // a path has just come up
+	waking    bool
+	letter    []byte // for the device, once it knows the peer
 	closed    bool
 	notifying bool
 	latest    *Path // to be told to OnPath
@@ -82,6 +95,7 @@ type Peer struct {
 	left      bool  // the other side has said that it leaves
 	leaving   bool  // to be told to OnLeave
 	punch     punch
+	governor  repair.Governor // of parities
 
 	timers sync.WaitGroup
 }
@@ -173,8 +187,10 @@ func (p *Peer) Status() Status {
 		s.Handshake = time.Unix(0, at)
 	}
 	p.tunnel.device.status(p, &s)
+	s.Rebuilt, s.Parities = p.rebuilt.Load(), p.parities.Load() != nil
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	s.Lost = p.governor.Loss()
 	if c := p.engine.chosen; c != nil {
 		s.Path = c.public()
 	}
@@ -233,6 +249,8 @@ func (p *Peer) close() {
 	}
 	p.closed = true
 	p.disarm()
+	p.cover(false)
+	p.unmend(time.Time{}, true)
 	var last []outgoing
 	for _, l := range p.legs {
 		if o := l.close(); o != nil {

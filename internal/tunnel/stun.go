@@ -38,7 +38,7 @@ func (t *Tunnel) handleSTUN(pkt []byte, from *route) (*Peer, []byte) {
 			return nil, nil
 		}
 		if p != nil && nat.VerifyCheck(pkt, p.key) {
-			if path := p.answered(from, id); path != nil {
+			if path := p.answered(from, id, nat.PeekTally(pkt)); path != nil {
 				return p.unpark(path)
 			}
 			return nil, nil
