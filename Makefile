@@ -6,6 +6,9 @@ ACTIONLINT  ?= github.com/rhysd/actionlint/cmd/actionlint@v1.7.12
 ACT         ?= github.com/nektos/act@v0.2.89
 PEBBLE      ?= github.com/letsencrypt/pebble/v2/cmd/pebble@v2.10.1
 NODE        ?= 24
+# What makes Debian packages.
+NFPM_MODULE ?= github.com/goreleaser/nfpm/v2/cmd/nfpm@v2.45.0
+NFPM        ?= bin/tools/nfpm
 FUZZTIME    ?= 10s
 BENCHTIME   ?= 1x
 VERSION     ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
@@ -17,7 +20,7 @@ PACKAGES  = $(shell $(GO) list ./... | grep -v '/internal/e2e')
 export CGO_ENABLED = 0
 GOBUILD = $(GO) build -trimpath -ldflags '-s -w -X main.version=$(VERSION)'
 
-.PHONY: build demo test check action unit e2e images act matrix cluster kernel bench charts dist pin pinned reproducible fuzz clean tools-test tools-bench FORCE
+.PHONY: build demo test check action unit e2e images act matrix cluster kernel bench charts terraform dist packages pin pinned reproducible fuzz clean tools-test tools-bench FORCE
 
 build: $(BINARIES)
 
@@ -110,6 +113,10 @@ bench: tools-bench build
 charts:
 	cd deploy/helm/check && $(GO) vet . && $(GO) test -count=1 .
 
+# The examples for clouds, with HCL's parser, against the same table.
+terraform:
+	cd deploy/terraform/check && $(GO) vet . && $(GO) test -count=1 .
+
 # Every fuzzer for FUZZTIME each.
 fuzz:
 	@for pkg in $$($(GO) list ./...); do \
@@ -123,26 +130,42 @@ clean:
 	rm -rf bin dist
 
 # A release's files, the same bytes wherever they are built from the same sources with the same Go: nothing in them depends on the
-# commit, so that the commit can hold their digests. The client as the action wants it, the others with licence and units.
+# commit, so that the commit can hold their digests. The client as the action wants it, the others with licence and units, and as
+# Debian packages; of each what it is made of.
 CLIENTS := linux-amd64 linux-arm64 darwin-amd64 darwin-arm64 windows-amd64
 SERVERS := linux-amd64 linux-arm64
 RELEASE  = $(GO) build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)'
 ROOTED  := tar --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner
-dist:
+dist: $(if $(filter bin/%,$(NFPM)),$(NFPM))
 	@case "$(VERSION)" in [0-9]*.[0-9]*.[0-9]*) ;; *) echo "say which: make dist VERSION=1.2.3"; exit 1;; esac
 	@rm -rf dist && mkdir dist
+	@$(GO) build -o bin/tools/sbom ./internal/sbom
 	@set -e; sums=; for p in $(CLIENTS); do \
 		GOOS=$${p%-*} GOARCH=$${p#*-} $(RELEASE) -o dist/culvert ./client; \
 		sums="$$sums$${sums:+, }\"$$p\": \"$$(sha256sum dist/culvert | cut -d' ' -f1)\""; \
+		bin/tools/sbom culvert $(VERSION) dist/culvert > dist/culvert-$$p.cdx.json; \
 		gzip -n -9 < dist/culvert > dist/culvert-$$p.gz; rm dist/culvert; \
 	done; echo "{\"version\": \"$(VERSION)\", \"sha256\": {$$sums}}" > dist/release.json
 	@set -e; for p in $(SERVERS); do for program in coordinator gateway; do \
 		mkdir -p dist/tree; cp LICENSE deploy/systemd/*.service dist/tree/; \
 		GOOS=$${p%-*} GOARCH=$${p#*-} $(RELEASE) -o dist/tree/culvert-$$program ./$$program; \
-		$(ROOTED) -C dist/tree -cf - . | gzip -n -9 > dist/culvert-$$program-$$p.tar.gz; rm -r dist/tree; \
+		bin/tools/sbom culvert-$$program $(VERSION) dist/tree/culvert-$$program > dist/culvert-$$program-$$p.cdx.json; \
+		$(ROOTED) -C dist/tree -cf - . | gzip -n -9 > dist/culvert-$$program-$$p.tar.gz; \
+		sed -i 's|/usr/local/bin|/usr/bin|g' dist/tree/*.service; \
+		TREE=dist/tree ARCH=$${p#*-} VERSION=$(VERSION) $(NFPM) package -f deploy/deb/$$program.yaml -p deb \
+			-t dist/culvert-$${program}_$(VERSION)_$${p#*-}.deb >/dev/null; \
+		rm -r dist/tree; \
 	done; done
 	@$(GO) list -deps -f '{{with .Module}}{{.Path}} {{.Version}}{{end}}' ./client ./coordinator ./gateway | sort -u > dist/modules.txt
 	@cd dist && sha256sum -- * > SHA256SUMS && cat SHA256SUMS
+
+bin/tools/nfpm:
+	@$(call go-tool,nfpm,$(NFPM_MODULE))
+
+# The Debian packages of a trial release, unpacked and looked at; nothing is installed.
+packages:
+	$(MAKE) -s dist VERSION=0.0.0 CLIENTS=linux-amd64
+	CULVERT_DIST=$(CURDIR)/dist $(GO) test -count=1 -v ./deploy/deb
 
 # Before tagging: make dist pin VERSION=1.2.3, and commit. The release workflow then builds anew and stops where anything differs.
 pin:
@@ -151,10 +174,10 @@ pinned:
 	@cmp dist/release.json action/release.json || { echo "action/release.json is not what these sources give: make dist pin VERSION=$(VERSION)"; exit 1; }
 
 # Two builds without a common cache, from two folders, give the same bytes.
-reproducible:
+reproducible: bin/tools/nfpm
 	@set -e; dir="$$(mktemp -d)"; trap 'chmod -R u+w "$$dir"; rm -rf "$$dir"' EXIT; for n in 1 2; do \
 		mkdir "$$dir/$$n"; git archive HEAD | tar -x -C "$$dir/$$n"; \
-		GOCACHE="$$dir/cache$$n" $(MAKE) -s -C "$$dir/$$n" dist VERSION=0.0.0 CLIENTS=linux-amd64 SERVERS=linux-amd64 > "$$dir/sums$$n"; \
+		GOCACHE="$$dir/cache$$n" $(MAKE) -s -C "$$dir/$$n" dist NFPM=$(CURDIR)/bin/tools/nfpm VERSION=0.0.0 CLIENTS=linux-amd64 SERVERS=linux-amd64 > "$$dir/sums$$n"; \
 	done; diff "$$dir/sums1" "$$dir/sums2" && cat "$$dir/sums1"
 
 # What the tests use of the distribution. Only root on Debian has it installed; elsewhere the tests name what they miss.

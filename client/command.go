@@ -46,7 +46,7 @@ type commands struct {
 	Version  versionCommand  `cmd:"" help:"Show this program's version."`
 
 	Man        manCommand        `cmd:"" help:"Print the manual page."`
-	Completion completionCommand `cmd:"" help:"Print completion for bash: source <(culvert completion)."`
+	Completion completionCommand `cmd:"" help:"Print completion for a shell: source <(culvert completion bash)."`
 }
 
 // newParser makes what reads command lines, and what --help and the manual page are made from.

@@ -85,7 +85,7 @@ func TestWriteStatus(t *testing.T) {
 	var out bytes.Buffer
 	err := writeStatus(&out, control.Status{
 		State: control.Up, Session: "S", Network: "corp", Mode: "tun", Interface: "culvert0", Addresses: []string{"198.18.0.10"},
-		Gateway: "gw", Path: &control.Path{Kind: "host", Remote: "192.0.2.1:51820", RTT: 1.25}, Handshake: &shook,
+		Gateway: "gw", Path: &control.Path{Kind: "host", Remote: "192.0.2.1:51820", RTT: 1.25, Lost: 0.0123, Parities: true, Rebuilt: 7}, Handshake: &shook,
 		RxBytes: 999, TxBytes: 1_250_000, Routes: []string{"10.0.0.0/8"}, LeftOut: []string{"10.1.0.0/16"},
 		Expires: &expires, Ends: &ends, Rejoins: 1, Problem: problem.New(problem.Unreachable, "away", "wait"),
 		History: []control.Event{{At: now, What: "up"}},
@@ -94,7 +94,7 @@ func TestWriteStatus(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, want := range []string{
-		"state      up\n", "path       direct, host 192.0.2.1:51820, 1.2 ms\n", "handshake  5s ago\n", "traffic    999 B received, 1.2 MB sent\n",
+		"state      up\n", "path       direct, host 192.0.2.1:51820, 1.2 ms; 1.2 % of packets get lost, 7 rebuilt\n", "handshake  5s ago\n", "traffic    999 B received, 1.2 MB sent\n",
 		"mode       tun culvert0\n", "left out   10.1.0.0/16\n", "lease      12:09:00 (in 9m0s), renewed before that\n",
 		"ends       14:00:00 (in 2h0m0s) at the latest\n", "problem    unreachable: away; wait\n", "12:00:00   up\n",
 	} {

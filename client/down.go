@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/culvertnet/culvert/client/control"
+	"github.com/culvertnet/culvert/client/uapi"
 	"github.com/culvertnet/culvert/internal/problem"
 )
 
@@ -21,6 +22,7 @@ func (*downCommand) run(ctx context.Context, env environment, flags common) erro
 	defer cancel()
 	if err := client.Down(ctx); err != nil {
 		if problem.CodeOf(err) == problem.NotUp {
+			uapi.Sweep(uapi.Dir) // where it was killed
 			return problem.Wrap(err, problem.NotUp, problem.From(err).Message,
 				"there is nothing to end, unless another --name or another user started it")
 		}

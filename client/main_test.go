@@ -18,6 +18,7 @@ import (
 	"github.com/culvertnet/culvert/client/agent/agenttest"
 	"github.com/culvertnet/culvert/client/control"
 	"github.com/culvertnet/culvert/client/host"
+	"github.com/culvertnet/culvert/client/kernel"
 	"github.com/culvertnet/culvert/internal/problem"
 	"github.com/culvertnet/culvert/internal/wire"
 )
@@ -43,8 +44,12 @@ func TestScripts(t *testing.T) {
 			testscript.Run(t, testscript.Params{
 				Files: []string{file},
 				Condition: func(cond string) (bool, error) {
-					if cond == "tun" {
+					switch cond {
+					case "tun":
 						return isolated() && host.Privileged(), nil
+					case "kernel":
+						d, err := kernel.Open(kernel.Options{})
+						return err == nil && d.Close() == nil && isolated(), nil
 					}
 					return false, fmt.Errorf("no such condition")
 				},

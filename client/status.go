@@ -99,7 +99,11 @@ func pathText(st control.Status) string {
 	if st.Path == nil {
 		return "none"
 	}
-	return fmt.Sprintf("%s, %.1f ms", st.Path.Words(), st.Path.RTT)
+	text := fmt.Sprintf("%s, %.1f ms", st.Path.Words(), st.Path.RTT)
+	if st.Path.Parities || st.Path.Rebuilt > 0 {
+		text += fmt.Sprintf("; %.1f %% of packets get lost, %d rebuilt", 100*st.Path.Lost, st.Path.Rebuilt)
+	}
+	return text
 }
 
 func untilText(at, now time.Time) string {

@@ -192,8 +192,8 @@ func (s *session) meet(gw wire.Gateway, final bool) error {
 	a := s.agent
 	known := s.turnTo(gw)
 	if !known {
-		// A session before may have left an MTU with which the kernel takes no IPv6 address.
-		if err := a.link.SetMTU(tunnel.DefaultMTU); err != nil {
+		// A session before may have left an MTU with which the kernel takes no IPv6 address, or more than fits now.
+		if err := a.link.SetMTU(tunnel.StartMTU); err != nil {
 			return fmt.Errorf("set the mtu: %w", err)
 		}
 		if err := s.addPeer(gw); err != nil {

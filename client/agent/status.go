@@ -98,6 +98,17 @@ func (a *Agent) wasUp() bool {
 	return !a.marks.total.IsZero()
 }
 
+// Carried is how many bytes have gone through the tunnel.
+func (a *Agent) Carried() uint64 {
+	a.mu.Lock()
+	t := a.tunnel
+	a.mu.Unlock()
+	if t == nil {
+		return 0
+	}
+	return t.Carried()
+}
+
 // Status is the agent at this moment.
 func (a *Agent) Status() control.Status {
 	a.mu.Lock()
@@ -156,6 +167,7 @@ func (s *session) describe(st *control.Status) {
 	}
 	if now.Path != (tunnel.Path{}) {
 		path := describe(now.Path)
+		path.Lost, path.Parities, path.Rebuilt = now.Lost, now.Parities, now.Rebuilt
 		st.Path = &path
 	}
 	for _, c := range now.History {

@@ -83,6 +83,11 @@ type Path struct {
 	Relay     string  `json:"relay,omitempty"`  // the relay's name
 	Transport string  `json:"transport"`        // udp or websocket
 	RTT       float64 `json:"rtt_ms"`           // smoothed, in milliseconds
+	// What the path loses: the share of packets sent that the gateway has lately not got, whether parities are sent because of that, and
+	// how many of the gateway's packets were lost and rebuilt in this session.
+	Lost     float64 `json:"lost"`
+	Parities bool    `json:"parities"`
+	Rebuilt  uint64  `json:"rebuilt"`
 }
 
 // Words is the path as people read it.

@@ -267,7 +267,7 @@ func (l *link) addAddress(addr netip.Addr) error {
 		return nil
 	case addr.Is6() && noIPv6(err):
 		l.skipped = append(l.skipped, addr)
-		l.log.Warn("this host has IPv6 switched off, the address is skipped", "addr", addr, "err", err)
+		l.log.Info("this host has IPv6 switched off, the address is skipped", "addr", addr, "err", err)
 		return nil
 	}
 	return fmt.Errorf("add address %s to %s: %w", addr, l.name, err)

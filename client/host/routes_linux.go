@@ -69,7 +69,7 @@ func (l *link) apply(want []netip.Prefix, have map[netip.Prefix]bool) error {
 	}
 	if skipped > 0 && !l.warned {
 		l.warned = true
-		l.log.Warn("this host has IPv6 switched off, its routes are skipped", "routes", skipped)
+		l.log.Info("this host has IPv6 switched off, its routes are skipped", "routes", skipped)
 	}
 	return l.failed(errs)
 }

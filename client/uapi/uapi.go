@@ -110,6 +110,13 @@ func (s *Server) tidy() {
 	}
 }
 
+// Sweep removes what tunnels that were killed have left in a folder, as far as this user may.
+func Sweep(dir string) {
+	if sweep(dir, "") && empty(dir) {
+		_ = os.Remove(dir)
+	}
+}
+
 // sweep removes sockets that nobody listens at: the one that is to be made, and those of interfaces of ours that are gone.
 func sweep(dir, name string) (some bool) {
 	paths, err := filepath.Glob(filepath.Join(dir, "culvert[0-9]*"+suffix))

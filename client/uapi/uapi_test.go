@@ -188,6 +188,40 @@ func TestFolderOfADeadTunnel(t *testing.T) {
 	}
 }
 
+func TestSweepTakesTheFolderAlong(t *testing.T) {
+	dir := folder(t)
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	Sweep(dir)
+	if _, err := os.Stat(dir); err != nil {
+		t.Errorf("a folder in which nothing was left: %v", err)
+	}
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(dir, "culvert998"+suffix), Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.SetUnlinkOnClose(false)
+	Sweep(dir)
+	if got := len(glob(t, dir)); got != 1 {
+		t.Errorf("%d sockets after a sweep while one is in use", got)
+	}
+	l.Close()
+	Sweep(dir)
+	if _, err := os.Stat(dir); !os.IsNotExist(err) {
+		t.Errorf("the folder is left: %v", err)
+	}
+}
+
+func glob(t *testing.T, dir string) []string {
+	t.Helper()
+	list, err := filepath.Glob(filepath.Join(dir, "*"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return list
+}
+
 func TestOptions(t *testing.T) {
 	for name, o := range map[string]Options{
 		"no name": {State: state}, "a path": {Name: "../x", State: state}, "nothing to show": {Name: "culvert0"},

@@ -15,6 +15,7 @@ import (
 	"github.com/go-chi/chi/v5"
 	"github.com/go-chi/chi/v5/middleware"
 
+	"github.com/culvertnet/culvert/coordinator/limit"
 	"github.com/culvertnet/culvert/coordinator/session"
 	"github.com/culvertnet/culvert/internal/problem"
 	"github.com/culvertnet/culvert/internal/wire"
@@ -83,7 +84,8 @@ func (a *API) info(w http.ResponseWriter, r *http.Request) {
 
 // download is GET /dl/{release}/{file}: a release for runners that cannot reach GitHub.
 func (a *API) download(w http.ResponseWriter, r *http.Request) {
-	if err := a.releases.Serve(w, r, chi.URLParam(r, "release"), chi.URLParam(r, "file")); err != nil {
+	source := limit.Source(middleware.GetClientIPAddr(r.Context()))
+	if err := a.releases.Serve(w, r, source, chi.URLParam(r, "release"), chi.URLParam(r, "file")); err != nil {
 		a.fail(w, err)
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -90,6 +91,122 @@ func TestRivalsStoreManyRecordsAtOnce(t *testing.T) {
 					t.Errorf("%d records", rep.Records)
 				}
 			})
+		})
+	}
+}
+
+// brokenStore fails to read one message once.
+type brokenStore struct {
+	*audittest.Store
+	broken atomic.Uint64 // sequence; 0 for none
+}
+
+func (s *brokenStore) Get(ctx context.Context, seq uint64) ([]byte, error) {
+	if s.broken.CompareAndSwap(seq, 0) {
+		return nil, errors.New("no leader")
+	}
+	return s.Store.Get(ctx, seq)
+}
+
+// TestFailedReadBetweenRivals: reading what another node has written fails in the middle. What was made for the end that the log had
+// before must not go behind what was read.
+func TestFailedReadBetweenRivals(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := &brokenStore{Store: audittest.New()}
+		late := open(t, store, func(o *Options) { o.Node = "late" })
+		early := open(t, store, func(o *Options) { o.Node = "early" })
+		synctest.Wait()
+		for n := range 2 {
+			if err := early.Record(t.Context(), joined(n)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		info, err := store.Info(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		store.broken.Store(info.Last + 1)
+		if err := late.Record(t.Context(), joined(3)); err != nil {
+			t.Fatal(err)
+		}
+		if store.broken.Load() != 0 {
+			t.Fatal("nothing was read beyond the end")
+		}
+		if rep := sound(t, store); rep.Records != 3 {
+			t.Errorf("%d records", rep.Records)
+		}
+	})
+}
+
+// leakyStore loses every kind of word now and then: a message on its way in, the answer that it was stored, what was read.
+type leakyStore struct {
+	slowStore
+	chance func() bool
+}
+
+var errLost = errors.New("lost on the way")
+
+func (s *leakyStore) Append(ctx context.Context, data []byte, after uint64) (uint64, error) {
+	if s.chance() {
+		return 0, errLost
+	}
+	seq, err := s.slowStore.Append(ctx, data, after)
+	if s.chance() {
+		return 0, errLost
+	}
+	return seq, err
+}
+
+func (s *leakyStore) Get(ctx context.Context, seq uint64) ([]byte, error) {
+	if s.chance() {
+		return nil, errLost
+	}
+	return s.slowStore.Get(ctx, seq)
+}
+
+func (s *leakyStore) Info(ctx context.Context) (state.LogInfo, error) {
+	if s.chance() {
+		return state.LogInfo{}, errLost
+	}
+	return s.slowStore.Info(ctx)
+}
+
+// TestRivalsOnALeakyStore: whatever gets lost between three nodes and their store, the chain is whole, and each record is in it once.
+func TestRivalsOnALeakyStore(t *testing.T) {
+	for seed := range uint64(12) {
+		percent := 5 + int(seed)%3*10
+		synctest.Test(t, func(t *testing.T) {
+			var mu sync.Mutex
+			random := rand.New(rand.NewPCG(seed, 0))
+			var leaky atomic.Bool
+			store := &leakyStore{slowStore{Store: audittest.New(), takes: 4 * time.Millisecond}, func() bool {
+				mu.Lock()
+				defer mu.Unlock()
+				return leaky.Load() && random.IntN(100) < percent
+			}}
+			const nodes, callers, each = 3, 5, 4
+			var logs [nodes]*Log
+			for node := range logs {
+				logs[node] = open(t, store, func(o *Options) { o.Node, o.Wait = fmt.Sprint("n", node), time.Hour })
+			}
+			leaky.Store(true)
+			var wg sync.WaitGroup
+			for node, l := range logs {
+				for w := range callers {
+					wg.Go(func() {
+						for n := range each {
+							if err := l.Record(t.Context(), joined(node*1000+w*100+n)); err != nil {
+								t.Error(err)
+							}
+						}
+					})
+				}
+			}
+			wg.Wait()
+			leaky.Store(false)
+			if rep := sound(t, store); rep.Records != nodes*callers*each {
+				t.Errorf("%d records with seed %d, %d %%", rep.Records, seed, percent)
+			}
 		})
 	}
 }

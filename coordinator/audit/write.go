@@ -233,6 +233,8 @@ func (l *Log) catchUp(block []byte, next head, ahead int) error {
 			l.takeIn(l.after+1, there)
 		}
 		switch {
+		case err != nil && took: // the block's place is another's now: it must not be tried behind what was taken in
+			return state.ErrConflict
 		case err != nil:
 			return err
 		case len(found) == ahead && ahead > 1: // there may be many more

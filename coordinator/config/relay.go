@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"net"
+	"regexp"
 	"slices"
 	"strconv"
 
@@ -40,9 +41,12 @@ const (
 
 // relayDoc is another relay as it is written.
 type relayDoc struct {
+	// Name that clients and gateways show.
 	Name string `yaml:"name"`
-	UDP  string `yaml:"udp"`
-	URL  string `yaml:"url"`
+	// UDP is where it takes datagrams, host:port; without it WebSockets alone.
+	UDP string `yaml:"udp"`
+	// URL is where it takes WebSockets, such as https://relay.example.com; without it UDP alone.
+	URL string `yaml:"url"`
 }
 
 // ports are the UDP addresses of STUN and relay and of the second STUN port, "" for none. The second one is by default the
@@ -55,18 +59,31 @@ func (r *reader) ports(d *document) (udp, probe string) {
 		}
 		return "", ""
 	}
-	udp = r.address("$.udp", d.UDP, DefaultUDP)
+	udp = r.addressOrName("$.udp", d.UDP, DefaultUDP)
 	switch d.Probe {
 	case off:
 		return udp, ""
 	case "":
 		return udp, nextPort(udp)
 	}
-	probe = r.address("$.probe", d.Probe, "")
+	probe = r.addressOrName("$.probe", d.Probe, "")
 	if probe == udp && !ephemeral(udp) {
 		r.fail("$.probe", "probe and udp are the same address", "give probe another port, or remove it for the one after udp's")
 	}
 	return udp, probe
+}
+
+// localName is how a machine's own hosts file may call one of its addresses.
+var localName = regexp.MustCompile(`^[a-z][a-z0-9-]{0,62}(\.[a-z0-9-]{1,63}){0,8}$`)
+
+// addressOrName is [reader.address] that takes a name as well: on Fly.io datagrams come to the address behind fly-global-services alone.
+func (r *reader) addressOrName(path, s, otherwise string) string {
+	if host, port, err := net.SplitHostPort(s); err == nil && localName.MatchString(host) {
+		if n, err := strconv.ParseUint(port, 10, 16); err == nil && n > 0 {
+			return s
+		}
+	}
+	return r.address(path, s, otherwise)
 }
 
 func ephemeral(addr string) bool {

@@ -76,6 +76,7 @@ func TestPorts(t *testing.T) {
 		{`udp: "[::1]:9"`, "[::1]:9", "[::1]:10"},
 		{"probe: off", ":3478", ""},
 		{`probe: "10.0.0.1:53"`, ":3478", "10.0.0.1:53"},
+		{"udp: fly-global-services:3478", "fly-global-services:3478", "fly-global-services:3479"},
 		{"udp: \":0\"\nprobe: \":0\"", ":0", ":0"},
 	} {
 		if got := parse(t, minimal+c.add); got.UDP != c.udp || got.Probe != c.probe || got.ProbeChosen != strings.Contains(c.add, "probe") {
@@ -86,20 +87,23 @@ func TestPorts(t *testing.T) {
 
 func TestRelaysRefused(t *testing.T) {
 	for add, want := range map[string]string{
-		"udp: off\nprobe: \":9\"":                                          "a second STUN port without a first",
-		`probe: ":3478"`:                                                   "the same address",
-		`probe: "x"`:                                                       "not an address to listen on",
-		"relay: yes":                                                       "has to be a mapping",
-		"relay: {naem: x}":                                                 "unknown key",
-		"relay: {name: A B}":                                               "no name for a relay",
-		"relays: [{name: a}]":                                              "no address",
-		"relays: [{url: \"https://a.example\"}]":                           "no name for a relay",
-		"relays: [{name: a, udp: \":3478\"}]":                              "not host:port",
-		"relays: [{name: a, udp: \"r.example\"}]":                          "not host:port",
-		"relays: [{name: a, url: \"http://r.example\"}]":                   "loopback only",
-		"relays: [{name: a, url: \"wss://r.example\"}]":                    "not an http or https URL",
-		"relays: [{name: a, url: \"https://u:p@r.example\"}]":              "credentials",
-		"relays: [{name: a, udp: \"r:1\"}, {name: a, udp: \"r:2\"}]":       "listed twice",
+		"udp: off\nprobe: \":9\"":                                    "a second STUN port without a first",
+		`probe: ":3478"`:                                             "the same address",
+		"udp: \"-x:9\"":                                              "not an address to listen on",
+		"udp: \"a_b:9\"":                                             "not an address to listen on",
+		"udp: \"name:0\"":                                            "not an address to listen on",
+		`probe: "x"`:                                                 "not an address to listen on",
+		"relay: yes":                                                 "has to be a mapping",
+		"relay: {naem: x}":                                           "unknown key",
+		"relay: {name: A B}":                                         "no name for a relay",
+		"relays: [{name: a}]":                                        "no address",
+		"relays: [{url: \"https://a.example\"}]":                     "no name for a relay",
+		"relays: [{name: a, udp: \":3478\"}]":                        "not host:port",
+		"relays: [{name: a, udp: \"r.example\"}]":                    "not host:port",
+		"relays: [{name: a, url: \"http://r.example\"}]":             "loopback only",
+		"relays: [{name: a, url: \"wss://r.example\"}]":              "not an http or https URL",
+		"relays: [{name: a, url: \"https://u:p@r.example\"}]":        "credentials",
+		"relays: [{name: a, udp: \"r:1\"}, {name: a, udp: \"r:2\"}]": "listed twice",
 		"relays: [" + strings.Repeat("{name: a, udp: \"r:1\"},", 16) + "]": "more than 15 relays",
 	} {
 		_, err := Parse("culvert.yaml", []byte(minimal+add))

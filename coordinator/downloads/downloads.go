@@ -11,6 +11,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"net/http"
+	"net/netip"
 	"os"
 	"path"
 	"regexp"
@@ -27,6 +28,7 @@ const Path = "/dl/{release}/{file}"
 const (
 	MaxSize     = 64 << 20        // bytes of one file; what is larger is not there
 	MaxAtOnce   = 64              // downloads in progress; more are told to come back
+	MaxEach     = MaxAtOnce / 4   // of these from one address, so that nobody who reads slowly keeps all others out
 	Patience    = 2 * time.Minute // for one download in all
 	maxDigests  = 256             // files whose digest is remembered
 	cacheFor    = "public, max-age=3600"
@@ -41,12 +43,13 @@ var (
 
 // Handler serves the files of a folder that has a folder for each release.
 type Handler struct {
-	dir  func() string // "": nothing is served
-	log  *slog.Logger
-	busy chan struct{}
+	dir func() string // "": nothing is served
+	log *slog.Logger
 
 	mu      sync.Mutex
+	busy    int // downloads in progress
 	digests map[identity]string
+	sources map[netip.Prefix]int // downloads in progress, by who asked
 }
 
 // identity is what a file's digest holds for.
@@ -58,21 +61,19 @@ type identity struct {
 
 // New makes a handler for the folder that dir gives at the time of a request, so that a reload may change it.
 func New(dir func() string, log *slog.Logger) *Handler {
-	return &Handler{dir: dir, log: log, busy: make(chan struct{}, MaxAtOnce), digests: map[identity]string{}}
+	return &Handler{dir: dir, log: log, digests: map[identity]string{}, sources: map[netip.Prefix]int{}}
 }
 
-// Serve sends one file of one release. Its problems are not-found and unreachable (503, try again).
-func (h *Handler) Serve(w http.ResponseWriter, r *http.Request, releaseName, fileName string) error {
+// Serve sends one file of one release to a source. Its problems are not-found and unreachable (503, try again).
+func (h *Handler) Serve(w http.ResponseWriter, r *http.Request, source netip.Prefix, releaseName, fileName string) error {
 	dir := h.dir()
 	if dir == "" || !release.MatchString(releaseName) || !file.MatchString(fileName) {
 		return missing()
 	}
-	select {
-	case h.busy <- struct{}{}:
-		defer func() { <-h.busy }()
-	default:
+	if !h.take(source) {
 		return problem.New(problem.Unreachable, "too many downloads at once", "try again in a few seconds")
 	}
+	defer h.give(source)
 	f, info, err := open(dir, path.Join(releaseName, fileName))
 	if err != nil {
 		if !errors.Is(err, fs.ErrNotExist) {
@@ -94,6 +95,27 @@ func (h *Handler) Serve(w http.ResponseWriter, r *http.Request, releaseName, fil
 	head.Set("ETag", `"`+sum+`"`)
 	http.ServeContent(w, r, fileName, info.ModTime(), f)
 	return nil
+}
+
+// take counts a download in, if it may begin.
+func (h *Handler) take(source netip.Prefix) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.busy >= MaxAtOnce || h.sources[source] >= MaxEach {
+		return false
+	}
+	h.busy++
+	h.sources[source]++
+	return true
+}
+
+func (h *Handler) give(source netip.Prefix) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.busy--
+	if h.sources[source]--; h.sources[source] == 0 {
+		delete(h.sources, source)
+	}
 }
 
 func missing() error {

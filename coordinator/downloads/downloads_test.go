@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -51,10 +52,14 @@ func ask(h *Handler, release, file string, header http.Header) *httptest.Respons
 	w := httptest.NewRecorder()
 	r := httptest.NewRequest(http.MethodGet, "/dl/x/y", nil)
 	r.Header = header
-	if err := h.Serve(w, r, release, file); err != nil {
+	if err := h.Serve(w, r, source(0), release, file); err != nil {
 		w.Code = problem.CodeOf(err).Status()
 	}
 	return w
+}
+
+func source(n int) netip.Prefix {
+	return netip.PrefixFrom(netip.AddrFrom4([4]byte{192, 0, 2, byte(n)}), 32)
 }
 
 func handler(dir string) *Handler {
@@ -144,25 +149,36 @@ func TestDownloadsAtOnceAreBounded(t *testing.T) {
 	h := handler(folder(t))
 	s := stuck{began: make(chan struct{}), goOn: make(chan struct{})}
 	done := make(chan struct{})
-	for range MaxAtOnce {
-		go func() {
-			defer func() { done <- struct{}{} }()
-			_ = h.Serve(stuck{httptest.NewRecorder(), s.began, s.goOn}, httptest.NewRequest(http.MethodGet, "/", nil), version, client)
-		}()
+	begin := func(from, n int) {
+		for range n {
+			go func() {
+				defer func() { done <- struct{}{} }()
+				_ = h.Serve(stuck{httptest.NewRecorder(), s.began, s.goOn}, httptest.NewRequest(http.MethodGet, "/", nil), source(from), version, client)
+			}()
+		}
+		for range n {
+			<-s.began
+		}
 	}
-	for range MaxAtOnce {
-		<-s.began
+	begin(1, MaxEach)
+	if h.take(source(1)) {
+		t.Error("one address may have them all")
 	}
-	w := ask(h, version, client, nil)
-	if w.Code != http.StatusServiceUnavailable {
+	if w := ask(h, version, client, nil); w.Code != http.StatusOK {
+		t.Errorf("while another address reads nothing: %d", w.Code)
+	}
+	for from := 2; from <= MaxAtOnce/MaxEach; from++ {
+		begin(from, MaxEach)
+	}
+	if w := ask(h, version, client, nil); w.Code != http.StatusServiceUnavailable {
 		t.Errorf("one too many: %d", w.Code)
 	}
 	close(s.goOn)
 	for range MaxAtOnce {
 		<-done
 	}
-	if w := ask(h, version, client, nil); w.Code != http.StatusOK {
-		t.Errorf("afterwards: %d", w.Code)
+	if w := ask(h, version, client, nil); w.Code != http.StatusOK || len(h.sources) != 0 {
+		t.Errorf("afterwards: %d, %d are counted", w.Code, len(h.sources))
 	}
 }
 

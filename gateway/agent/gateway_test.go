@@ -236,6 +236,10 @@ func (j *job) inside(method, path string, in, out any) error {
 }
 
 func TestMain(m *testing.M) {
+	if os.Getenv(crowdEnv) != "" {
+		crowdMain()
+		return
+	}
 	goleak.VerifyTestMain(m)
 }
 

@@ -18,6 +18,7 @@ var (
 		"How long ago the sessions' last WireGuard handshakes were, at this moment; sessions without one are left out.", nil, nil)
 	pathDesc = prometheus.NewDesc("culvert_gateway_paths", "Sessions by the way their packets take.", []string{"path"}, nil)
 	dropDesc = prometheus.NewDesc("culvert_gateway_dropped_packets_total", "Packets dropped, by cause.", []string{"cause"}, nil)
+	mendDesc = prometheus.NewDesc("culvert_gateway_rebuilt_packets_total", "Packets that paths had lost and that were rebuilt from parities.", nil, nil)
 	deepDesc = prometheus.NewDesc("culvert_gateway_queue_depth", "What waits at this moment, by queue.", []string{"queue"}, nil)
 )
 
@@ -26,7 +27,7 @@ type snapshot struct{ gateway *Gateway }
 
 // Describe implements [prometheus.Collector].
 func (snapshot) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{ageDesc, pathDesc, dropDesc, deepDesc} {
+	for _, d := range []*prometheus.Desc{ageDesc, pathDesc, dropDesc, mendDesc, deepDesc} {
 		ch <- d
 	}
 }
@@ -35,9 +36,11 @@ func (snapshot) Describe(ch chan<- *prometheus.Desc) {
 func (s snapshot) Collect(ch chan<- prometheus.Metric) {
 	s.sessions(ch)
 	g := s.gateway
-	for cause, n := range drops(g.plane.tunnel.Stats(), g.plane.device.Stats()) {
+	packets := g.plane.tunnel.Stats()
+	for cause, n := range drops(packets, g.plane.device.Stats()) {
 		ch <- prometheus.MustNewConstMetric(dropDesc, prometheus.CounterValue, float64(n), cause)
 	}
+	ch <- prometheus.MustNewConstMetric(mendDesc, prometheus.CounterValue, float64(packets.Rebuilt))
 	flows := g.traces.Stats()
 	for queue, n := range map[string]int{
 		"control":       g.out.depth(),          // frames for the coordinator

@@ -64,6 +64,7 @@ func TestScrape(t *testing.T) {
 		`culvert_gateway_handshake_age_seconds_bucket{le="3600"}`: 1,
 		`culvert_gateway_paths{path="none"}`:                      1,
 		`culvert_gateway_dropped_packets_total{cause="junk"}`:     float64(junk),
+		`culvert_gateway_rebuilt_packets_total`:                   0,
 		`culvert_gateway_queue_depth{queue="verifications"}`:      0,
 	} {
 		if v, ok := got[name]; !ok || v != want {

@@ -155,16 +155,22 @@ func (p *plane) open(id string, key wire.Key, addrs []netip.Addr, r reach, scope
 	if err != nil {
 		return nil, fmt.Errorf("add the session to the forwarder: %w", err)
 	}
+	lane := p.device.OpenLane(addrs)
+	flows.SetLane(lane)
 	way := &passage{addrs: addrs}
+	p.narrow.set(way, tunnel.StartMTU) // until the client has found out what fits
 	peer, err := p.tunnel.AddPeer(tunnel.PeerOptions{
 		Key: key, Session: cmp.Or(r.way, id), AllowedIPs: hostPrefixes(addrs), Candidates: r.candidates, Relays: r.relays,
-		OnMTU: func(mtu int) { p.narrow.set(way, mtu) },
+		OnMTU: func(mtu int) { p.narrow.set(way, mtu) }, Sent: lane.Sent,
 	})
 	if err != nil {
+		lane.Close()
 		fwd.Remove(flows)
+		p.narrow.forget(way)
 		return nil, fmt.Errorf("add the peer: %w", err)
 	}
-	return &place{Peer: peer, Session: flows, plane: p, way: way, fwd: fwd}, nil
+	lane.SetLive(peer.Live, peer.Ready)
+	return &place{Peer: peer, Session: flows, plane: p, way: way, fwd: fwd, lane: lane}, nil
 }
 
 // close ends everything and waits.
@@ -184,6 +190,7 @@ type place struct {
 	plane *plane
 	way   *passage
 	fwd   *forward.Forwarder
+	lane  *netstack.Lane
 	once  sync.Once
 }
 
@@ -196,11 +203,13 @@ func (p *place) Close() {
 		p.plane.narrow.forget(p.way)
 		if open == 0 {
 			p.plane.tunnel.RemovePeer(p.Peer)
+			p.lane.Close()
 			return
 		}
 		p.plane.removals.Go(func() {
 			time.Sleep(resetGrace)
 			p.plane.tunnel.RemovePeer(p.Peer)
+			p.lane.Close()
 		})
 	})
 }

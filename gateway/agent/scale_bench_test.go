@@ -5,17 +5,11 @@ package agent
 import (
 	"encoding/binary"
 	"fmt"
-	"io"
-	"net"
 	"net/http"
 	"net/netip"
 	"os"
 	"runtime/debug"
 	"slices"
-	"strings"
-	"sync"
-	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
@@ -139,107 +133,11 @@ func BenchmarkIdleSessions(b *testing.B) {
 	}
 }
 
-// BenchmarkActiveSessions has 100 sessions download at once, each over a tunnel of its own, and compares with one.
-func BenchmarkActiveSessions(b *testing.B) {
-	const sessions = 100
-	defer debug.SetGCPercent(debug.SetGCPercent(10)) // the clients' ends have gigabytes of buffers that nobody touches
-	source := pourService(b)
-	w := newWorld(b, func(o *Options) {
-		o.PolicyFile = writeFile(b, strings.NewReplacer("OWNER", ownerID, "SERVICE", source.String()).Replace(
-			"rules:\n  - {name: own, match: {repository_owner_id: OWNER}, allow: [\"tcp SERVICE\"]}\n"))
-	})
-	w.coord.hello()
-	grants := []wire.Grant{{Rule: "deploy", Allow: "tcp " + source.String()}}
-	var read [sessions]atomic.Int64
-	var work sync.WaitGroup
-	start := func(i int) {
-		p := newPeer(b, w)
-		p.join(b, i, grants)
-		c, err := (&job{w: w, device: p.device}).dial(source)
-		if err != nil {
-			b.Fatal(err)
-		}
-		b.Cleanup(func() { c.Close() })
-		work.Go(func() { count(c, &read[i]) })
-	}
-	b.Cleanup(work.Wait) // runs after the connections have been closed
-	measure := func(n int) (all float64, jain float64) {
-		const window = 5 * time.Second
-		time.Sleep(2 * time.Second)
-		var before [sessions]int64
-		for i := range n {
-			before[i] = read[i].Load()
-		}
-		time.Sleep(window)
-		var squares float64
-		for i := range n {
-			got := float64(read[i].Load() - before[i])
-			all += got
-			squares += got * got
-		}
-		return all * 8 / 1e6 / window.Seconds(), all * all / (float64(n) * squares)
-	}
-	start(0)
-	one, _ := measure(1)
-	for i := 1; i < sessions; i++ {
-		start(i)
-	}
-	all, jain := measure(sessions)
-	b.ReportMetric(0, "ns/op")
-	b.ReportMetric(one, "one-Mbit/s")
-	b.ReportMetric(all, "all-Mbit/s")
-	b.ReportMetric(all/one, "ratio")
-	b.ReportMetric(jain, "jain")
-	b.ReportMetric(float64(w.gateway.plane.fwd.Load().Lent)/1e6, "lent-MB")
-}
-
-// pourService sends without end to whoever connects.
-func pourService(b *testing.B) netip.AddrPort {
-	b.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		b.Fatal(err)
-	}
-	b.Cleanup(func() { _ = l.Close() })
-	chunk := make([]byte, 64<<10)
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer c.Close()
-				for err == nil {
-					_, err = c.Write(chunk)
-				}
-			}()
-		}
-	}()
-	return netip.MustParseAddrPort(l.Addr().String())
-}
-
-func count(r io.Reader, n *atomic.Int64) {
-	buf := make([]byte, 64<<10)
-	for {
-		got, err := r.Read(buf)
-		n.Add(int64(got))
-		if err != nil {
-			return
-		}
-	}
-}
-
 // idleWork is the processor time that this process takes for a while, in milliseconds a second.
 func idleWork(d time.Duration) float64 {
-	used := func() time.Duration {
-		var u syscall.Rusage
-		_ = syscall.Getrusage(syscall.RUSAGE_SELF, &u)
-		return time.Duration(u.Utime.Nano() + u.Stime.Nano())
-	}
-	before := used()
+	before := processorTime()
 	time.Sleep(d)
-	return float64((used() - before).Microseconds()) / 1000 / d.Seconds()
+	return float64((processorTime() - before).Microseconds()) / 1000 / d.Seconds()
 }
 
 // resident is this process's memory in MB (proc(5)).

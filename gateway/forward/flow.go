@@ -37,6 +37,7 @@ type flow struct {
 	// target is where the flow leads: the destination, or what its name was resolved to. Nil until that is known.
 	target   atomic.Pointer[netip.AddrPort]
 	up, down atomic.Uint64
+	hungry   int64         // of Session.hungryFlows
 	answered atomic.Uint64 // TCP: 1<<32 + the sequence number of the stack's SYN-ACK, once it is sent
 
 	ctx    context.Context // ended by reset and close

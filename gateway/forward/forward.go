@@ -86,6 +86,7 @@ type Forwarder struct {
 	purse    purse
 	flows    atomic.Int64  // open in all
 	busy     atomic.Int64  // sessions with an open flow
+	hungry   census        // sessions that want to send faster
 	numbers  atomic.Uint64 // of flows
 
 	ctx    context.Context

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"github.com/culvertnet/culvert/gateway/names"
+	"github.com/culvertnet/culvert/internal/netstack"
 	"github.com/culvertnet/culvert/internal/policy"
 	"github.com/culvertnet/culvert/internal/problem"
 	"github.com/culvertnet/culvert/internal/wire"
@@ -54,6 +55,10 @@ type Session struct {
 	reached    reached
 	suppressed atomic.Uint64 // denials since the last log line
 	scope      atomic.Pointer[policy.Scope]
+	lane       atomic.Pointer[netstack.Lane]
+
+	hungry      int64  // of Forwarder.hungry
+	hungryFlows census // those that want to send faster
 
 	// mu orders decisions and changes of scope: a flow is in the table before the next scope is looked at.
 	mu     sync.Mutex
@@ -100,6 +105,15 @@ func (f *Forwarder) newSession(id string, addrs []netip.Addr, scope *policy.Scop
 	s.scope.Store(scope)
 	s.ctx, s.cancel = context.WithCancel(f.ctx)
 	return s
+}
+
+// SetLane says where what is sent to the session waits for its turn, so that its buffers do not grow while enough waits there.
+func (s *Session) SetLane(l *netstack.Lane) { s.lane.Store(l) }
+
+// crowded reports that enough waits for its turn.
+func (s *Session) crowded() bool {
+	l := s.lane.Load()
+	return l != nil && l.Crowded()
 }
 
 // judge holds a new flow against the scope. mu is held.

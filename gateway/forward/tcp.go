@@ -158,14 +158,19 @@ func (r *relay) run() {
 }
 
 // settle waits until the job has taken all that was sent to it, or the flow is reset. What a job leaves unread is memory of
-// this process, so it has to count as an open flow, or closing flows without reading them would get round every limit.
+// this process, so it has to count as an open flow, or closing flows without reading them would get round every limit. The stack says so
+// itself where the job was the first to close.
 func (r *relay) settle() {
-	for wait := time.Millisecond; ; wait = min(2*wait, time.Second) {
+	entry, gone := waiter.NewChannelEntry(waiter.EventHUp | waiter.EventErr)
+	r.wq.EventRegister(&entry)
+	defer r.wq.EventUnregister(&entry)
+	for wait := 10 * time.Millisecond; ; wait = min(2*wait, time.Second) {
 		switch tcp.EndpointState(r.ep.State()) {
 		case tcp.StateFinWait2, tcp.StateTimeWait, tcp.StateClose, tcp.StateError:
 			return
 		}
 		select {
+		case <-gone:
 		case <-time.After(wait):
 		case <-r.fl.ctx.Done():
 			return
@@ -195,7 +200,7 @@ func (r *relay) up() error {
 
 // took notes that n bytes have gone to the target.
 func (r *relay) took(n int) {
-	r.window.took(n)
+	r.window.took(n, r.fl.share)
 	r.fl.carry(n, 0)
 }
 
@@ -238,7 +243,8 @@ func (r *relay) carried(n int) {
 
 // await waits until the stack has room again. A reset wakes it as well.
 func (r *relay) await(writable <-chan struct{}) {
-	r.window.grow(r.total)
+	share, full := r.fl.share()
+	r.window.fit(r.total, share, full)
 	<-writable
 }
 

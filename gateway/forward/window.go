@@ -13,6 +13,7 @@ const (
 	freeGrowth = 1 << 20  // a send buffer grows to this size without proof that the job takes what is sent
 	mostSend   = 16 << 20 // 1 Gbit/s at 80 ms: the stack wakes a writer when half of it is free
 	mostRead   = 8 << 20  // 800 Mbit/s at 80 ms
+	bulkRead   = 8 << 10  // what a flow that is short of buffer has read at a time
 )
 
 // Small writes cost the stack a kilobyte each, whatever they hold.
@@ -59,23 +60,48 @@ func (w *window) setSend(n int64) {
 	w.ep.WakeupWriters()
 }
 
-// grow is called when the send buffer is full; carried is what the flow has sent in all. It doubles the buffer if it may.
-func (w *window) grow(carried int64) {
+// fit is called when the send buffer is full; carried is what the flow has sent in all, share and full are what [flow.share] says. It doubles
+// the buffer as far as it may, or takes back what is beyond the share.
+func (w *window) fit(carried, share int64, full bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.closed || w.send >= mostSend || w.send >= freeGrowth && carried < w.send+w.send/2 || !w.purse.take(w.send, w.send) {
-		return
+	switch {
+	case w.closed:
+	case w.send > share:
+		w.shrink(share)
+	case !full && share-w.send > w.send/8:
+		w.grow(carried, min(w.send, share-w.send))
 	}
-	w.sendLoan += w.send
-	w.setSend(2 * w.send)
 }
 
-// took is called when the flow has read n bytes that the job sent.
-func (w *window) took(n int) {
+// shrink makes the send buffer smaller. What is in it already leaves as it would have. mu is held.
+func (w *window) shrink(to int64) {
+	back := min(w.send-to, w.sendLoan)
+	w.setSend(to)
+	w.sendLoan -= back
+	w.purse.give(back)
+}
+
+// grow makes the send buffer larger by so much if it may. mu is held.
+func (w *window) grow(carried, by int64) {
+	if by = min(by, mostSend-w.send); by <= 0 || w.send >= freeGrowth && carried < w.send+w.send/2 || !w.purse.take(by, w.send) {
+		return
+	}
+	w.sendLoan += by
+	w.setSend(w.send + by)
+}
+
+// took is called when the flow has read n bytes that the job sent; share gives how large the receive buffer may be.
+func (w *window) took(n int, share func() (bytes int64, full bool)) {
 	o := w.ep.SocketOptions()
 	before := o.GetReceiveBufferSize()
 	if before >= mostRead {
 		return
+	}
+	if n >= bulkRead {
+		if most, _ := share(); before >= most { // who came first has been promised more, and gives nothing back
+			return
+		}
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()

@@ -61,12 +61,16 @@ func newActions(t testing.TB, opts stage.Options) *actions {
 	if opts.Rules == nil {
 		opts.Rules = actionRules
 	}
+	downloads, err := scratch("culvert-downloads-")
+	must(t, err)
+	t.Cleanup(func() { os.RemoveAll(downloads) })
+	opts.Coordinator += fmt.Sprintf("\ndownloads: %q\n", downloads)
 	a.Stage = scenery(t, opts)
 	var group sync.WaitGroup
 	defer group.Wait()
 	group.Go(func() { postgres.start(t, a.Private) })
 	must(t, a.Start(timeout(t, time.Minute)))
-	a.publish(t)
+	a.publish(t, downloads)
 	return a
 }
 
@@ -85,8 +89,8 @@ func tool(t testing.TB, env, name string) string {
 	return ""
 }
 
-// publish serves the client as a release does and makes copies of the action that belong to it.
-func (a *actions) publish(t testing.TB) {
+// publish serves the client as a release does, leaves it with the coordinator as well, and makes copies of the action that belong to it.
+func (a *actions) publish(t testing.TB, downloads string) {
 	t.Helper()
 	client, err := os.ReadFile(a.Binary("culvert"))
 	must(t, err)
@@ -95,6 +99,9 @@ func (a *actions) publish(t testing.TB) {
 	_, err = w.Write(client)
 	must(t, err)
 	must(t, w.Close())
+	folder := filepath.Join(downloads, "v"+actionVersion)
+	must(t, os.Mkdir(folder, 0o755))
+	must(t, os.WriteFile(filepath.Join(folder, "culvert-"+platform+".gz"), packed.Bytes(), 0o644))
 	a.release, err = a.Net.Host("release", lab.HostOptions{})
 	must(t, err)
 	asset := fmt.Sprintf("/culvertnet/culvert/releases/download/v%s/culvert-%s.gz", actionVersion, platform)

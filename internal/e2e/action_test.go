@@ -56,6 +56,8 @@ func TestWorkflows(t *testing.T) {
 			want: []string{`exit status 3`, `::error title=culvert%3A denied::.*claim repository expected \["acme/shop"\], got "acme/other"`, `Success - Post`}},
 		{name: "no network", with: ", timeout: 3s, binary: " + a.Binary("culvert"), cut: true, code: 1,
 			want: []string{`exit status 4`, `::error title=culvert%3A timeout::.*neither \S+ nor GitHub's token service answers`, `Success - Post`}},
+		{name: "from the coordinator", with: `, mirror: "https://github.com/nowhere"`, steps: []string{query},
+			want: []string{`culvert: client from ` + regexp.QuoteMeta(a.Cloud.Addr().String()) + `\s`, `answer\|42`, `Success - Post`}, never: []string{`::error`}},
 		{name: "corrupt download", forged: true, code: 1,
 			want: []string{`its SHA-256 is not the pinned (ab){32}`, `Success - Post`}, never: []string{`culvert: client from`}},
 	} {

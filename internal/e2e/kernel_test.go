@@ -8,6 +8,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -23,6 +24,9 @@ import (
 	"github.com/culvertnet/culvert/internal/lab"
 	"github.com/culvertnet/culvert/internal/stage"
 )
+
+// gateway6 is the address of every gateway inside the tunnel, in IPv6.
+const gateway6 = "fd63:756c:7665:7274::c612:1"
 
 // kernelEnv names a folder with a kernel that has WireGuard, its modules, the guest's program and the tests of client/kernel; make
 // kernel fills it.
@@ -51,17 +55,17 @@ func TestKernelWireGuard(t *testing.T) {
 	}
 	m.unchanged(t, before)
 
-	r := m.up(t)
-	if r.Mode != "kernel" {
+	if r := m.up(t, "kernel"); r.Mode != "kernel" {
 		t.Errorf("the mode is %q", r.Mode)
 	}
+	m.call(t, "fetch", map[string]any{"URL": "http://[" + gateway6 + "]/", "Limit": 1}, nil) // any answer will do
 	m.wait(t, "relay")
 	m.transfer(t)
 	m.call(t, "hold", map[string]any{"Addr": s.Target(stage.PortHTTP)}, nil)
 	must(t, s.Net.Unblock(s.Runner.Public(), s.GatewayBox.Public()))
 	m.wait(t, "direct")
 	m.transfer(t)
-	m.shown(t)
+	m.shown(t, s.GatewayBox.Public().String())
 	must(t, s.Net.Block(s.Runner.Public(), s.GatewayBox.Public()))
 	m.wait(t, "relay")
 	m.transfer(t)
@@ -70,13 +74,17 @@ func TestKernelWireGuard(t *testing.T) {
 	m.culvert(t, 0, "down")
 	m.unchanged(t, before)
 
-	m.up(t)
-	m.transfer(t)
+	must(t, s.LaunchSecondGateway())
+	m.up(t, "kernel")
+	m.moved(t)
 	socket := "file /run/wireguard/" + m.status(t).Interface + ".sock" // a file outlives who is killed
 	m.call(t, "kill", map[string]any{"PID": m.status(t).PID}, nil)
 	m.unchanged(t, before, "file /run/wireguard", socket)
-	m.up(t) // and nothing is in the way of the next
+	m.culvert(t, 1, "down")
+	m.unchanged(t, before)
+	m.up(t, "tun") // and nothing is in the way of the next; wg shows that one, too
 	m.transfer(t)
+	m.shown(t, "")
 	m.culvert(t, 0, "down")
 	m.unchanged(t, before)
 }
@@ -193,10 +201,10 @@ func (m *guest) culvert(t *testing.T, code int, args ...string) stage.Result {
 	return r
 }
 
-func (m *guest) up(t *testing.T) (r ready) {
+func (m *guest) up(t *testing.T, mode string) (r ready) {
 	t.Helper()
 	began := time.Now()
-	decode(t, m.culvert(t, 0, "up", "--json", "--mode", "kernel", "--wait-for", m.stage.Target(stage.PortHTTP)).Stdout, &r)
+	decode(t, m.culvert(t, 0, "up", "--json", "--mode", mode, "--wait-for", m.stage.Target(stage.PortHTTP)).Stdout, &r)
 	t.Logf("up after %v", time.Since(began).Round(10*time.Millisecond))
 	return r
 }
@@ -254,11 +262,35 @@ func (m *guest) transfer(t *testing.T) {
 		t.Fatalf("the upload's sum is %s", got.Text)
 	}
 	rate := func(d time.Duration) float64 { return size * 8 / d.Seconds() / 1e6 }
-	t.Logf("%.0f Mbit/s down, %.0f up", rate(down), rate(time.Since(began)))
+	up := time.Since(began)
 	now := m.status(t)
+	var memory int
+	m.call(t, "memory", map[string]any{"PID": now.PID}, &memory)
+	t.Logf("%.0f Mbit/s down, %.0f up, %d MB resident", rate(down), rate(up), memory>>20)
 	if now.Handshake == nil || now.RxBytes-was.RxBytes < size || now.TxBytes-was.TxBytes < size {
 		t.Errorf("status counts %d bytes in and %d out, handshake %v", now.RxBytes-was.RxBytes, now.TxBytes-was.TxBytes, now.Handshake)
 	}
+}
+
+// moved has the gateway die that carries the session, and wants the other one to go on with it.
+func (m *guest) moved(t *testing.T) {
+	t.Helper()
+	var first, now standing
+	eventually(t, time.Minute, "a standby", func() error {
+		if decode(t, m.culvert(t, 0, "status", "--json").Stdout, &first); first.Standby == "" {
+			return errors.New("there is none")
+		}
+		return nil
+	})
+	dying, _ := carriers(m.stage, first)
+	dying.Kill()
+	eventually(t, time.Minute, "the standby carries the session", func() error {
+		if decode(t, m.culvert(t, 0, "status", "--json").Stdout, &now); now.Gateway != first.Standby {
+			return fmt.Errorf("it is %s", now.Gateway)
+		}
+		return nil
+	})
+	m.transfer(t)
 }
 
 // stillHeld wants the connection that was opened on the first path to be alive.
@@ -283,15 +315,18 @@ func (m *guest) stillHeld(t *testing.T) {
 	})
 }
 
-// shown wants wg to show the session, and nobody the key.
-func (m *guest) shown(t *testing.T) {
+// shown wants wg to show the session and where its packets go, and nobody the key.
+func (m *guest) shown(t *testing.T, endpoint string) {
 	t.Helper()
 	name := m.status(t).Interface
 	r := m.run(t, "/bin/wg", "show", name)
-	for _, want := range []string{"interface: " + name, "endpoint: " + m.stage.GatewayBox.Public().String(), "latest handshake:", "transfer:", "allowed ips: 198.18."} {
+	for _, want := range []string{"interface: " + name, "endpoint: " + endpoint, "latest handshake:", "transfer:", "allowed ips: 198.18."} {
 		if !strings.Contains(r.Stdout, want) {
 			t.Errorf("wg does not show %q: %s", want, r)
 		}
+	}
+	if r := m.run(t, "/bin/wg", "show", "all", "dump"); !strings.HasPrefix(r.Stdout, name+"\t(none)\t") {
+		t.Errorf("wg knows more than it should: %s", r)
 	}
 	if r := m.run(t, "/bin/wg", "showconf", name); r.Code != 0 || strings.Contains(r.Stdout, "PrivateKey") {
 		t.Errorf("wg showconf gives %s", r)

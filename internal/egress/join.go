@@ -5,6 +5,8 @@ import (
 	"net"
 	"sync"
 	"time"
+
+	"github.com/culvertnet/culvert/internal/cork"
 )
 
 // Small writes to a proxy wait this long for the next one, so that they leave in one segment. Many proxies keep TCP_NODELAY off: of two
@@ -13,11 +15,16 @@ import (
 const (
 	joinFor  = 2 * time.Millisecond
 	joinSize = 1200 // bytes; more is written at once
+
+	// The end of a TLS handshake waits longer, until there is the request that always follows.
+	finishFor        = 30 * time.Millisecond
+	changeCipherSpec = 20 // begins the client's last flight (RFC 8446, appendix D.4)
 )
 
 // joined is a connection to a proxy.
 type joined struct {
 	net.Conn
+	quick func() // acknowledges what was received at once
 
 	mu    sync.Mutex
 	held  []byte
@@ -26,10 +33,26 @@ type joined struct {
 }
 
 func join(below net.Conn) *joined {
-	j := &joined{Conn: below}
+	j := &joined{Conn: below, quick: func() {}}
+	if t, ok := below.(*net.TCPConn); ok {
+		j.quick = cork.Acknowledger(t)
+	}
 	j.timer = time.AfterFunc(time.Hour, j.flush)
 	j.timer.Stop()
 	return j
+}
+
+// quickSize is the size of reads, in bytes, that are acknowledged at once: a proxy that keeps TCP_NODELAY off holds back what
+// follows a small segment, on the way to us as well. Where much comes in it does not matter.
+const quickSize = 4 << 10
+
+// Read reads from the connection below.
+func (j *joined) Read(p []byte) (int, error) {
+	n, err := j.Conn.Read(p)
+	if 0 < n && n <= quickSize {
+		j.quick()
+	}
+	return n, err
 }
 
 // NetConn gives the connection below, as [crypto/tls.Conn] does.
@@ -43,7 +66,10 @@ func (j *joined) Write(p []byte) (int, error) {
 		return 0, j.err
 	}
 	if len(j.held)+len(p) < joinSize {
-		if len(j.held) == 0 {
+		switch {
+		case len(j.held) == 0 && len(p) > 0 && p[0] == changeCipherSpec:
+			j.timer.Reset(finishFor)
+		case len(j.held) == 0 || j.held[0] == changeCipherSpec:
 			j.timer.Reset(joinFor)
 		}
 		j.held = append(j.held, p...)

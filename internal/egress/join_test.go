@@ -81,6 +81,33 @@ func TestSmallWritesToAProxyLeaveTogether(t *testing.T) {
 	})
 }
 
+// The end of a TLS handshake waits for the request that follows it, and for it alone.
+func TestHandshakesEndLeavesWithTheRequest(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		below := &recorded{}
+		j := join(below)
+		end := string([]byte{changeCipherSpec}) + "finished "
+		write := func(p string) {
+			t.Helper()
+			if _, err := j.Write([]byte(p)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		write(end)
+		time.Sleep(finishFor - time.Millisecond)
+		write("request")
+		time.Sleep(2 * joinFor)
+		write(end)
+		time.Sleep(finishFor + time.Millisecond)
+		if got := below.texts(); len(got) != 2 || got[0] != end+"request" || got[1] != end {
+			t.Errorf("written: %q", got)
+		}
+		if err := j.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 func TestAFailureIsToldWithTheNextWrite(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		failed := errors.New("failed")

@@ -27,7 +27,7 @@ func makeSamples(tb testing.TB) samples {
 	if err != nil {
 		tb.Fatal(err)
 	}
-	response, err := AppendCheckResponse(nil, benchCheck.ID, benchAddr, benchKey, 0)
+	response, err := AppendCheckResponse(nil, benchCheck.ID, benchAddr, Tally{Known: true}, benchKey, 0)
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -48,6 +48,7 @@ func hotPaths(tb testing.TB) map[string]func() bool {
 			_, _, ok := PeekResponse(s.response)
 			return ok
 		},
+		"PeekTally":           func() bool { return PeekTally(s.response).Known },
 		"VerifyCheck":         func() bool { return VerifyCheck(s.check, benchKey) },
 		"VerifyCheckPadded":   func() bool { return VerifyCheck(s.padded, benchKey) },
 		"VerifyCheckForged":   func() bool { return !VerifyCheck(s.padded, benchKey[1:]) },
@@ -57,7 +58,7 @@ func hotPaths(tb testing.TB) map[string]func() bool {
 			return err == nil
 		},
 		"AppendCheckResponse": func() bool {
-			_, err := AppendCheckResponse(buf, benchCheck.ID, benchAddr, benchKey, 1452)
+			_, err := AppendCheckResponse(buf, benchCheck.ID, benchAddr, Tally{Known: true}, benchKey, 1452)
 			return err == nil
 		},
 		"BindingResponse": func() bool {

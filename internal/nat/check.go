@@ -26,7 +26,15 @@ type Check struct {
 	Leave bool
 	// Behind says what the sender is behind, where it wants to try the birthday method; else zero.
 	Behind Behind
+	// Tally says how many of the packets sent to the sender have come, where it knows of tallies.
+	Tally Tally
+	// Handshake is WireGuard's first message, so that it is on its way before there is a path; nil for none, at most [MaxHandshake]
+	// bytes. See [PeekHandshake].
+	Handshake []byte
 }
+
+// MaxHandshake is the size of the largest handshake message that a check carries, in bytes.
+const MaxHandshake = 256
 
 // Asked is what a check asks for, beside an answer.
 type Asked struct {
@@ -36,13 +44,14 @@ type Asked struct {
 	Call     bool
 	Leave    bool
 	Behind   Behind
+	Tally    Tally
 	Size     int // of the whole check, where it is padded; 0 for a plain one
 }
 
 // AppendCheck encodes a check with MESSAGE-INTEGRITY under key, padded with a PADDING attribute (RFC 5780, section
 // 7.6) to size bytes if size is larger. A size that is no multiple of four is rounded down: a check never exceeds it.
-// It fails for an empty key, a username that is empty or over [MaxUsername], and a size over [MaxMessage]. It does
-// not allocate where dst has room.
+// It fails for an empty key, a username that is empty or over [MaxUsername], a handshake message over [MaxHandshake], and a size
+// over [MaxMessage]. It does not allocate where dst has room.
 func AppendCheck(dst []byte, c Check, key []byte, size int) ([]byte, error) {
 	switch {
 	case len(key) == 0:
@@ -51,6 +60,8 @@ func AppendCheck(dst []byte, c Check, key []byte, size int) ([]byte, error) {
 		return dst, fmt.Errorf("encode a check: a username has 1 to %d bytes, not %d", MaxUsername, len(c.Username))
 	case size > MaxMessage:
 		return dst, fmt.Errorf("encode a check: %d bytes are more than %d", size, MaxMessage)
+	case len(c.Handshake) > MaxHandshake:
+		return dst, fmt.Errorf("encode a check: a handshake message has at most %d bytes, not %d", MaxHandshake, len(c.Handshake))
 	}
 	start := len(dst)
 	dst = AppendHeader(dst, TypeBindingRequest, c.ID)
@@ -60,6 +71,10 @@ func AppendCheck(dst []byte, c Check, key []byte, size int) ([]byte, error) {
 	}
 	dst = appendPath(dst, c)
 	dst = c.Behind.append(dst)
+	dst = c.Tally.append(dst)
+	if len(c.Handshake) > 0 {
+		dst = AppendAttr(dst, attrHandshake, c.Handshake)
+	}
 	dst = appendPadding(dst, start, size)
 	return AppendIntegrity(dst, start, key), nil
 }
@@ -94,10 +109,10 @@ func appendPadding(dst []byte, start, size int) []byte {
 	return dst
 }
 
-// AppendCheckResponse encodes the success response to a check, with the mapped address and MESSAGE-INTEGRITY, padded as
-// [AppendCheck] does. It fails for an empty key, an address that is not valid and a size over [MaxMessage], and does not
+// AppendCheckResponse encodes the success response to a check, with the mapped address, the sender's tally and MESSAGE-INTEGRITY, padded
+// as [AppendCheck] does. It fails for an empty key, an address that is not valid and a size over [MaxMessage], and does not
 // allocate where dst has room.
-func AppendCheckResponse(dst []byte, id TxID, mapped netip.AddrPort, key []byte, size int) ([]byte, error) {
+func AppendCheckResponse(dst []byte, id TxID, mapped netip.AddrPort, tally Tally, key []byte, size int) ([]byte, error) {
 	if size > MaxMessage {
 		return dst, fmt.Errorf("encode a check's response: %d bytes are more than %d", size, MaxMessage)
 	}
@@ -110,6 +125,7 @@ func AppendCheckResponse(dst []byte, id TxID, mapped netip.AddrPort, key []byte,
 	start := len(dst)
 	dst = AppendHeader(dst, TypeBindingSuccess, id)
 	dst = AppendMapped(dst, id, mapped)
+	dst = tally.append(dst)
 	dst = appendPadding(dst, start, size)
 	return AppendIntegrity(dst, start, key), nil
 }
@@ -154,9 +170,25 @@ func PeekAsked(b []byte) (asked Asked) {
 			asked.Leave = a.Value[11]&pathLeave != 0
 		case a.Type == attrBehind:
 			asked.Behind = readBehind(a.Value)
+		case a.Type == attrTally:
+			asked.Tally = readTally(a.Value)
 		}
 	}
 	return asked
+}
+
+// PeekHandshake gives the handshake message in a Binding request, of what its MESSAGE-INTEGRITY covers; nil where there is none. It
+// is part of b, and does not allocate.
+func PeekHandshake(b []byte) []byte {
+	if !IsSTUN(b) || MessageType(b) != TypeBindingRequest {
+		return nil
+	}
+	for a := Walk(b); a.Next() && a.Type != AttrMessageIntegrity; {
+		if a.Type == attrHandshake && len(a.Value) > 0 && len(a.Value) <= MaxHandshake {
+			return a.Value
+		}
+	}
+	return nil
 }
 
 // VerifyCheck checks MESSAGE-INTEGRITY of a request or response under key (RFC 8489, section 14.5). It must be there,

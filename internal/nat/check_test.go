@@ -58,15 +58,24 @@ func TestRFC5769(t *testing.T) {
 
 func drawCheck(t *rapid.T) (Check, []byte, int) {
 	return Check{
-			ID:       drawID(t),
-			Username: rapid.StringMatching(`[A-Za-z0-9_-]{1,40}:[A-Za-z0-9_-]{1,10}`).Draw(t, "username"),
-			Nominate: rapid.Bool().Draw(t, "nominate"),
-			Seq:      rapid.Uint64().Draw(t, "seq"),
-			MTU:      rapid.Uint16().Draw(t, "mtu"),
-			Call:     rapid.Bool().Draw(t, "call"),
-			Behind:   drawBehind(t),
+			ID:        drawID(t),
+			Username:  rapid.StringMatching(`[A-Za-z0-9_-]{1,40}:[A-Za-z0-9_-]{1,10}`).Draw(t, "username"),
+			Nominate:  rapid.Bool().Draw(t, "nominate"),
+			Seq:       rapid.Uint64().Draw(t, "seq"),
+			MTU:       rapid.Uint16().Draw(t, "mtu"),
+			Call:      rapid.Bool().Draw(t, "call"),
+			Behind:    drawBehind(t),
+			Handshake: rapid.SliceOfN(rapid.Byte(), 0, MaxHandshake).Draw(t, "handshake"),
+			Tally:     drawTally(t),
 		}, rapid.SliceOfN(rapid.Byte(), 1, 100).Draw(t, "key"),
 		rapid.IntRange(-1, MaxMessage).Draw(t, "size")
+}
+
+func drawTally(t *rapid.T) Tally {
+	if !rapid.Bool().Draw(t, "tally") {
+		return Tally{}
+	}
+	return Tally{Known: true, Sent: rapid.Uint32().Draw(t, "sent"), Came: rapid.Uint32().Draw(t, "came")}
 }
 
 func drawBehind(t *rapid.T) Behind {
@@ -117,7 +126,10 @@ func TestCheckAgreesWithPion(t *testing.T) {
 		if !ok || string(name) != c.Username || id != c.ID || !VerifyCheck(b, key) {
 			t.Fatalf("we read %q, %x, %v", name, id, ok)
 		}
-		want := Asked{Nominate: c.Nominate, Seq: c.Seq, MTU: c.MTU, Call: c.Call, Behind: c.Behind}
+		if got := PeekHandshake(b); !bytes.Equal(got, c.Handshake) {
+			t.Fatalf("the check carries %x, want %x", got, c.Handshake)
+		}
+		want := Asked{Nominate: c.Nominate, Seq: c.Seq, MTU: c.MTU, Call: c.Call, Behind: c.Behind, Tally: c.Tally}
 		bare, _ := AppendCheck(nil, c, key, 0)
 		if len(b) > len(bare) {
 			want.Size = len(b)
@@ -191,13 +203,13 @@ func TestAppendRefuses(t *testing.T) {
 		},
 		"too large": func() ([]byte, error) { return AppendCheck(nil, Check{Username: "a"}, []byte("k"), MaxMessage+1) },
 		"response, no key": func() ([]byte, error) {
-			return AppendCheckResponse(nil, TxID{}, addr, nil, 0)
+			return AppendCheckResponse(nil, TxID{}, addr, Tally{}, nil, 0)
 		},
 		"response, no address": func() ([]byte, error) {
-			return AppendCheckResponse(nil, TxID{}, netip.AddrPort{}, []byte("k"), 0)
+			return AppendCheckResponse(nil, TxID{}, netip.AddrPort{}, Tally{}, []byte("k"), 0)
 		},
 		"response, too large": func() ([]byte, error) {
-			return AppendCheckResponse(nil, TxID{}, addr, []byte("k"), MaxMessage+1)
+			return AppendCheckResponse(nil, TxID{}, addr, Tally{}, []byte("k"), MaxMessage+1)
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -210,18 +222,18 @@ func TestAppendRefuses(t *testing.T) {
 
 func TestCheckResponseAgreesWithPion(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
-		id, addr := drawID(t), drawAddr(t)
+		id, addr, tally := drawID(t), drawAddr(t), drawTally(t)
 		key := rapid.SliceOfN(rapid.Byte(), 1, 100).Draw(t, "key")
 		size := rapid.IntRange(0, MaxMessage).Draw(t, "size")
-		b, err := AppendCheckResponse(nil, id, addr, key, size)
+		b, err := AppendCheckResponse(nil, id, addr, tally, key, size)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if size >= 100 && len(b) != size&^3 {
+		if size >= 112 && len(b) != size&^3 {
 			t.Fatalf("size %d gives %d bytes", size, len(b))
 		}
 		gotID, got, ok := PeekResponse(b)
-		if !ok || gotID != id || got != addr || !VerifyCheck(b, key) {
+		if !ok || gotID != id || got != addr || PeekTally(b) != tally || !VerifyCheck(b, key) {
 			t.Fatalf("we read %x, %v, %v", gotID, got, ok)
 		}
 		m := &stun.Message{Raw: bytes.Clone(b)}

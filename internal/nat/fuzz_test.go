@@ -15,11 +15,18 @@ func seed(f *testing.F) {
 	s := makeSamples(f)
 	told := benchCheck
 	told.Behind = Behind{Mapping: wire.MappingHard, Ready: true, Round: 1, Low: 30000, High: 30999}
+	told.Tally = Tally{Known: true, Sent: 1000, Came: 990}
 	behind, err := AppendCheck(nil, told, benchKey, 0)
 	if err != nil {
 		f.Fatal(err)
 	}
 	f.Add(behind)
+	told.Handshake = bytes.Repeat([]byte{1}, 148)
+	carries, err := AppendCheck(nil, told, benchKey, 0)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(carries)
 	for _, b := range [][]byte{
 		s.plain, s.check, s.padded, s.response, s.check[:len(s.check)-1], s.check[:headerSize], nil,
 		[]byte(rfc5769Request), []byte(rfc5769Response4), []byte(rfc5769Response6),
@@ -55,7 +62,10 @@ func FuzzPeekAsked(f *testing.F) {
 	seed(f)
 	f.Fuzz(func(t *testing.T, b []byte) {
 		before := bytes.Clone(b)
-		asked := PeekAsked(b)
+		asked, carried := PeekAsked(b), PeekHandshake(b)
+		if len(carried) > MaxHandshake || !bytes.Contains(b, carried) {
+			t.Fatalf("carries %x", carried)
+		}
 		if !bytes.Equal(b, before) {
 			t.Fatal("wrote to its input")
 		}
@@ -102,11 +112,11 @@ func FuzzResponse(f *testing.F) {
 		if !ok {
 			return
 		}
-		again, err := AppendCheckResponse(nil, id, mapped, benchKey, 0)
+		again, err := AppendCheckResponse(nil, id, mapped, PeekTally(b), benchKey, 0)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if id3, mapped3, ok := PeekResponse(again); !ok || id3 != id || mapped3 != mapped {
+		if id3, mapped3, ok := PeekResponse(again); !ok || id3 != id || mapped3 != mapped || PeekTally(again) != PeekTally(b) {
 			t.Fatalf("%v comes back as %v", mapped, mapped3)
 		}
 	})

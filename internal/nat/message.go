@@ -29,6 +29,8 @@ const (
 	attrFingerprint      = 0x8028
 	attrPath             = 0xC057 // our own, comprehension-optional: what a check says beside its question
 	attrBehind           = 0xC058 // our own, comprehension-optional: what the sender of a check is behind
+	attrHandshake        = 0xC059 // our own, comprehension-optional: a message of WireGuard's handshake
+	attrTally            = 0xC05A // our own, comprehension-optional: how many packets the sender has got of those sent to it
 
 	familyIPv4 = 0x01
 	familyIPv6 = 0x02

@@ -27,7 +27,8 @@ const (
 // link is the stack's interface towards the tunnel: no link header, host GSO, and a queue that Read drains.
 type link struct {
 	mtu   uint32
-	queue *queue
+	out   outbound
+	acks  acks
 	watch atomic.Pointer[Watch]
 
 	mu         sync.RWMutex
@@ -39,9 +40,44 @@ var (
 	_ stack.GSOEndpoint  = (*link)(nil)
 )
 
-func newLink(mtu int, c *counters) *link {
-	return &link{mtu: uint32(mtu), queue: newQueue(queueLimit, queueReserve, queueWait, c)}
+func newLink(mtu int, out outbound) *link {
+	l := &link{mtu: uint32(mtu), out: out}
+	l.acks.send = func(pkt *stack.PacketBuffer) {
+		if !l.out.push(pkt) {
+			pkt.DecRef()
+		}
+	}
+	return l
 }
+
+// outbound is what waits between the stack and Read.
+type outbound interface {
+	push(pkt *stack.PacketBuffer) bool // takes over a reference unless it returns false
+	read(bufs [][]byte, sizes []int, offset int) int
+	block() bool // false says that it is closed
+	isClosed() bool
+	depth() int // bytes
+	close()
+	drop() // what read holds; nobody reads any more
+}
+
+// single is one queue for all that the stack sends.
+type single struct {
+	*queue
+	split *splitter
+}
+
+func (s single) read(bufs [][]byte, sizes []int, offset int) int {
+	return s.split.fill(s.queue, bufs, sizes, offset)
+}
+
+func (s single) depth() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.bytes
+}
+
+func (s single) drop() { s.split.drop() }
 
 // WritePackets queues what the stack sends. A packet for which there is no room in time is dropped and counted; to the
 // stack it was sent, as on any wire, and TCP recovers.
@@ -51,9 +87,12 @@ func (l *link) WritePackets(pkts stack.PacketBufferList) (int, tcpip.Error) {
 		if watch != nil {
 			watch.answered(pkt)
 		}
-		if !l.queue.push(pkt.IncRef()) {
+		if !l.acks.pass(pkt) {
+			continue
+		}
+		if !l.out.push(pkt.IncRef()) {
 			pkt.DecRef()
-			if l.queue.isClosed() {
+			if l.out.isClosed() {
 				return i, &tcpip.ErrClosedForSend{}
 			}
 		}

@@ -349,7 +349,7 @@ func (d *Device) Inject(packet []byte) error {
 		return &tooLongError{len(packet), d.opts.MTU}
 	}
 	pkt := stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: buffer.MakeWithData(packet)})
-	if !d.link.queue.push(pkt) {
+	if !d.link.out.push(pkt) {
 		pkt.DecRef()
 		return tcpipError{&tcpip.ErrNoBufferSpace{}}
 	}

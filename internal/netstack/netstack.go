@@ -47,6 +47,7 @@ const (
 	sendMax       = 16 << 20         // the same: a writer is woken when half of it is free
 	timeWait      = 10 * time.Second // a gateway closes many flows first; the port pair is the job's, not ours
 	synRetries    = 5                // about a minute
+	minRTO        = time.Second      // RFC 6298, section 2.4: downloads that begin at once delay each other by more than the 200 ms of the stack
 )
 
 // Options configure a [Device].
@@ -83,9 +84,10 @@ type Device struct {
 	link   *link
 	events chan tun.Event
 
-	// Reading side; readMu because the splitter carries over what a batch had no room for.
+	// Reading side; readMu because a splitter carries over what a batch had no room for.
 	readMu sync.Mutex
-	split  splitter
+	path   atomic.Pointer[func(netip.Addr) int] // see [Device.SetPathMTU]
+	ident  uint32                               // of fragments; Read's
 
 	// Writing side.
 	inbound  [2]stack.NetworkEndpoint // IPv4, IPv6
@@ -115,8 +117,7 @@ func New(opts Options) (*Device, error) {
 		events:    make(chan tun.Event, 1),
 		addresses: make(map[netip.Addr]struct{}),
 	}
-	d.link = newLink(opts.MTU, &d.counters)
-	d.split.mtu, d.split.counters = opts.MTU, &d.counters
+	d.link = newLink(opts.MTU, d.newOutbound())
 	d.mergers.New = func() any { return newMerger() }
 	if err := d.setup(); err != nil {
 		d.stack.Destroy()
@@ -124,6 +125,17 @@ func New(opts Options) (*Device, error) {
 	}
 	d.events <- tun.EventUp
 	return d, nil
+}
+
+// newOutbound makes what waits between the stack and Read: on a gateway, a lane for each session.
+func (d *Device) newOutbound() outbound {
+	split := func() *splitter {
+		return &splitter{mtu: d.opts.MTU, counters: &d.counters, path: &d.path, ident: &d.ident}
+	}
+	if d.opts.Forward {
+		return newLanes(&d.counters, split)
+	}
+	return single{newQueue(queueLimit, queueReserve, queueWait, &d.counters), split()}
 }
 
 // newStack makes the stack itself. A forwarding stack must not short-cut packets between the addresses that it plays,
@@ -173,6 +185,10 @@ func (d *Device) setup() error {
 // tuneTCP raises the buffers to what a long fat path needs and says outright what else throughput rests on: SACK and receive
 // buffers that grow with the connection. RACK (RFC 8985) is off: in this version of gVisor a sender that has lost a whole window, as
 // when a path dies under a download, then sends one segment for each retransmission timeout, or none, for good.
+//
+// The timeout forgets what was acknowledged out of order and sends the first segment again. When that is acknowledged, RACK finds the others
+// lost and enters recovery, where sender.SetPipe goes by the forgotten acknowledgements alone, and not by RACK's marks: all that was
+// lost counts as in flight, which is more than the window for as long as it has not been sent again. So each further segment takes a timeout.
 func tuneTCP(s *stack.Stack) error {
 	sack := tcpip.TCPSACKEnabled(true)
 	recovery := tcpip.TCPRecovery(0)
@@ -181,7 +197,8 @@ func tuneTCP(s *stack.Stack) error {
 	rcv := tcpip.TCPReceiveBufferSizeRangeOption{Min: bufferMin, Default: bufferDefault, Max: receiveMax}
 	wait := tcpip.TCPTimeWaitTimeoutOption(timeWait)
 	retries := tcpip.TCPSynRetriesOption(synRetries)
-	for _, opt := range []tcpip.SettableTransportProtocolOption{&sack, &recovery, &moderate, &snd, &rcv, &wait, &retries} {
+	timeout := tcpip.TCPMinRTOOption(minRTO)
+	for _, opt := range []tcpip.SettableTransportProtocolOption{&sack, &recovery, &moderate, &snd, &rcv, &wait, &retries, &timeout} {
 		if err := s.SetTransportProtocolOption(tcp.ProtocolNumber, opt); err != nil {
 			return fmt.Errorf("set %T: %v", opt, err)
 		}
@@ -256,10 +273,11 @@ func (d *Device) Close() error {
 		d.writing.Lock() // no Write is inside any more, and the next sees closed
 		d.closed.Store(true)
 		d.writing.Unlock()
-		d.link.queue.close()
+		d.link.acks.close()
+		d.link.out.close()
 		d.stack.Destroy()
 		d.readMu.Lock() // Read has been woken by the queue
-		d.split.drop()
+		d.link.out.drop()
 		d.readMu.Unlock()
 		close(d.events)
 	})
@@ -290,15 +308,11 @@ type Stats struct {
 	Malformed    uint64 // dropped in Write: no IP, a bad length or checksum
 	Filtered     uint64 // dropped in Write: the source is unknown
 	Overflow     uint64 // dropped on the way out: the queue stayed full
+	Spared       uint64 // acknowledgements of the stack that a later packet made needless
 }
 
 // Depth is how much waits between the stack and Read, in bytes.
-func (d *Device) Depth() int {
-	q := d.link.queue
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	return q.bytes
-}
+func (d *Device) Depth() int { return d.link.out.depth() }
 
 type counters struct {
 	read, written, merged, joined, malformed, filtered, overflow atomic.Uint64
@@ -310,5 +324,6 @@ func (d *Device) Stats() Stats {
 	return Stats{
 		ReadPackets: c.read.Load(), WritePackets: c.written.Load(), Merged: c.merged.Load(), Joined: c.joined.Load(),
 		Malformed: c.malformed.Load(), Filtered: c.filtered.Load(), Overflow: c.overflow.Load(),
+		Spared: d.link.acks.spared.Load(),
 	}
 }

@@ -11,7 +11,7 @@ import (
 // SetPathMTU bounds what is sent to a destination where less than the MTU fits on the way there: f gives that in bytes, and 0
 // for no other bound. TCP is split smaller at once, also on connections that are open already; everything else is sent in
 // fragments where it is too long. f is called for each run of packets: it has to be quick and must not block.
-func (d *Device) SetPathMTU(f func(dst netip.Addr) int) { d.split.path.Store(&f) }
+func (d *Device) SetPathMTU(f func(dst netip.Addr) int) { d.path.Store(&f) }
 
 // limit is how long a packet with this IP header may be.
 func (s *splitter) limit(ip []byte) int {
@@ -35,11 +35,11 @@ func (s *splitter) limit(ip []byte) int {
 // options or extension headers, which the stack sends none of. The stack sets "don't fragment" on datagrams whose sender never
 // asked for that; it is not heeded here, where nobody would be told.
 func (s *splitter) fragments(packet []byte, limit int) [][]byte {
-	s.ident++
+	*s.ident++
 	if packet[0]>>4 == 4 {
-		return fragments4(packet, limit, uint16(s.ident))
+		return fragments4(packet, limit, uint16(*s.ident))
 	}
-	return fragments6(packet, limit, s.ident)
+	return fragments6(packet, limit, *s.ident)
 }
 
 // fragments4 is RFC 791, section 3.2.

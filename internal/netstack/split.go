@@ -21,11 +21,11 @@ func (d *Device) Read(bufs [][]byte, sizes []int, offset int) (int, error) {
 		if d.closed.Load() {
 			return 0, os.ErrClosed
 		}
-		if n := d.split.fill(d.link.queue, bufs, sizes, offset); n > 0 {
+		if n := d.link.out.read(bufs, sizes, offset); n > 0 {
 			d.counters.read.Add(uint64(n))
 			return n, nil
 		}
-		if !d.link.queue.block() {
+		if !d.link.out.block() {
 			return 0, os.ErrClosed
 		}
 	}
@@ -49,7 +49,7 @@ const (
 // WireGuard's UDP segmentation batches.
 type splitter struct {
 	mtu      int
-	path     atomic.Pointer[func(netip.Addr) int] // see [Device.SetPathMTU]
+	path     *atomic.Pointer[func(netip.Addr) int] // see [Device.SetPathMTU]
 	counters *counters
 
 	waiting []*stack.PacketBuffer // taken from the queue; the run is at the front
@@ -57,7 +57,7 @@ type splitter struct {
 	bytes   int                   // in waiting
 	run     run
 	cut     [][]byte // fragments that are to be sent next
-	ident   uint32   // of the last packet of IPv6 that was cut
+	ident   *uint32  // of the last packet of IPv6 that was cut; the device's
 }
 
 // run is a series of joined segments that is being sent. Its header is that of the newest segment: an acknowledgement
@@ -87,8 +87,22 @@ func (s *splitter) most() int {
 	return min(batchSize, max(1, batchBytes/(s.mtu+overhead)))
 }
 
+// source is where a splitter gets packets from: take appends them, until it has so many bytes.
+type source interface {
+	take(into []*stack.PacketBuffer, bytes int) []*stack.PacketBuffer
+}
+
+// pending is how many bytes have been taken and not been given out.
+func (s *splitter) pending() int {
+	n := s.bytes
+	for _, f := range s.cut {
+		n += len(f)
+	}
+	return n
+}
+
 // fill puts packets into bufs until they or the packets run out.
-func (s *splitter) fill(q *queue, bufs [][]byte, sizes []int, offset int) int {
+func (s *splitter) fill(q source, bufs [][]byte, sizes []int, offset int) int {
 	s.refill(q)
 	n := 0
 	for n < min(len(bufs), s.most()) {
@@ -121,7 +135,7 @@ func (s *splitter) fill(q *queue, bufs [][]byte, sizes []int, offset int) int {
 
 // refill takes from the queue about as much as a batch can carry, so that what waits is bounded by the queue, and joins
 // what belongs to the run under way.
-func (s *splitter) refill(q *queue) {
+func (s *splitter) refill(q source) {
 	if want := s.mtu*batchSize - s.bytes; want > 0 {
 		had := len(s.waiting)
 		s.waiting = q.take(s.waiting, want)

@@ -47,7 +47,7 @@ const (
 	NotUsable       Code = "not-usable"       // connected, but a wait-for target did not answer in time
 	AlreadyUp       Code = "already-up"       // a tunnel of this name runs already
 	NotUp           Code = "not-up"           // no tunnel of this name runs
-	NeedsPrivilege  Code = "needs-privilege"  // the mode needs root or CAP_NET_ADMIN
+	NeedsPrivilege  Code = "needs-privilege"  // the mode needs root or capabilities
 	Unsupported     Code = "unsupported"      // not on this platform
 	FlowDenied      Code = "flow-denied"      // the grant does not cover a destination
 	FlowUnreachable Code = "flow-unreachable" // granted, but it does not answer behind the gateway

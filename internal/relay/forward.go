@@ -45,6 +45,12 @@ func (l *lane) forward(c Channel, run []byte, segment int, from origin) {
 		h.heard.Store(l.now)
 	}
 	to := s.sides[side.Other()].binding.Load()
+	if to == nil {
+		var kept bool
+		if to, kept = l.await(s, side, run, frames); kept {
+			return
+		}
+	}
 	switch {
 	case to == nil || l.now >= to.expires:
 		l.counts.alone.Add(frames)

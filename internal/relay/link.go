@@ -243,5 +243,6 @@ func (l *link) control(msg []byte, way *lane) {
 	}
 	if answer := l.server.answer(buf[:0], msg, origin{link: l}, way.now, way.counts); len(answer) > 0 {
 		l.out.putControl(answer)
+		way.hand(msg, answer, origin{link: l})
 	}
 }

@@ -113,5 +113,6 @@ func (l *lane) reply(msg []byte, from origin) {
 	l.arena = l.server.answer(l.arena, msg, from, l.now, l.counts)
 	if answer := l.arena[start:]; len(answer) > 0 && l.spare(answer, from.addr.Addr()) {
 		l.queue.Add(answer, len(answer), from.addr, from.local)
+		l.hand(msg, answer, from)
 	}
 }

@@ -36,6 +36,7 @@ type half struct {
 	heard   atomic.Int64            // when the last packet came from it, in nanoseconds since 1970
 	meter   meter                   // of what comes from it
 	used    used                    // of its reader
+	early   atomic.Pointer[early]   // sent before the other side was bound
 }
 
 // binding ties a side to an address or to a WebSocket. It never changes; a new one replaces it.

@@ -19,13 +19,3 @@ func limitUnsent(conn *net.TCPConn) {
 		_ = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT, maxUnsent)
 	})
 }
-
-// acknowledger gives a function that has the kernel acknowledge now what it has received (tcp(7), TCP_QUICKACK).
-func acknowledger(conn *net.TCPConn) func() {
-	raw, err := conn.SyscallConn()
-	if err != nil {
-		return func() {}
-	}
-	now := func(fd uintptr) { _ = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_QUICKACK, 1) }
-	return func() { _ = raw.Control(now) }
-}

@@ -5,5 +5,3 @@ package relay
 import "net"
 
 func limitUnsent(*net.TCPConn) {}
-
-func acknowledger(*net.TCPConn) func() { return func() {} }

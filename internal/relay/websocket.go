@@ -78,7 +78,7 @@ func newSocket(conn io.ReadWriteCloser, in *bufio.Reader, client bool) *socket {
 // over tells what the socket's connection stands on: records of TLS that make up one message leave in one piece.
 func (s *socket) over(conn net.Conn) *socket {
 	if t := tcpOf(conn); t != nil {
-		s.quick = acknowledger(t)
+		s.quick = cork.Acknowledger(t)
 	}
 	if _, ok := conn.(*tls.Conn); ok {
 		s.corked = cork.Of(conn)

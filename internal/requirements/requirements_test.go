@@ -25,8 +25,12 @@ func TestDocumentation(t *testing.T) {
 	}
 	want := text
 	for _, p := range []Party{Runner, Gateway, Coordinator, Relay} {
-		want, err = insert(want, p)
-		if err != nil {
+		if want, err = insert(want, string(p), Markdown(p)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, c := range Clouds() {
+		if want, err = insert(want, string(c), CloudMarkdown(c)); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -41,14 +45,14 @@ func TestDocumentation(t *testing.T) {
 	}
 }
 
-// insert puts a party's table between its marks.
-func insert(text []byte, p Party) ([]byte, error) {
-	start, end := fmt.Appendf(nil, "<!-- %s -->\n", p), fmt.Appendf(nil, "<!-- end of %s -->\n", p)
+// insert puts a table between its marks.
+func insert(text []byte, mark, table string) ([]byte, error) {
+	start, end := fmt.Appendf(nil, "<!-- %s -->\n", mark), fmt.Appendf(nil, "<!-- end of %s -->\n", mark)
 	a, b := bytes.Index(text, start), bytes.Index(text, end)
 	if a < 0 || b < a {
-		return nil, fmt.Errorf("%s has no place for the %s's table", document, p)
+		return nil, fmt.Errorf("%s has no place for the table %s", document, mark)
 	}
-	return slices.Concat(text[:a], start, []byte(Markdown(p)), text[b:]), nil
+	return slices.Concat(text[:a], start, []byte(table), text[b:]), nil
 }
 
 func TestRowsAreWhole(t *testing.T) {

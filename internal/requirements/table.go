@@ -157,7 +157,7 @@ func coordinator() []Row {
 		{
 			ID: "coordinator/filter", Party: Coordinator, Direction: Out, Peer: "runners", Protocol: "UDP", Port: "any, from a port of the system's choice",
 			Carries: "STUN", Purpose: "answers from another port, by which `culvert netcheck` learns how a NAT filters",
-			When: "for that alone",
+			When: "for `culvert netcheck` alone",
 		},
 		{
 			ID: "coordinator/issuer", Party: Coordinator, Direction: Out, Peer: "`token.actions.githubusercontent.com`, or each of `issuers`; issuers of gateways' identities", Protocol: "TCP", Port: "443",

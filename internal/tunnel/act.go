@@ -28,6 +28,7 @@ func (p *Peer) act(do func(now time.Time)) {
 		return
 	}
 	do(now)
+	p.unmend(now, false)
 	out := p.messages(now)
 	fresh := p.fresh
 	p.fresh = false
@@ -70,9 +71,14 @@ func (p *Peer) messages(now time.Time) []outgoing {
 		c := nat.Check{
 			ID: p.newID(), Username: p.name, Nominate: p.opts.Initiate && o.path == p.engine.chosen,
 			Seq: p.seq, Call: o.call, Leave: p.engine.leaving, Behind: o.behind,
+			Tally: p.tally.tell(),
+		}
+		// Where there is a path it goes by itself: checks of candidates that never answer would put its repetition off.
+		if p.opts.Initiate && !o.valid && o.mtu == 0 && p.current.Load() == nil {
+			c.Handshake = p.handshake.carried(now)
 		}
 		if p.opts.Initiate {
-			c.MTU = uint16(p.engine.settle())
+			c.MTU = uint16(p.engine.told())
 		}
 		size := 0
 		if o.mtu > 0 {
@@ -99,7 +105,7 @@ func (p *Peer) settle(now time.Time) {
 			p.tunnel.relays.feel(l, lonely, carries, now)
 		}
 	}
-	if mtu := p.engine.settle(); mtu > 0 && mtu != p.MTU() {
+	if mtu := p.engine.fit(); mtu > 0 && mtu != p.MTU() {
 		p.mtu.Store(int32(mtu))
 		p.latestMTU = mtu
 	}
@@ -121,7 +127,10 @@ func randomID() nat.TxID {
 
 // rearm sets the timer for the next thing to do.
 func (p *Peer) rearm(now time.Time) {
-	wake := sooner(sooner(p.engine.wake(now), p.handshake.wake()), p.punch.wake())
+	wake := sooner(p.engine.wake(now), p.punch.wake())
+	if p.current.Load() != nil || p.hint.Load() != nil {
+		wake = sooner(wake, p.handshake.wake())
+	}
 	for _, l := range p.legs {
 		wake = sooner(wake, l.next)
 	}
@@ -155,6 +164,7 @@ func (p *Peer) changed(to *path) {
 	}
 	p.current.Store(to.route)
 	p.fresh = true
+	p.uncover()
 	p.start()
 	latest := to.public()
 	p.latest = &latest
@@ -166,19 +176,21 @@ func (p *Peer) dropped(gone *path) {
 	p.tunnel.bind.table.drop(gone)
 }
 
-// start asks the device for the first handshake.
+// start has the device begin the first handshake, again where it has given up. It does nothing while one is under way.
 func (p *Peer) start() {
-	if !p.opts.Initiate || p.started {
-		return
+	if p.opts.Initiate && p.handshake.completed.Load() == 0 {
+		p.tunnel.tasks.Go(p.initiate)
 	}
-	p.started = true
-	p.tunnel.tasks.Go(func() { p.tunnel.device.shake(p) })
 }
 
+// initiate has the device make an initiation, at most every five seconds. The first is made before there is a path: checks carry it
+// ahead.
+func (p *Peer) initiate() { p.tunnel.device.shake(p) }
+
 // requested handles an authentic check from the peer. Our own check goes out before the answer, so that the path is validated
-// on both sides before the first packet that follows the answer. A repeated one is not answered, whoever repeats it.
-func (p *Peer) requested(from *route, id nat.TxID, asked nat.Asked) {
-	answer := false
+// on both sides before the first packet that follows the answer. A repeated one is not answered, whoever repeats it; false is given
+// then.
+func (p *Peer) requested(from *route, id nat.TxID, asked nat.Asked) (answer bool) {
 	p.act(func(now time.Time) {
 		if !p.seen.fresh(asked.Seq) {
 			return
@@ -200,21 +212,23 @@ func (p *Peer) requested(from *route, id nat.TxID, asked nat.Asked) {
 		p.tunnel.bind.table.put(known)
 		p.engine.requested(known, asked, now)
 		p.heed(asked.Behind, now)
+		p.heedTally(asked.Tally, now)
 		if p.opts.Initiate && p.current.Load() == nil && p.hint.Load() == nil {
 			p.hint.Store(from)
 			p.start()
 		}
 	})
 	if !answer {
-		return
+		return false
 	}
-	if pkt, err := nat.AppendCheckResponse(nil, id, from.mapped(), p.key, asked.Size); err == nil {
+	if pkt, err := nat.AppendCheckResponse(nil, id, from.mapped(), p.tally.tell(), p.key, asked.Size); err == nil {
 		_ = p.tunnel.bind.sendTo(pkt, from)
 	}
+	return true
 }
 
 // answered handles an authentic answer and gives the path that it validated, or nil.
-func (p *Peer) answered(from *route, id nat.TxID) (validated *path) {
+func (p *Peer) answered(from *route, id nat.TxID, tally nat.Tally) (validated *path) {
 	p.act(func(now time.Time) {
 		path := p.engine.find(from.spot)
 		if path == nil {
@@ -225,6 +239,7 @@ func (p *Peer) answered(from *route, id nat.TxID) (validated *path) {
 		}
 		p.tunnel.bind.table.put(path)
 		p.alive.Store(now.UnixNano())
+		p.heedTally(tally, now)
 		validated = path
 		if path == p.engine.chosen {
 			p.current.Store(path.route)
@@ -243,14 +258,49 @@ func (p *Peer) accept(from *path, pkt []byte) (*Peer, []byte) {
 	if messageType(pkt) == device.MessageTransportType {
 		return p, pkt
 	}
+	return p.greeted(pkt)
+}
+
+// greeted takes a handshake message: a repeated one gets the response that the device has given before.
+func (p *Peer) greeted(pkt []byte) (*Peer, []byte) {
 	repeated, response := p.handshake.receiving(pkt)
+	if !repeated && p.asleep.Load() {
+		p.rouse(pkt)
+		return nil, nil
+	}
 	if !repeated {
 		return p, pkt
 	}
-	if to := p.current.Load(); to != nil && response != nil {
+	to := p.current.Load()
+	if to == nil {
+		to = p.hint.Load()
+	}
+	if to != nil && response != nil {
 		_ = p.tunnel.bind.sendTo(bytes.Clone(response), to)
 	}
 	return nil, nil
+}
+
+// introduced takes the initiation that an authentic check carried, which had no answer yet: the other side made it, and for this
+// session. The response goes where the check came from, as its answer does, while no path is validated. Nothing but a response
+// goes there, and no packet is taken from there.
+func (p *Peer) introduced(from *route, pkt []byte) (*Peer, []byte) {
+	if p.opts.Initiate || !isWireGuard(pkt) || messageType(pkt) != device.MessageInitiationType {
+		return nil, nil
+	}
+	if p.current.Load() == nil {
+		p.hint.Store(from)
+	}
+	p.rx.Add(uint64(len(pkt)))
+	return p.greeted(pkt)
+}
+
+// greets reports whether a message of this type may go where the other side has been heard, before a path is validated.
+func (p *Peer) greets(message uint32) bool {
+	if p.opts.Initiate {
+		return message != device.MessageTransportType
+	}
+	return message == device.MessageResponseType
 }
 
 // park keeps one handshake message that came from a spot whose checks are authentic but whose path is not validated

@@ -24,19 +24,22 @@ import (
 type bind struct {
 	table  table
 	side   *sideEntrance
-	stun   func(pkt []byte, from *route) *path
+	stun   func(pkt []byte, from *route) (*Peer, []byte)
 	find   func(session string) *Peer
 	in     *window // packets from the socket to the TUN
 	out    *window // and from the TUN to the socket
 	counts bindCounts
-	socket atomic.Pointer[socket] // nil while closed
+	// menders is how many peers' packets are kept, see [maxMenders].
+	menders atomic.Int32
+	socket  atomic.Pointer[socket] // nil while closed
 }
 
-// bindCounts counts what the bind dropped, in packets.
+// bindCounts counts what the bind dropped, in packets, and what it rebuilt.
 type bindCounts struct {
 	stranger atomic.Uint64 // WireGuard packets from a spot that is no validated path
 	junk     atomic.Uint64 // neither WireGuard nor STUN
 	noPath   atomic.Uint64 // sent to a peer without a path
+	rebuilt  atomic.Uint64 // not dropped: rebuilt from parities
 }
 
 // Open opens the socket, for both families where there are two.
@@ -84,12 +87,15 @@ func (b *bind) Send(bufs [][]byte, endpoint conn.Endpoint) error {
 	if !ok {
 		return conn.ErrWrongEndpointType
 	}
+	if p.opts.Sent != nil {
+		defer p.opts.Sent(dataPackets(bufs))
+	}
 	if p.handshake.sending(bufs[0]) {
 		p.act(func(time.Time) {}) // sets the timer for sending it again
 	}
 	r := p.current.Load()
 	if r == nil {
-		if r = p.hint.Load(); r == nil || len(bufs) > 1 || messageType(bufs[0]) == device.MessageTransportType {
+		if r = p.hint.Load(); r == nil || len(bufs) > 1 || !p.greets(messageType(bufs[0])) {
 			b.counts.noPath.Add(uint64(len(bufs)))
 			p.handshake.unsent()
 			return nil
@@ -104,7 +110,18 @@ func (b *bind) Send(bufs [][]byte, endpoint conn.Endpoint) error {
 		s.wait(r)
 	}
 	b.out.give(len(bufs))
+	if s := p.covers(bufs, r); s != nil {
+		return s.send(bufs, r)
+	}
 	return b.transmit(bufs, r)
+}
+
+// dataPackets is how many of the packets that the device sends at once came from the TUN.
+func dataPackets(bufs [][]byte) int {
+	if messageType(bufs[0]) != device.MessageTransportType || len(bufs[0]) <= device.MessageKeepaliveSize {
+		return 0
+	}
+	return len(bufs)
 }
 
 // transmit sends packets over a route. It may write into them and behind them, up to their capacity.

@@ -115,6 +115,33 @@ func BenchmarkBindSend(b *testing.B) {
 	}
 }
 
+// BenchmarkBindSendCovered is the same with a parity for every few packets.
+func BenchmarkBindSendCovered(b *testing.B) {
+	sink, err := net.ListenUDP("udp4", net.UDPAddrFromAddrPort(loopback(0)))
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer sink.Close()
+	bind, p := loopbackBind(b, sink.LocalAddr().(*net.UDPAddr).AddrPort())
+	p.cover(true)
+	bufs, again := packets(128, 1452), make([][]byte, 128)
+	b.SetBytes(128 * 1452)
+	b.ReportAllocs()
+	count := uint64(0)
+	for b.Loop() {
+		renew(again, bufs)
+		for _, pkt := range again {
+			binary.LittleEndian.PutUint64(pkt[8:], count)
+			count++
+		}
+		if err := bind.Send(again, p); err != nil {
+			b.Fatal(err)
+		}
+	}
+	p.cover(false)
+	p.timers.Wait()
+}
+
 // received is a bind with a validated path from a socket of the test, and a run of transport messages from there.
 func received(tb testing.TB, header uint32) (out *socket, fn conn.ReceiveFunc, run [][]byte, to *route) {
 	tb.Helper()

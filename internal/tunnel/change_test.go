@@ -23,6 +23,7 @@ func (d *drive) relayed(port uint16) *path {
 type link struct {
 	rtt     time.Duration
 	blocked bool
+	narrow  int // the MTU of this path, beside the drive's; 0 for any
 }
 
 // live runs the drive for a while: checks on paths whose link is open are answered after its round-trip time; flow moves the
@@ -45,7 +46,7 @@ func (d *drive) live(dur time.Duration, links map[*path]*link, flow func() (rx, 
 		before := len(d.orders)
 		d.step()
 		for i, o := range d.orders[before:] {
-			if l := links[o.path]; l != nil && !l.blocked && (d.narrow == 0 || o.mtu <= d.narrow) {
+			if l := links[o.path]; l != nil && !l.blocked && (d.narrow == 0 || o.mtu <= d.narrow) && (l.narrow == 0 || o.mtu <= l.narrow) {
 				waiting = append(waiting, pending{o.path, d.booked[before+i], d.now.Add(l.rtt)})
 			}
 		}

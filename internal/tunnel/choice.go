@@ -12,7 +12,7 @@ func (e *engine) choose(now time.Time, why string) {
 	if best == nil || best == e.chosen {
 		return
 	}
-	if e.chosen == nil || !e.chosen.valid || e.better(best, e.chosen) && e.steady(best, now) {
+	if e.chosen == nil || !e.chosen.valid || e.better(best, e.chosen) && e.steady(best, now) && e.takes(best) {
 		e.use(best, now, why)
 	}
 }
@@ -51,6 +51,11 @@ func (e *engine) better(a, b *path) bool {
 		return a.rank() < b.rank()
 	}
 	return e.lead && a.srtt < b.srtt-max(b.srtt/5, 2*time.Millisecond)
+}
+
+// takes reports whether what the session sends is known to fit a path, or at least what does.
+func (e *engine) takes(p *path) bool {
+	return !e.lead || e.mtu == 0 || p.size.stands > 0 || p.size.found >= e.mtu
 }
 
 // steady reports whether a path may take over from one that works. Where it has been lost again and again it has to last first.

@@ -24,6 +24,8 @@
 // Grants name their relay in full, so that one which SetRelays has not named works as well. Tickets are bound at once, and again
 // whenever the relay's key, our mapped address or the transport changes.
 //
-// [PeerOptions.OnMTU] says when packets of [DefaultMTU] do not fit, on every path: a client lowers its TUN device's MTU, a
+// With [Options.Device] WireGuard is spoken outside this process, by the kernel; everything else is the same.
+//
+// [PeerOptions.OnMTU] says when more fits than [StartMTU], or less than before, on every path: a client sets its TUN device's MTU, a
 // gateway cuts what it sends to this peer to [Peer.MTU].
 package tunnel

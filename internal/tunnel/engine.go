@@ -13,6 +13,7 @@ import (
 const (
 	firstRetry   = 20 * time.Millisecond   // doubled with every try …
 	slowestRetry = 1280 * time.Millisecond // … up to this
+	streamRetry  = 320 * time.Millisecond  // and not below this where nothing gets lost on the way
 	leadTries    = 11                      // checks before a candidate rests, leading side: 7.7 s
 	followTries  = 8                       // the same, following side: 3.8 s
 	answerTries  = 3                       // checks that one check from an unknown address, or a call, draws
@@ -57,6 +58,7 @@ type engine struct {
 	chosen *path
 	mtu    int // of the session, as far as known; 0 before
 	most   int // the largest MTU that is looked for
+	said   int // the MTU that our last checks have told
 
 	// Leading.
 	begun   time.Time // when the first path was added
@@ -140,6 +142,10 @@ func (e *engine) due(now time.Time) []order {
 			e.overdue(p, now)
 		}
 	}
+	if m := e.told(); m != e.said {
+		e.said = m
+		e.chosen.next = now // the other side need not wait for the next one to hear it
+	}
 	if c := e.chosen; c != nil && e.lead && c.isDue(now) && c.tries > 0 {
 		e.warm(c, now)
 	}
@@ -186,7 +192,11 @@ func (e *engine) after(p *path, now time.Time) time.Time {
 	case !e.lead && p.tries >= p.limit:
 		return time.Time{}
 	}
-	return now.Add(min(firstRetry<<(p.tries-1), slowestRetry))
+	retry := min(firstRetry<<(p.tries-1), slowestRetry)
+	if p.spot.stream() {
+		retry = max(retry, streamRetry)
+	}
+	return now.Add(retry)
 }
 
 // rest is how long a path that does not answer is left alone.
@@ -282,7 +292,7 @@ func (e *engine) answered(p *path, id nat.TxID, r *route, now time.Time) bool {
 		p.valid, p.since = true, now
 		p.open.Store(true)
 		if e.lead {
-			p.size.search(e.most, now)
+			e.search(p, now)
 		}
 	}
 	p.next = time.Time{}
@@ -300,10 +310,18 @@ func (e *engine) answered(p *path, id nat.TxID, r *route, now time.Time) bool {
 	return true
 }
 
+// search begins to look for the sizes that a path takes.
+func (e *engine) search(p *path, now time.Time) {
+	if p.spot.stream() {
+		now = now.Add(streamSearch)
+	}
+	p.size.search(e.most, now)
+}
+
 // sized learns from an answer which sizes a path takes.
 func (e *engine) sized(p *path, s sent, now time.Time) {
 	if s.mtu > 0 {
-		p.size.answered(s.mtu)
+		p.size.answered(s.mtu, p.srtt, now)
 		return
 	}
 	if p.size.searching(now) {
@@ -334,6 +352,31 @@ func (e *engine) settle() int {
 		e.mtu = least
 	}
 	return e.mtu
+}
+
+// fit is what may be sent: the session's MTU, or less while nothing has come back yet; 0 where that is to stay as it is. A WebSocket
+// takes packets of any size.
+func (e *engine) fit() int {
+	m, c := e.settle(), e.chosen
+	switch {
+	case m > 0 || !e.lead || c == nil:
+		return unpadded(m, e.most)
+	case c.spot.stream():
+		return e.most
+	}
+	return unpadded(max(c.size.found, StartMTU), e.most)
+}
+
+// told is what our checks say fits; 0 while that is not known.
+func (e *engine) told() int {
+	c := e.chosen
+	if !e.lead || c == nil {
+		return e.said
+	}
+	if m := e.settle(); m > 0 || c.size.found < StartMTU {
+		return m
+	}
+	return c.size.found
 }
 
 // requested handles an authentic check from the peer, which asks for something. A path that is not validated is checked
@@ -388,7 +431,7 @@ func (e *engine) refresh(now time.Time) {
 			p.limit = answerTries
 		}
 		if p.valid && e.lead {
-			p.size.search(e.most, now)
+			e.search(p, now)
 		}
 	}
 }
@@ -401,7 +444,7 @@ func (e *engine) moved(from, to *path, now time.Time) {
 	to.tries, to.next = 0, now
 	to.open.Store(true)
 	if e.lead {
-		to.size.search(e.most, now)
+		e.search(to, now)
 	}
 	if e.nominee == from {
 		e.nominee = to

@@ -136,6 +136,17 @@ func (h *handshake) receiving(pkt []byte) (repeated bool, response []byte) {
 	return false, nil
 }
 
+// carried gives the first handshake's initiation to be carried by a check, nil if there is none. It counts as sent.
+func (h *handshake) carried(now time.Time) []byte {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.initiation == nil || h.completed.Load() != 0 {
+		return nil
+	}
+	h.last, h.resend = now, now.Add(resendFirst)
+	return h.initiation
+}
+
 // again gives the initiation if it is due to be sent again, or at once where a path has just come up.
 func (h *handshake) again(now time.Time, fresh bool) []byte {
 	h.mu.Lock()

@@ -319,6 +319,7 @@ func (l *leg) answered(msg []byte, a relay.Answer, now time.Time) {
 		if !relay.VerifyMessage(msg, &l.key) {
 			return
 		}
+		heard := l.mode == WebSocket && l.tries == 1 // and the check behind the BIND as well: nothing gets lost on the way
 		l.bound, l.tries, l.stale, l.next = true, 0, 0, time.Time{}
 		if l.old != nil && l.old.valid && l.path != nil && !l.path.valid {
 			l.peer.engine.moved(l.old, l.path, now)
@@ -326,7 +327,9 @@ func (l *leg) answered(msg []byte, a relay.Answer, now time.Time) {
 			l.old = nil
 		}
 		if l.path != nil && !l.path.valid {
-			l.path.tries, l.path.next = min(l.path.tries, 2), now
+			if !heard {
+				l.path.tries, l.path.next = min(l.path.tries, 2), now
+			}
 			if l.peer.opts.Initiate {
 				l.next = now.Add(rebindLost)
 			}

@@ -8,11 +8,25 @@ import (
 // IPv4 there are 20 to spare, of which a relay takes 4.
 const DefaultMTU = 1420
 
+// StartMTU is what is sent at most, in bytes inside the tunnel, until it is known that more fits: the least that an interface with IPv6
+// may have (RFC 8200, section 5). On a usual path more is known after the round trip in which its first check was answered and
+// another one.
+const StartMTU = 1280
+
 // MinMTU is the smallest that is looked for. Below it a path carries small packets only.
 const MinMTU = 576
 
-// overhead is what WireGuard adds to a packet: type, receiver, counter, and the tag. Its padding never exceeds the MTU.
+// overhead is what WireGuard adds to a packet: type, receiver, counter, and the tag. For its padding see [unpadded].
 const overhead = 32
+
+// unpadded is the largest packet that is not longer than fits once WireGuard has padded it to a multiple of 16 bytes. The device pads
+// no packet beyond most, but knows of nothing less.
+func unpadded(fits, most int) int {
+	if fits >= most {
+		return fits
+	}
+	return fits &^ 15
+}
 
 // mtus are the sizes that are tried, in bytes inside the tunnel, largest first. Between them lie the links that exist: relays
 // over IPv6, PPPoE, tunnels in tunnels, overlay networks of clusters, mobile networks.
@@ -22,17 +36,19 @@ var mtus = [...]int{
 
 // Timing of the search for the MTU.
 const (
-	sizeWait    = 150 * time.Millisecond // for the answers of a round, at least
-	sizeRounds  = 4                      // rounds before what has been found stands
-	sizeRaise   = 10 * time.Minute       // a path that takes less than the most is tried anew after this
-	sizeMissing = 2                      // full-sized checks in a row that go missing where small ones come back
+	sizeWait     = 150 * time.Millisecond // for the answers of a round, at least
+	sizeSlack    = 5 * time.Millisecond   // for packets that overtake each other, at least
+	sizeRounds   = 4                      // rounds before what has been found stands
+	sizeRaise    = 10 * time.Minute       // a path that takes less than the most is tried anew after this
+	streamSearch = 500 * time.Millisecond // on a WebSocket a search waits so long: there the first packets would wait for it
+	sizeMissing  = 2                      // full-sized checks in a row that go missing where small ones come back
 )
 
 // sizer finds how large a packet a path takes, both ways, by checks that are padded to a packet's size and are answered in the
 // same size. It waits for no ICMP message and believes none. The leading side searches:
 //
-//	most ──answered──► stands
-//	  │ nothing comes back
+//	most and StartMTU ──most answered──► stands
+//	  │ nothing comes back, or the smaller one alone
 //	  ▼
 //	all sizes, in a few rounds ──► the largest that came back stands ──(sizeRaise)──► all that are larger
 //
@@ -60,6 +76,9 @@ func (s *sizer) due(rtt time.Duration, now time.Time) []int {
 	switch {
 	case s.round == 1:
 		s.next = now.Add(max(2*rtt, sizeWait))
+		if s.most > StartMTU {
+			return []int{s.most, StartMTU}
+		}
 		return []int{s.most}
 	case s.round <= sizeRounds:
 		if s.round > 2 && s.found > 0 {
@@ -87,9 +106,13 @@ func (s *sizer) larger() []int {
 	return sizes
 }
 
-// answered notes that a check of this size has come back.
-func (s *sizer) answered(mtu int) {
+// answered notes that a check of this size has come back. The smaller one of the first round was sent last: where it is back alone, the
+// other is not coming.
+func (s *sizer) answered(mtu int, rtt time.Duration, now time.Time) {
 	s.missing = 0
+	if s.round == 1 && mtu == StartMTU && s.searching(now) {
+		s.next = sooner(s.next, now.Add(max(rtt/4, sizeSlack)))
+	}
 	if mtu <= s.found {
 		return
 	}

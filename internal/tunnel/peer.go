@@ -10,7 +10,9 @@ import (
 	"time"
 
 	"golang.zx2c4.com/wireguard/conn"
+	"golang.zx2c4.com/wireguard/device"
 
+	"github.com/culvertnet/culvert/internal/repair"
 	"github.com/culvertnet/culvert/internal/wire"
 )
 
@@ -21,17 +23,20 @@ type PeerOptions struct {
 	AllowedIPs []netip.Prefix // WireGuard's cryptokey routing
 	Candidates []wire.Candidate
 	Relays     []Grant // relays that the session may use; the session's id has to be the client key's then
-	// Initiate makes this the leading side, the client: it keeps the paths alive, chooses, and starts the handshake as soon as
-	// a path shows life. The other side follows.
+	// Initiate makes this the leading side, the client: it keeps the paths alive, chooses, and starts the handshake, which its first
+	// checks carry. The other side follows.
 	Initiate bool
 	// OnPath is called, never concurrently for one peer and never from a packet path, when the chosen path changes. A
 	// zero Path says that none is left.
 	OnPath func(Path)
 	// OnMTU is called like OnPath when the largest packet that fits inside the tunnel is found to be another than it was; at first
-	// that is [DefaultMTU]. Both sides agree on it. Larger packets get lost: the TUN device has to be told.
+	// that is [StartMTU]. Both sides agree on it. Larger packets get lost: the TUN device has to be told.
 	OnMTU func(mtu int)
 	// OnLeave is called like OnPath, once, when the other side has said that it is about to go away.
 	OnLeave func()
+	// Sent is called from packet paths when so many data packets have gone to the socket, or nowhere because there is no path, and with
+	// 0 after handshake messages.
+	Sent func(packets int)
 }
 
 // Status is a peer's state at one moment.
@@ -41,6 +46,9 @@ type Status struct {
 	RxBytes   uint64    // WireGuard packets, without UDP and IP headers
 	TxBytes   uint64
 	MTU       int      // the largest packet inside the tunnel, in bytes
+	Lost      float64  // share of the packets sent that was lost lately, by the peer's account
+	Parities  bool     // are sent, because of that
+	Rebuilt   uint64   // packets of the peer that were lost and rebuilt
 	History   []Change // the last changes of path, oldest first
 }
 
@@ -61,7 +69,14 @@ type Peer struct {
 	alive     atomic.Int64 // when it last answered a check, Unix nanoseconds
 	successor atomic.Pointer[Peer]
 	handshake handshake
+	asleep    atomic.Bool          // the device does not know the peer
+	woken     atomic.Int64         // when it last learned of it, Unix nanoseconds
+	dozing    sync.Mutex           // held while the device learns or forgets; taken before mu
 	line      atomic.Pointer[line] // towards a device outside this process
+	tally     tally
+	parities  atomic.Pointer[parities] // nil while little is lost
+	mender    atomic.Pointer[mender]   // nil while no parities come
+	rebuilt   atomic.Uint64            // packets of the peer's
 
 	mu        sync.Mutex // guards what follows, and the engine's paths
 	allowed   []netip.Prefix
@@ -70,8 +85,9 @@ type Peer struct {
 	seq       uint64 // of our last check
 	seen      replay // of the other side's checks
 	timer     *time.Timer
-	started   bool // the first handshake has been asked for
 	fresh     bool // a path has just come up
+	waking    bool
+	letter    []byte // for the device, once it knows the peer
 	closed    bool
 	notifying bool
 	latest    *Path // to be told to OnPath
@@ -79,6 +95,7 @@ type Peer struct {
 	left      bool  // the other side has said that it leaves
 	leaving   bool  // to be told to OnLeave
 	punch     punch
+	governor  repair.Governor // of parities
 
 	timers sync.WaitGroup
 }
@@ -157,6 +174,12 @@ func (p *Peer) SetAllowedIPs(prefixes []netip.Prefix) error {
 // MTU is the largest packet inside the tunnel, in bytes, as far as is known. It takes no lock.
 func (p *Peer) MTU() int { return int(p.mtu.Load()) }
 
+// Live tells whether the device has keys for the peer, as far as is known. It takes no lock.
+func (p *Peer) Live() bool {
+	at := p.handshake.completed.Load()
+	return at != 0 && time.Since(time.Unix(0, at)) < device.RejectAfterTime
+}
+
 // Status reads the peer's state.
 func (p *Peer) Status() Status {
 	s := Status{RxBytes: p.rx.Load(), TxBytes: p.tx.Load(), MTU: p.MTU()}
@@ -164,8 +187,10 @@ func (p *Peer) Status() Status {
 		s.Handshake = time.Unix(0, at)
 	}
 	p.tunnel.device.status(p, &s)
+	s.Rebuilt, s.Parities = p.rebuilt.Load(), p.parities.Load() != nil
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	s.Lost = p.governor.Loss()
 	if c := p.engine.chosen; c != nil {
 		s.Path = c.public()
 	}
@@ -224,6 +249,8 @@ func (p *Peer) close() {
 	}
 	p.closed = true
 	p.disarm()
+	p.cover(false)
+	p.unmend(time.Time{}, true)
 	var last []outgoing
 	for _, l := range p.legs {
 		if o := l.close(); o != nil {

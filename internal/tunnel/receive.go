@@ -12,6 +12,7 @@ import (
 
 	"github.com/culvertnet/culvert/internal/nat"
 	"github.com/culvertnet/culvert/internal/relay"
+	"github.com/culvertnet/culvert/internal/repair"
 	"github.com/culvertnet/culvert/internal/udpconn"
 )
 
@@ -30,13 +31,33 @@ type inbox struct {
 	*bind
 	last  *path // packets come in runs from one spot
 	timer *time.Timer
+	run   repair.Run // of packets that are not yet in the tally …
+	runOf *Peer      // … of this peer
+	// release has packets for the device that have waited, if it is not nil.
+	release *mender
 }
 
 // fill copies packets out until there are no more, or no room. It gives how many the device gets, and whether there may be more.
 func (in *inbox) fill(a arrivals, bufs [][]byte, sizes []int, eps []conn.Endpoint) (n int, more bool) {
+	if l, ok := a.(*letter); ok {
+		return l.fill(bufs, sizes, eps), false
+	}
 	data := 0
-	defer func() { in.in.take(data) }()
+	defer func() {
+		in.tally()
+		in.in.take(data)
+	}()
 	for n < len(bufs) {
+		if m := in.release; m != nil {
+			if sizes[n] = m.pop(bufs[n]); sizes[n] == 0 {
+				in.release = nil
+				continue
+			}
+			eps[n] = m.peer
+			data++
+			n++
+			continue
+		}
 		packet, from, ok := a.next()
 		if !ok {
 			return n, false
@@ -45,7 +66,7 @@ func (in *inbox) fill(a arrivals, bufs [][]byte, sizes []int, eps []conn.Endpoin
 			in.last = in.table.lookup(from.spot)
 		}
 		p, packet := in.accept(packet, in.last, from)
-		if p == nil || len(packet) > len(bufs[n]) {
+		if p == nil || len(packet) > len(bufs[n]) || !in.mended(p, packet) {
 			continue
 		}
 		sizes[n], eps[n] = copy(bufs[n], packet), p
@@ -55,6 +76,41 @@ func (in *inbox) fill(a arrivals, bufs [][]byte, sizes []int, eps []conn.Endpoin
 		n++
 	}
 	return n, true
+}
+
+// mended counts a packet of a peer, and reports whether the device shall see it now: it may be a parity, or wait for what is missing.
+func (in *inbox) mended(p *Peer, packet []byte) bool {
+	switch {
+	case repair.IsTransport(packet):
+		if p != in.runOf || !in.run.Add(packet) {
+			in.tally()
+			in.runOf = p
+			in.run.Add(packet)
+		}
+		m := p.mender.Load()
+		if m == nil {
+			return true
+		}
+		now, more := m.packet(packet)
+		if more {
+			in.release = m
+		}
+		return now
+	case repair.IsParity(packet):
+		if m := p.mend(); m != nil && m.parity(packet) {
+			in.release = m
+		}
+		return false
+	}
+	return true
+}
+
+// tally counts the run that has ended.
+func (in *inbox) tally() {
+	if in.run.N > 0 {
+		in.runOf.tally.note(in.run)
+		in.run.N = 0
+	}
 }
 
 // accept judges one packet from a spot, whose path is p if an authentic check has ever come from there. It gives
@@ -69,10 +125,9 @@ func (b *bind) accept(pkt []byte, p *path, from *route) (*Peer, []byte) {
 		return p.peer.accept(p, pkt)
 	case nat.IsSTUN(pkt):
 		origin := *from
-		if p := b.stun(pkt, &origin); p != nil {
-			return p.peer.unpark(p)
-		}
-		return nil, nil
+		return b.stun(pkt, &origin)
+	case p != nil && p.open.Load() && repair.IsParity(pkt):
+		return p.peer, pkt
 	}
 	b.counts.junk.Add(1)
 	return nil, nil
@@ -152,7 +207,8 @@ type sideEntrance struct {
 // parcel is what one read from a door has brought.
 type parcel struct {
 	arrivals
-	done chan struct{} // has a token when all is copied
+	release *mender       // or packets that have waited
+	done    chan struct{} // has a token when all is copied
 }
 
 func newParcel(a arrivals) *parcel { return &parcel{arrivals: a, done: make(chan struct{}, 1)} }
@@ -176,9 +232,12 @@ func (s *sideEntrance) open(b *bind) conn.ReceiveFunc {
 					return 0, net.ErrClosed
 				}
 				b.in.wait(in.timer)
+				if now.release != nil {
+					in.release = now.release
+				}
 			}
 			more := false
-			if n, more = in.fill(now, bufs, sizes, eps); !more {
+			if n, more = in.fill(now.arrivals, bufs, sizes, eps); !more {
 				now.done <- struct{}{}
 				now = nil
 			}

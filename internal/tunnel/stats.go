@@ -9,17 +9,28 @@ import (
 	"github.com/culvertnet/culvert/internal/wire"
 )
 
-// Stats counts what the tunnel has dropped since it was opened, in packets.
+// Stats counts what the tunnel has dropped since it was opened, in packets, and what it rebuilt.
 type Stats struct {
 	Stranger uint64 // WireGuard from an address that is no validated path
 	Junk     uint64 // neither WireGuard nor STUN
 	NoPath   uint64 // to a peer without a path
+	Rebuilt  uint64 // lost on their way, rebuilt from parities
 }
 
 // Stats reads the counters.
 func (t *Tunnel) Stats() Stats {
 	c := &t.bind.counts
-	return Stats{Stranger: c.stranger.Load(), Junk: c.junk.Load(), NoPath: c.noPath.Load()}
+	return Stats{Stranger: c.stranger.Load(), Junk: c.junk.Load(), NoPath: c.noPath.Load(), Rebuilt: c.rebuilt.Load()}
+}
+
+// Carried is how many bytes the tunnel has sent to its present peers and received from them.
+func (t *Tunnel) Carried() (n uint64) {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	for _, p := range t.sessions {
+		n += p.rx.Load() + p.tx.Load()
+	}
+	return n
 }
 
 // Vitals tells when the device last had new keys with the peer, zero before the first, and which kind of way its packets take: host, direct,

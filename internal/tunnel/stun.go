@@ -10,16 +10,19 @@ import (
 	"github.com/culvertnet/culvert/internal/nat"
 )
 
-// handleSTUN takes a STUN message and gives the path that it validated, or nil. What is not authentic is dropped without a word.
-func (t *Tunnel) handleSTUN(pkt []byte, from *route) *path {
+// handleSTUN takes a STUN message and gives what the device shall see on account of it, or nil. What is not authentic is dropped
+// without a word.
+func (t *Tunnel) handleSTUN(pkt []byte, from *route) (*Peer, []byte) {
 	if name, id, ok := nat.PeekUsername(pkt); ok {
 		t.mu.RLock()
 		p := t.checkers[string(name)]
 		t.mu.RUnlock()
 		if p != nil && nat.VerifyCheck(pkt, p.key) {
-			p.requested(from, id, nat.PeekAsked(pkt))
+			if p.requested(from, id, nat.PeekAsked(pkt)) {
+				return p.introduced(from, nat.PeekHandshake(pkt))
+			}
 		}
-		return nil
+		return nil, nil
 	}
 	id, mapped, ok := nat.PeekResponse(pkt)
 	if ok {
@@ -32,16 +35,19 @@ func (t *Tunnel) handleSTUN(pkt []byte, from *route) *path {
 			case waiting <- mapped:
 			default: // a repeated answer
 			}
-			return nil
+			return nil, nil
 		}
 		if p != nil && nat.VerifyCheck(pkt, p.key) {
-			return p.answered(from, id)
+			if path := p.answered(from, id, nat.PeekTally(pkt)); path != nil {
+				return p.unpark(path)
+			}
+			return nil, nil
 		}
 	}
 	if from.header == 0 && from.via == nil {
 		t.relays.take(pkt, from.remote)
 	}
-	return nil
+	return nil, nil
 }
 
 // Reflexive asks a STUN server through the tunnel's own socket where it sees us, repeating until ctx ends.

@@ -63,6 +63,7 @@ type Tunnel struct {
 	relays *relays
 	port   uint16
 	tasks  sync.WaitGroup
+	quit   chan struct{} // closed by Close
 	crowd  *crowd
 	mapper atomic.Pointer[mapper] // what the NAT in front does
 	public func(netip.Addr) bool  // [public], but in tests
@@ -72,6 +73,8 @@ type Tunnel struct {
 	sessions  map[string]*Peer
 	checkers  map[string]*Peer // by the USERNAME of their checks
 	indexes   map[uint32]*Peer // by the prefix of our checks' ids
+	keys      map[wire.Key]*Peer
+	owners    map[netip.Prefix]*Peer // of allowed IPs: who came last
 	reflexive map[nat.TxID]chan<- netip.AddrPort
 	bindKeys  map[wire.Key]relay.BindKey // by the relay's key
 	lastIndex uint32
@@ -89,6 +92,9 @@ func New(opts Options) (*Tunnel, error) {
 		sessions:  map[string]*Peer{},
 		checkers:  map[string]*Peer{},
 		indexes:   map[uint32]*Peer{},
+		keys:      map[wire.Key]*Peer{},
+		owners:    map[netip.Prefix]*Peer{},
+		quit:      make(chan struct{}),
 		reflexive: map[nat.TxID]chan<- netip.AddrPort{},
 		bindKeys:  map[wire.Key]relay.BindKey{},
 		crowd:     newCrowd(),
@@ -108,6 +114,7 @@ func New(opts Options) (*Tunnel, error) {
 		return nil, err
 	}
 	t.port = t.bind.port()
+	t.tasks.Go(t.watchDozing)
 	return t, nil
 }
 
@@ -132,6 +139,7 @@ func (t *Tunnel) Close() error {
 		return nil
 	}
 	t.closed = true
+	close(t.quit)
 	peers := make([]*Peer, 0, len(t.sessions))
 	for _, p := range t.sessions {
 		peers = append(peers, p)
@@ -209,9 +217,14 @@ func (t *Tunnel) AddPeer(opts PeerOptions) (*Peer, error) {
 	if err != nil {
 		return nil, fmt.Errorf("add the peer of session %s: %w", opts.Session, err)
 	}
-	if err := t.device.addPeer(p); err != nil {
-		t.RemovePeer(p)
-		return nil, fmt.Errorf("add the peer of session %s: %w", opts.Session, err)
+	if !p.asleep.Load() {
+		if err := t.device.addPeer(p); err != nil {
+			t.RemovePeer(p)
+			return nil, fmt.Errorf("add the peer of session %s: %w", opts.Session, err)
+		}
+	}
+	if opts.Initiate {
+		p.initiate()
 	}
 	t.listen(p)
 	p.AddCandidates(opts.Candidates)
@@ -228,7 +241,7 @@ func (t *Tunnel) register(opts PeerOptions) (*Peer, error) {
 	p.engine = engine{lead: opts.Initiate, most: DefaultMTU, onChange: p.changed, onDrop: p.dropped, succeeded: p.succeeded}
 	p.punch = newPunch(opts.Initiate, t.crowd)
 	p.handshake.done = make(chan struct{})
-	p.mtu.Store(DefaultMTU)
+	p.mtu.Store(StartMTU)
 	p.seq = uint64(time.Now().UnixMicro()) // so that a session that is added again goes on where it was
 	var err error
 	if p.key, err = checkKey(t.key, opts.Key, opts.Session); err != nil {
@@ -239,7 +252,7 @@ func (t *Tunnel) register(opts PeerOptions) (*Peer, error) {
 		return nil, errors.New("the tunnel is closed")
 	case t.sessions[opts.Session] != nil:
 		return nil, errors.New("the session has a peer already")
-	case t.device.knows(opts.Key):
+	case t.keys[opts.Key] != nil:
 		return nil, errors.New("the key has a peer already")
 	}
 	for t.lastIndex++; t.indexes[t.lastIndex] != nil; t.lastIndex++ {
@@ -247,7 +260,14 @@ func (t *Tunnel) register(opts PeerOptions) (*Peer, error) {
 	p.index = t.lastIndex
 	p.synthetic = syntheticAddr(p.index)
 	t.indexes[p.index] = p
-	t.sessions[opts.Session] = p
+	t.sessions[opts.Session], t.keys[opts.Key] = p, p
+	_, here := t.device.(*inside)
+	if here && !opts.Initiate {
+		p.asleep.Store(true)
+		for _, prefix := range opts.AllowedIPs {
+			t.owners[prefix] = p
+		}
+	}
 	return p, nil
 }
 
@@ -295,7 +315,17 @@ func (t *Tunnel) RemovePeer(p *Peer) {
 		return
 	}
 	p.close()
+	p.dozing.Lock()
 	t.device.removePeer(p)
+	p.dozing.Unlock()
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	delete(t.keys, p.opts.Key)
+	for _, prefix := range p.opts.AllowedIPs {
+		if t.owners[prefix] == p {
+			delete(t.owners, prefix)
+		}
+	}
 }
 
 func (t *Tunnel) session(id string) *Peer {

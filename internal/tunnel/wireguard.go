@@ -57,7 +57,11 @@ func (d *inside) knows(key wire.Key) bool {
 }
 
 func (d *inside) addPeer(p *Peer) error {
-	return d.set(p, "endpoint="+p.opts.Session+"\n", p.opts.AllowedIPs)
+	prefixes := p.opts.AllowedIPs
+	if !p.opts.Initiate {
+		prefixes = p.tunnel.owned(p)
+	}
+	return d.set(p, "endpoint="+p.opts.Session+"\n", prefixes)
 }
 
 func (d *inside) setAllowedIPs(p *Peer, prefixes []netip.Prefix) error {

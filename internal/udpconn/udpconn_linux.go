@@ -145,7 +145,9 @@ func (b *Batch) receive(fd uintptr) bool {
 		h.SetControllen(controlSize)
 	}
 	for {
-		n, _, errno := unix.Syscall6(unix.SYS_RECVMMSG, fd, uintptr(unsafe.Pointer(&b.messages[0])), uintptr(len(b.messages)),
+		// A raw call, because it does not wait: the scheduler would hand this thread's share of the processors to another, which the
+		// kernel then runs beside it.
+		n, _, errno := unix.RawSyscall6(unix.SYS_RECVMMSG, fd, uintptr(unsafe.Pointer(&b.messages[0])), uintptr(len(b.messages)),
 			unix.MSG_DONTWAIT, 0, 0)
 		switch errno {
 		case 0:
@@ -382,7 +384,7 @@ func (q *Queue) transmit(fd uintptr) bool {
 			q.at++
 			continue
 		}
-		n, _, errno := unix.Syscall6(unix.SYS_SENDMMSG, fd, uintptr(unsafe.Pointer(&q.messages[i])), uintptr(q.ready(i)), unix.MSG_DONTWAIT, 0, 0)
+		n, _, errno := unix.RawSyscall6(unix.SYS_SENDMMSG, fd, uintptr(unsafe.Pointer(&q.messages[i])), uintptr(q.ready(i)), unix.MSG_DONTWAIT, 0, 0)
 		switch {
 		case errno == 0:
 			for end := i + int(n); q.at < end; q.at++ {

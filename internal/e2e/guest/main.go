@@ -119,6 +119,7 @@ func serve() error {
 	mux.HandleFunc("POST /hold", answer(hold))
 	mux.HandleFunc("POST /held", answer(held))
 	mux.HandleFunc("POST /kill", answer(kill))
+	mux.HandleFunc("POST /memory", answer(memory))
 	mux.HandleFunc("POST /state", answer(state))
 	fmt.Println("guest: ready")
 	return http.ListenAndServe(":8080", mux)
@@ -269,6 +270,17 @@ func kill(_ context.Context, v victim) (struct{}, error) {
 	return struct{}{}, syscall.Kill(v.PID, syscall.SIGKILL)
 }
 
+// memory is what of a process is resident, in bytes.
+func memory(_ context.Context, v victim) (int, error) {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", v.PID))
+	if err != nil {
+		return 0, err
+	}
+	var size, resident int
+	_, err = fmt.Sscan(string(text), &size, &resident)
+	return resident * os.Getpagesize(), err
+}
+
 // state lists what the machine's kernel holds, one a line, and the files that programs have left in /run.
 func state(context.Context, struct{}) ([]string, error) {
 	var lines []string
@@ -286,11 +298,18 @@ func state(context.Context, struct{}) ([]string, error) {
 			lines = append(lines, "addr "+l.Attrs().Name+" "+a.IPNet.String())
 		}
 	}
+	eth, err := netlink.LinkByName("eth0")
+	if err != nil {
+		return nil, err
+	}
 	routes, err := netlink.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
 	if err != nil {
 		return nil, err
 	}
 	for _, r := range routes {
+		if r.Dst != nil && r.Dst.IP.IsMulticast() && r.LinkIndex == eth.Attrs().Index {
+			continue // comes a while after the start
+		}
 		lines = append(lines, "route "+r.String())
 	}
 	procs, _ := filepath.Glob("/proc/[0-9]*/exe")

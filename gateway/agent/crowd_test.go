@@ -1,0 +1,270 @@
+//go:build linux
+
+package agent
+
+import (
+	"bufio"
+	"context"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"runtime/debug"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/culvertnet/culvert/internal/netstack"
+	"github.com/culvertnet/culvert/internal/tunnel"
+	"github.com/culvertnet/culvert/internal/wire"
+)
+
+// crowdEnv makes the test's program play the clients and the service of benchmarks, so that the gateway has a process of its own.
+const crowdEnv = "CULVERT_TEST_CROWD"
+
+// crowdOrder is what the parent wants next.
+type crowdOrder struct {
+	Join    *crowdClient  `json:",omitempty"`
+	Go      *crowdGo      `json:",omitempty"`
+	Measure time.Duration `json:",omitempty"`
+}
+
+// crowdClient is a session for the crowd to play.
+type crowdClient struct {
+	Private []byte
+	Gateway wire.Key
+	Inside  netip.Addr // the gateway's address in the tunnel
+	Port    uint16
+	Addrs   []netip.Addr
+}
+
+// crowdGo has sessions from an index up to another begin so many transfers each of a kind: 'd' for down, 'u' for up.
+type crowdGo struct {
+	From, To, Streams int
+	Kind              byte
+}
+
+// crowdAnswer is what became of an order.
+type crowdAnswer struct {
+	Service netip.AddrPort
+	Bytes   []int64 // that each session has received or its service has
+	Took    time.Duration
+	Err     string
+}
+
+// crowd is the child process.
+type crowd struct {
+	service netip.AddrPort
+	mu      sync.Mutex
+	clients []*job
+	bytes   [2048]atomic.Int64
+}
+
+// crowdMain obeys orders on stdin until it is closed; the process ends with everything in it.
+func crowdMain() {
+	// Clients have machines of their own: where they share one with the gateway, they must not be what the gateway waits for.
+	_ = syscall.Setpriority(syscall.PRIO_PGRP, 0, -10)
+	debug.SetGCPercent(10) // the clients' ends have gigabytes of buffers that nobody touches
+	c := &crowd{}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	c.service = netip.MustParseAddrPort(l.Addr().String())
+	go c.serve(l)
+	out := json.NewEncoder(os.Stdout)
+	_ = out.Encode(crowdAnswer{Service: c.service})
+	for in := json.NewDecoder(bufio.NewReader(os.Stdin)); ; {
+		var o crowdOrder
+		if in.Decode(&o) != nil {
+			os.Exit(0)
+		}
+		var a crowdAnswer
+		if err := c.obey(o, &a); err != nil {
+			a.Err = err.Error()
+		}
+		_ = out.Encode(a)
+	}
+}
+
+func (c *crowd) obey(o crowdOrder, a *crowdAnswer) error {
+	switch {
+	case o.Join != nil:
+		return c.join(o.Join)
+	case o.Go != nil:
+		var work sync.WaitGroup
+		errs := make([]error, (o.Go.To-o.Go.From)*o.Go.Streams)
+		began := time.Now()
+		for i := range errs {
+			work.Go(func() { errs[i] = c.transfer(o.Go.From+i/o.Go.Streams, o.Go.Kind) })
+		}
+		work.Wait()
+		a.Took = time.Since(began)
+		return errors.Join(errs...)
+	}
+	began := time.Now()
+	before := make([]int64, len(c.clients))
+	for i := range before {
+		before[i] = c.bytes[i].Load()
+	}
+	time.Sleep(o.Measure)
+	for i := range before {
+		a.Bytes = append(a.Bytes, c.bytes[i].Load()-before[i])
+	}
+	a.Took = time.Since(began)
+	return nil
+}
+
+// join brings a session's tunnel up.
+func (c *crowd) join(o *crowdClient) error {
+	key, err := wire.PrivateKeyFromBytes(o.Private)
+	if err != nil {
+		return err
+	}
+	device, err := netstack.New(netstack.Options{Addresses: o.Addrs})
+	if err != nil {
+		return err
+	}
+	t, err := tunnel.New(tunnel.Options{Key: key, TUN: device, Window: 128})
+	if err != nil {
+		return err
+	}
+	peer, err := t.AddPeer(tunnel.PeerOptions{
+		Key: o.Gateway, Session: key.Public().SessionID(), Initiate: true,
+		Candidates: []wire.Candidate{{Kind: wire.Host, Addr: netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), o.Port)}},
+		AllowedIPs: []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("::/0")},
+	})
+	if err != nil {
+		return err
+	}
+	c.clients = append(c.clients, &job{device: device, tunnel: t})
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	return peer.WaitHandshake(ctx)
+}
+
+// transfer begins one connection over which bytes go without end.
+func (c *crowd) transfer(index int, kind byte) error {
+	conn, err := c.clients[index].dial(c.service)
+	if err != nil {
+		return err
+	}
+	var head [5]byte
+	head[0] = kind
+	binary.BigEndian.PutUint32(head[1:], uint32(index))
+	if _, err := conn.Write(head[:]); err != nil {
+		return err
+	}
+	if kind == 'd' {
+		go tally(conn, &c.bytes[index])
+	} else {
+		go pourInto(conn)
+	}
+	return nil
+}
+
+// serve is the service in the private network: what it does, the first bytes of a connection say.
+func (c *crowd) serve(l net.Listener) {
+	for {
+		conn, err := l.Accept()
+		if err != nil {
+			return
+		}
+		go func() {
+			defer conn.Close()
+			var head [5]byte
+			if _, err := io.ReadFull(conn, head[:]); err != nil {
+				return
+			}
+			if head[0] == 'd' {
+				pourInto(conn)
+			} else {
+				tally(conn, &c.bytes[binary.BigEndian.Uint32(head[1:])])
+			}
+		}()
+	}
+}
+
+var crowdChunk = make([]byte, 128<<10)
+
+func pourInto(w io.Writer) {
+	for {
+		if _, err := w.Write(crowdChunk); err != nil {
+			return
+		}
+	}
+}
+
+func tally(r io.Reader, n *atomic.Int64) {
+	buf := make([]byte, 32<<10)
+	for {
+		got, err := r.Read(buf)
+		n.Add(int64(got))
+		if err != nil {
+			return
+		}
+	}
+}
+
+// audience is the parent's side of a crowd.
+type audience struct {
+	tb      testing.TB
+	service netip.AddrPort
+	in      *json.Encoder
+	out     *json.Decoder
+}
+
+// gather starts a crowd in a process of its own.
+func gather(tb testing.TB) *audience {
+	tb.Helper()
+	cmd := exec.Command(os.Args[0], "-test.run", "^$")
+	cmd.Env = append(os.Environ(), crowdEnv+"=1")
+	cmd.Stderr = os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() {
+		_ = in.Close()
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	})
+	a := &audience{tb: tb, in: json.NewEncoder(in), out: json.NewDecoder(bufio.NewReader(out))}
+	a.service = a.answer().Service
+	return a
+}
+
+func (a *audience) answer() (got crowdAnswer) {
+	a.tb.Helper()
+	if err := a.out.Decode(&got); err != nil {
+		a.tb.Fatalf("the crowd has gone: %v", err)
+	}
+	if got.Err != "" {
+		a.tb.Fatalf("the crowd: %s", got.Err)
+	}
+	return got
+}
+
+func (a *audience) ask(o crowdOrder) crowdAnswer {
+	a.tb.Helper()
+	if err := a.in.Encode(o); err != nil {
+		a.tb.Fatal(err)
+	}
+	return a.answer()
+}

@@ -1,0 +1,559 @@
+package netstack
+
+import (
+	"net/netip"
+	"sync"
+	"time"
+
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+)
+
+const (
+	// tunnelLimit is how many packets may be inside the tunnel, read and not yet sent, 64 KiB of memory each. It has to keep
+	// every core busy with batches; what waits beyond that waits in lanes, where turns are taken.
+	tunnelLimit = 512
+	// laneLimit is how many of these are one lane's at least: two batches, one that is encrypted and one that is sent.
+	laneLimit = 88
+	// looseLimit bounds the bytes that wait in one lane beside TCP data, and looseTotal those of all lanes: each may have half of
+	// what is left, and looseLeast in any case. TCP data is bounded by the send buffers that it lies in anyway.
+	looseLimit = 1 << 20
+	looseTotal = 64 << 20
+	looseLeast = 4 << 10
+	// bulkLimit bounds the TCP data in one lane: what one flow's send buffer holds, and as much again that is sent anew.
+	bulkLimit = 64 << 20
+	// backlog is how much TCP data may wait in all lanes before buffers stop to grow, see [Lane.Crowded].
+	backlog      = 16 << 20
+	backlogLeast = 32 << 10
+	// stall is after how long packets that the tunnel has not sent are written off: it drops without a word what has no keys.
+	stall = 100 * time.Millisecond
+	// knockFirst and knockMost are how long a lane whose packets are not sent waits before it sends another one, doubled each time.
+	// Each may lie in the tunnel for a minute and a half, until WireGuard gives up its handshake.
+	knockFirst = 5 * time.Second
+	knockMost  = 80 * time.Second
+)
+
+// lanes hold what waits between the stack and Read on a gateway: a lane for each session, served in turns by bytes (deficit round
+// robin, Shreedhar and Varghese 1995). A session that takes less than its share never waits for those that take more, and
+// whoever has much in flight waits in its own lane.
+//
+// Nothing that TCP sends is dropped here and no sender is held up: what waits lies in the send buffers of its flows. WireGuard's own
+// queues are first come, first served, so no more than a few batches are let into them at a time.
+type lanes struct {
+	counters *counters
+	splitter func() *splitter
+
+	mu         sync.Mutex
+	byAddr     map[netip.Addr]*Lane
+	other      *Lane // for destinations without a lane
+	last       *Lane // of the packet before: most come in runs
+	lastAddr   netip.Addr
+	head, tail *Lane // those whose turn comes
+	flying     map[*Lane]struct{}
+	inside     int // packets in the tunnel
+	loose      int // bytes that are not TCP data
+	bytes      int
+	busy       int // lanes with packets here or in the tunnel
+	full       bool
+	closed     bool
+	spares     []*splitter // Read's
+	timer      *time.Timer // Read's
+	ready      chan struct{}
+}
+
+// Lane is one session's place on the way from the stack to the tunnel.
+type Lane struct {
+	all   *lanes
+	addrs []netip.Addr
+	live  func() bool // nil for always
+	ready func() bool // as live
+
+	// guarded by all.mu
+	packets  []*stack.PacketBuffer
+	front    int // of packets
+	bytes    int // in packets
+	loose    int // of these
+	held     int // bytes in split
+	deficit  int
+	inside   int       // packets in the tunnel
+	moved    time.Time // when the tunnel last sent one of them, or got the first
+	lost     bool      // they were written off
+	knock    time.Time // when the next packet may go to a tunnel that does not send
+	patience time.Duration
+	next     *Lane
+	queued   bool // among those whose turn comes
+	closed   bool
+
+	split *splitter // Read's; nil while nothing is cut
+}
+
+func newLanes(c *counters, s func() *splitter) *lanes {
+	l := &lanes{
+		counters: c, splitter: s, byAddr: map[netip.Addr]*Lane{}, flying: map[*Lane]struct{}{},
+		ready: make(chan struct{}, 1), timer: time.NewTimer(time.Hour),
+	}
+	l.timer.Stop()
+	l.other = &Lane{all: l}
+	return l
+}
+
+// OpenLane gives the addresses of a session a lane of their own, until [Lane.Close]. The device has to be one that forwards.
+func (d *Device) OpenLane(addrs []netip.Addr) *Lane {
+	l, ok := d.link.out.(*lanes)
+	if !ok {
+		return &Lane{}
+	}
+	return l.open(addrs)
+}
+
+func (l *lanes) open(addrs []netip.Addr) *Lane {
+	lane := &Lane{all: l, addrs: addrs}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, a := range addrs {
+		l.byAddr[a] = lane
+	}
+	l.last = nil
+	return lane
+}
+
+// SetLive sets what tells whether the tunnel has keys for the session. While it has none, a packet now and then is
+// given to it, so that it asks for some, and the others wait. While ready says no, nothing is given to it. Both are called with a lock
+// held: they must not block. When they say otherwise than before, [Lane.Sent] has to be called.
+func (s *Lane) SetLive(live, ready func() bool) {
+	if s.all == nil {
+		return
+	}
+	s.all.mu.Lock()
+	defer s.all.mu.Unlock()
+	s.live, s.ready = live, ready
+}
+
+// Sent notes that the tunnel has sent n packets of the session.
+func (s *Lane) Sent(n int) {
+	l := s.all
+	if l == nil {
+		return
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if s.closed {
+		return
+	}
+	was := s.isBusy()
+	n = min(n, s.inside)
+	s.inside -= n
+	l.inside -= n
+	s.moved, s.lost, s.patience = time.Now(), false, 0
+	if s.inside == 0 {
+		delete(l.flying, s)
+	}
+	l.note(s, was)
+	l.enqueue(s)
+	if l.full && l.inside < tunnelLimit {
+		l.full = false
+		signal(l.ready)
+	}
+}
+
+// Crowded reports that as much of the session waits here as may: larger buffers would only make it wait longer.
+func (s *Lane) Crowded() bool {
+	l := s.all
+	if l == nil {
+		return false
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return s.bytes+s.held >= max(backlogLeast, backlog/max(1, l.busy))
+}
+
+// Close drops what waits. The addresses may have another lane already.
+func (s *Lane) Close() {
+	l := s.all
+	if l == nil {
+		return
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if s.closed {
+		return
+	}
+	for _, a := range s.addrs {
+		if l.byAddr[a] == s {
+			delete(l.byAddr, a)
+		}
+	}
+	was := s.isBusy()
+	l.last = nil
+	l.empty(s)
+	l.inside -= s.inside
+	s.inside = 0
+	delete(l.flying, s)
+	s.closed = true
+	l.note(s, was)
+	l.enqueue(s) // Read drops what it is about to cut
+}
+
+// isBusy reports packets here or in the tunnel.
+func (s *Lane) isBusy() bool { return s.inside > 0 || s.waits() }
+
+// waits reports packets here.
+func (s *Lane) waits() bool { return s.front < len(s.packets) || s.held > 0 }
+
+// note keeps count of busy lanes.
+func (l *lanes) note(s *Lane, was bool) {
+	switch is := s.isBusy(); {
+	case is && !was:
+		l.busy++
+	case was && !is:
+		l.busy--
+	}
+}
+
+// push takes over a reference to pkt unless it returns false.
+func (l *lanes) push(pkt *stack.PacketBuffer) bool {
+	size, bulk := pkt.Size(), isBulk(pkt)
+	dst := destination(pkt)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.closed {
+		return false
+	}
+	s := l.lane(dst)
+	if bulk && s.bytes+size > bulkLimit || !bulk && s.loose+size > max(looseLeast, min(looseLimit, (looseTotal-l.loose)/2)) {
+		l.counters.overflow.Add(1)
+		return false
+	}
+	was := s.isBusy()
+	s.packets = append(s.packets, pkt)
+	s.bytes += size
+	l.bytes += size
+	if !bulk {
+		s.loose += size
+		l.loose += size
+	}
+	l.note(s, was)
+	l.enqueue(s)
+	return true
+}
+
+// isBulk tells TCP data, which waits in its flow's send buffer anyway, from all else.
+func isBulk(pkt *stack.PacketBuffer) bool {
+	return pkt.GSOOptions.Type != stack.GSONone && pkt.Data().Size() > 0
+}
+
+// destination is where a packet goes; the zero address where it does not say.
+func destination(pkt *stack.PacketBuffer) netip.Addr {
+	ip := pkt.NetworkHeader().Slice()
+	if len(ip) == 0 { // injected as a whole
+		ip, _ = pkt.Data().PullUp(min(pkt.Data().Size(), ipv6Len))
+	}
+	switch {
+	case len(ip) >= ipv4Len && ip[0]>>4 == 4:
+		return netip.AddrFrom4([4]byte(ip[16:20]))
+	case len(ip) >= ipv6Len:
+		return netip.AddrFrom16([16]byte(ip[24:40]))
+	}
+	return netip.Addr{}
+}
+
+func (l *lanes) lane(dst netip.Addr) *Lane {
+	if l.last != nil && l.lastAddr == dst {
+		return l.last
+	}
+	s := l.byAddr[dst]
+	if s == nil {
+		s = l.other
+	}
+	l.last, l.lastAddr = s, dst
+	return s
+}
+
+// room is how many packets of a lane the tunnel may have now.
+func (l *lanes) room(s *Lane) int {
+	if s.closed {
+		return 1
+	}
+	if s.ready != nil && !s.ready() {
+		return 0
+	}
+	if s.lost || s.live != nil && !s.live() {
+		if time.Now().Before(s.knock) {
+			return 0
+		}
+		return 1
+	}
+	return max(laneLimit, tunnelLimit/max(1, l.busy)) - s.inside
+}
+
+// enqueue gives a lane a turn if there is something for it to do.
+func (l *lanes) enqueue(s *Lane) {
+	if s.queued || !s.closed && !s.waits() || l.room(s) <= 0 {
+		return
+	}
+	s.queued, s.next = true, nil
+	s.deficit = min(s.deficit, 0) + quantum
+	if l.head == nil {
+		l.head = s
+		signal(l.ready)
+	} else {
+		l.tail.next = s
+	}
+	l.tail = s
+}
+
+// quantum is how many bytes a lane sends in its turn: a batch, see [splitter.most].
+const quantum = 60 << 10
+
+// dequeue takes the first lane out.
+func (l *lanes) dequeue() {
+	s := l.head
+	if l.head = s.next; l.head == nil {
+		l.tail = nil
+	}
+	s.queued, s.next = false, nil
+}
+
+// pick gives the lane whose turn it is and how many packets it may send; nil where none may.
+func (l *lanes) pick() (*Lane, int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for l.head != nil && !l.closed {
+		if l.inside >= tunnelLimit {
+			l.full = true
+			return nil, 0
+		}
+		s := l.head
+		switch room := l.room(s); {
+		case s.closed:
+			was := s.isBusy()
+			l.dequeue()
+			l.recycle(s)
+			l.note(s, was)
+		case room <= 0 || !s.waits():
+			l.dequeue()
+		case s.deficit <= 0:
+			l.dequeue()
+			l.enqueue(s)
+		default:
+			return s, room
+		}
+	}
+	return nil, 0
+}
+
+// recycle takes back a lane's splitter. What is still in it is dropped.
+func (l *lanes) recycle(s *Lane) {
+	if s.split == nil {
+		return
+	}
+	s.split.drop()
+	l.bytes -= s.held
+	if len(l.spares) < 64 {
+		l.spares = append(l.spares, s.split)
+	}
+	s.split, s.held = nil, 0
+}
+
+// read fills bufs with packets of the lanes whose turn it is: of one alone, where it has a batch. Only one goroutine calls it at a time.
+func (l *lanes) read(bufs [][]byte, sizes []int, offset int) (n int) {
+	most := len(bufs)
+	for n < most {
+		s, room := l.pick()
+		if s == nil {
+			break
+		}
+		if s.split == nil {
+			s.split = l.spare()
+		}
+		most = min(most, s.split.most())
+		to := min(most, n+room)
+		if n >= to {
+			break
+		}
+		got := s.split.fill(s, bufs[n:to], sizes[n:to], offset)
+		bytes := 0
+		for _, size := range sizes[n : n+got] {
+			bytes += size
+		}
+		l.account(s, got, bytes)
+		n += got
+	}
+	return n
+}
+
+func (l *lanes) spare() *splitter {
+	if n := len(l.spares); n > 0 {
+		s := l.spares[n-1]
+		l.spares = l.spares[:n-1]
+		return s
+	}
+	return l.splitter()
+}
+
+// account notes what a lane has just given to the tunnel.
+func (l *lanes) account(s *Lane, packets, bytes int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	was := s.isBusy()
+	l.bytes -= s.held
+	s.held = s.split.pending()
+	l.bytes += s.held
+	s.deficit -= bytes
+	if !s.closed && s != l.other && packets > 0 {
+		now := time.Now()
+		if s.inside == 0 {
+			s.moved = now
+			l.flying[s] = struct{}{}
+		}
+		s.inside += packets
+		l.inside += packets
+		if s.lost || s.live != nil && !s.live() {
+			s.patience = min(max(2*s.patience, knockFirst), knockMost)
+			s.knock = now.Add(s.patience)
+		}
+	}
+	if !s.waits() {
+		l.recycle(s)
+	}
+	l.note(s, was)
+}
+
+// take hands a lane's packets to its splitter.
+func (s *Lane) take(into []*stack.PacketBuffer, bytes int) []*stack.PacketBuffer {
+	l := s.all
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	was := s.isBusy()
+	for bytes > 0 && s.front < len(s.packets) {
+		pkt := s.packets[s.front]
+		s.packets[s.front] = nil
+		s.front++
+		size := pkt.Size()
+		bytes -= size
+		l.forget(s, pkt, size)
+		s.held += size
+		l.bytes += size
+		into = append(into, pkt)
+	}
+	s.compact()
+	l.note(s, was)
+	return into
+}
+
+// compact reclaims the front of packets.
+func (s *Lane) compact() {
+	switch n := len(s.packets) - s.front; {
+	case n == 0 && cap(s.packets) > 64:
+		s.packets, s.front = nil, 0
+	case n == 0:
+		s.packets, s.front = s.packets[:0], 0
+	case s.front > 64 && s.front > n:
+		copy(s.packets, s.packets[s.front:])
+		clear(s.packets[n:])
+		s.packets, s.front = s.packets[:n], 0
+	}
+}
+
+// forget takes a packet out of the sums.
+func (l *lanes) forget(s *Lane, pkt *stack.PacketBuffer, size int) {
+	s.bytes -= size
+	l.bytes -= size
+	if !isBulk(pkt) {
+		s.loose -= size
+		l.loose -= size
+	}
+}
+
+// empty drops a lane's packets, but for those that Read is about to cut.
+func (l *lanes) empty(s *Lane) {
+	for _, pkt := range s.packets[s.front:] {
+		l.forget(s, pkt, pkt.Size())
+		pkt.DecRef()
+	}
+	s.packets, s.front = nil, 0
+}
+
+// block waits until something may be there; false says that the lanes are closed.
+func (l *lanes) block() bool {
+	if !l.await() {
+		return false
+	}
+	select {
+	case <-l.ready:
+	case <-l.timer.C:
+		l.writeOff()
+	}
+	if l.isClosed() {
+		signal(l.ready) // for the next one who asks
+		return false
+	}
+	return true
+}
+
+// await sets the timer where the tunnel is full: it may never send what it has.
+func (l *lanes) await() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.timer.Stop()
+	if l.full {
+		l.timer.Reset(stall / 4)
+	}
+	return !l.closed
+}
+
+// writeOff makes room for others where the tunnel does not send a lane's packets.
+func (l *lanes) writeOff() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	now := time.Now()
+	for s := range l.flying {
+		if now.Sub(s.moved) < stall {
+			continue
+		}
+		was := s.isBusy()
+		l.inside -= s.inside
+		s.inside, s.lost = 0, true
+		s.patience = min(max(2*s.patience, knockFirst), knockMost)
+		s.knock = now.Add(s.patience)
+		delete(l.flying, s)
+		l.note(s, was)
+	}
+	l.full = l.inside >= tunnelLimit
+}
+
+func (l *lanes) isClosed() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.closed
+}
+
+func (l *lanes) depth() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.bytes
+}
+
+// close drops what waits and wakes everybody.
+func (l *lanes) close() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.closed = true
+	for _, s := range l.byAddr {
+		l.empty(s)
+	}
+	l.empty(l.other)
+	signal(l.ready)
+}
+
+// drop lets go of what Read was about to cut. Nobody reads any more.
+func (l *lanes) drop() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, s := range l.byAddr {
+		l.recycle(s)
+	}
+	for s := l.head; s != nil; s = s.next {
+		l.recycle(s)
+	}
+	l.recycle(l.other)
+}
