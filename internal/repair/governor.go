@@ -15,7 +15,8 @@ const (
 	offWindow = 4000                   // and the same while they are on
 	mostShare = 0.15                   // more cannot be repaired
 	growth    = 3                      // loss that has grown so many times since parities are sent …
-	grownFrom = 0.03                   // … and is at least this is the parities' own doing
+	grownFrom = 0.03                   // … and is at least this …
+	grownFor  = 3                      // … in so many reports in a row is the parities' own doing: one is a connection's slow start
 	onRate    = 200_000_000            // bit/s above which loss is taken for a full queue …
 	offRate   = 600_000_000            // … even while parities are sent
 	pauseMin  = time.Minute            // after such a mistake; doubled each time …
@@ -32,6 +33,7 @@ type Governor struct {
 	sent    uint32 // packets counted in this window
 	lost    uint32
 	reports int // of this window that told of loss
+	grown   int // reports in a row that told of far more loss than when parities began
 
 	began float64 // loss when parities began
 	shown float64 // loss as last known
@@ -59,6 +61,11 @@ func (g *Governor) Report(c Count, bytes uint64, now time.Time) bool {
 	if lost > 0 {
 		g.reports++
 	}
+	if one := float64(lost) / max(float64(sent), 1); one > mostShare || one >= grownFrom && one > growth*g.began {
+		g.grown++
+	} else {
+		g.grown = 0
+	}
 	share := float64(g.lost) / max(float64(g.sent), 1)
 	if g.sent >= onPackets {
 		g.shown = share
@@ -85,7 +92,7 @@ func (g *Governor) whileOff(share, rate float64, now time.Time) {
 	case rate > onRate:
 		g.begin()
 	case g.sent >= onPackets && g.lost >= onLost && g.reports >= onReports && share >= onShare && share <= mostShare && !now.Before(g.until):
-		g.on, g.began = true, share
+		g.on, g.began, g.grown = true, share, 0
 		g.begin()
 	case g.sent >= window:
 		g.begin()
@@ -96,7 +103,7 @@ func (g *Governor) whileOn(share, rate float64, now time.Time) {
 	switch {
 	case rate > offRate:
 		g.off()
-	case g.sent >= onPackets && (share > mostShare || share >= grownFrom && share > growth*g.began):
+	case g.grown >= grownFor:
 		g.pause = min(max(2*g.pause, pauseMin), pauseMost)
 		g.until = now.Add(g.pause)
 		g.off()

@@ -118,6 +118,19 @@ func TestParitiesEndWhereTheyCauseLoss(t *testing.T) {
 	}
 }
 
+// A connection's slow start fills a queue once, and that is no reason to end them.
+func TestOneBurstEndsNoParities(t *testing.T) {
+	s := newSender()
+	for range 10 {
+		s.second(400, 4, 1400)
+	}
+	for range 20 {
+		if !s.second(2000, 400, 1400) || !s.second(2000, 20, 1400) || !s.second(2000, 20, 1400) {
+			t.Fatal("parities end with one burst")
+		}
+	}
+}
+
 // What nobody could repair is left alone.
 func TestHopelessLossGetsNoParities(t *testing.T) {
 	s := newSender()
