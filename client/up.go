@@ -11,6 +11,7 @@ import (
 	"os"
 	"runtime"
 	"runtime/debug"
+	"sync"
 	"time"
 
 	"github.com/culvertnet/culvert/client/agent"
@@ -18,6 +19,7 @@ import (
 	"github.com/culvertnet/culvert/client/host"
 	"github.com/culvertnet/culvert/client/proxy"
 	"github.com/culvertnet/culvert/client/token"
+	"github.com/culvertnet/culvert/internal/cores"
 	"github.com/culvertnet/culvert/internal/problem"
 	"github.com/culvertnet/culvert/internal/wire"
 )
@@ -146,16 +148,23 @@ func (c *upCommand) stay(ctx context.Context, env environment, flags common) err
 	if err != nil {
 		return err
 	}
+	var tunnel *agent.Agent
+	var work sync.WaitGroup
+	ctx, end := context.WithCancel(ctx)
+	defer work.Wait()
+	defer end()
 	opts.OnReady = func(r agent.Ready) {
 		detach() // first: having read the result, the other process ends
+		if env.getenv("GOMAXPROCS") == "" {
+			work.Go(func() { cores.Adapt(ctx, tunnel.Carried) })
+		}
 		show(env, flags, r)
 		if env.launched {
 			recent.quiet()
 			letGo()
 		}
 	}
-	tunnel, err := agent.New(opts)
-	if err != nil {
+	if tunnel, err = agent.New(opts); err != nil {
 		return err
 	}
 	server.Serve(&service{Agent: tunnel, log: recent})

@@ -2,6 +2,7 @@
 package docs
 
 import (
+	"encoding/json"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -125,6 +126,70 @@ func TestCommands(t *testing.T) {
 	if seen < 40 {
 		t.Errorf("found %d command lines", seen)
 	}
+}
+
+// TestEveryKeyHasItsRow: configuration.md has each key of the two files, as their schemas have them, and no other.
+func TestEveryKeyHasItsRow(t *testing.T) {
+	bin := programs(t)
+	page := pages(t)["../docs/configuration.md"]
+	for file, least := range map[string]int{"config": 40, "relay": 12} {
+		out, err := exec.Command(filepath.Join(bin, "culvert-coordinator"), "schema", file).Output()
+		if err != nil {
+			t.Fatal(err)
+		}
+		var root schema
+		if err := json.Unmarshal(out, &root); err != nil {
+			t.Fatal(err)
+		}
+		want := root.keys(root.Defs, "")
+		_, table, _ := strings.Cut(page, "<!-- "+file+" -->")
+		table, _, _ = strings.Cut(table, "<!-- end of "+file+" -->")
+		var got []string
+		for _, row := range regexp.MustCompile(`(?m)^\| (`+"`"+`[^|]*`+"`"+`) \|`).FindAllStringSubmatch(table, -1) {
+			for _, key := range strings.Split(row[1], ", ") {
+				got = append(got, strings.Trim(key, "`"))
+			}
+		}
+		slices.Sort(want)
+		slices.Sort(got)
+		if len(got) < least || !slices.Equal(got, want) {
+			t.Errorf("configuration.md has rows for\n%q\nand the keys of %s are\n%q", got, file, want)
+		}
+	}
+}
+
+// schema is what of a JSON Schema says which keys there are.
+type schema struct {
+	Ref        string            `json:"$ref"`
+	Defs       map[string]schema `json:"$defs"`
+	Properties map[string]schema `json:"properties"`
+	AnyOf      []schema          `json:"anyOf"`
+	Items      *schema           `json:"items"`
+	Additional json.RawMessage   `json:"additionalProperties"`
+}
+
+// keys are the leaves as the page writes them: a.b, a[].b, and a.NAME.b where names are free. What rules are made of is policy.md's.
+func (s schema) keys(defs map[string]schema, path string) []string {
+	if name, ok := strings.CutPrefix(s.Ref, "#/$defs/"); ok {
+		s = defs[name]
+	}
+	var free schema
+	switch {
+	case path == "rules" || path == "groups" || path == "targets":
+	case s.Items != nil && (s.Items.Ref != "" || s.Items.Properties != nil):
+		return s.Items.keys(defs, path+"[]")
+	case json.Unmarshal(s.Additional, &free) == nil && free.Ref != "":
+		return free.keys(defs, path+".NAME")
+	case len(s.AnyOf) > 0 && s.AnyOf[0].Properties != nil:
+		return s.AnyOf[0].keys(defs, path)
+	case s.Properties != nil:
+		var out []string
+		for key, property := range s.Properties {
+			out = append(out, property.keys(defs, strings.TrimPrefix(path+"."+key, "."))...)
+		}
+		return out
+	}
+	return []string{path}
 }
 
 // subcommand finds the longest run of words that is a command of a program, and keeps its help. It is empty where the words are

@@ -17,6 +17,7 @@ import (
 
 	"github.com/culvertnet/culvert/gateway/agent"
 	"github.com/culvertnet/culvert/internal/claims"
+	"github.com/culvertnet/culvert/internal/cores"
 	"github.com/culvertnet/culvert/internal/problem"
 )
 
@@ -76,6 +77,9 @@ func (c *runCmd) Run() error {
 	g, err := agent.Start(ctx, opts)
 	if err != nil {
 		return err
+	}
+	if os.Getenv("GOMAXPROCS") == "" {
+		cores.Adapt(ctx, g.Carried)
 	}
 	<-ctx.Done()
 	again, stopAgain := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt) // whoever asks twice does not want to wait

@@ -98,6 +98,17 @@ func (a *Agent) wasUp() bool {
 	return !a.marks.total.IsZero()
 }
 
+// Carried is how many bytes have gone through the tunnel.
+func (a *Agent) Carried() uint64 {
+	a.mu.Lock()
+	t := a.tunnel
+	a.mu.Unlock()
+	if t == nil {
+		return 0
+	}
+	return t.Carried()
+}
+
 // Status is the agent at this moment.
 func (a *Agent) Status() control.Status {
 	a.mu.Lock()

@@ -66,15 +66,20 @@ type Config struct {
 
 // TLS names the certificate's files. They are read again when they change.
 type TLS struct {
+	// Cert is a PEM file with the certificate, and after it those that lead to its authority.
 	Cert string `yaml:"cert"`
-	Key  string `yaml:"key"`
+	// Key is a PEM file with its private key.
+	Key string `yaml:"key"`
 }
 
 // State says where leases live: embedded in Dir, or in an existing NATS cluster.
 type State struct {
-	Dir         string   `yaml:"dir"`
-	NATS        []string `yaml:"nats"`
-	Credentials string   `yaml:"credentials"`
+	// Dir is a folder of this coordinator's own.
+	Dir string `yaml:"dir"`
+	// NATS are the URLs of a cluster's servers, such as tls://n1:4222.
+	NATS []string `yaml:"nats"`
+	// Credentials is a file with the cluster's credentials.
+	Credentials string `yaml:"credentials"`
 }
 
 // Network is one private network and who may be its gateway.

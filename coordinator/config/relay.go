@@ -41,9 +41,12 @@ const (
 
 // relayDoc is another relay as it is written.
 type relayDoc struct {
+	// Name that clients and gateways show.
 	Name string `yaml:"name"`
-	UDP  string `yaml:"udp"`
-	URL  string `yaml:"url"`
+	// UDP is where it takes datagrams, host:port; without it WebSockets alone.
+	UDP string `yaml:"udp"`
+	// URL is where it takes WebSockets, such as https://relay.example.com; without it UDP alone.
+	URL string `yaml:"url"`
 }
 
 // ports are the UDP addresses of STUN and relay and of the second STUN port, "" for none. The second one is by default the

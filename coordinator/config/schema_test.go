@@ -4,6 +4,9 @@ import (
 	"bytes"
 	"encoding/json"
 	"flag"
+	"go/ast"
+	"go/parser"
+	"go/token"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -31,6 +34,7 @@ func generated(t *testing.T) map[string][]byte {
 			t.Fatal(err)
 		}
 	}
+	addPrivateComments(t, comments.CommentMap, "coordinator/config")
 	for name, text := range comments.CommentMap {
 		comments.CommentMap[name] = strings.Join(strings.Fields(text), " ")
 	}
@@ -47,6 +51,65 @@ func generated(t *testing.T) map[string][]byte {
 		out[name] = append(data, '\n')
 	}
 	return out
+}
+
+// addPrivateComments adds what AddGoComments leaves out: the fields of types that are not exported, and those are the files' own.
+func addPrivateComments(t *testing.T, to map[string]string, dir string) {
+	t.Helper()
+	files, err := filepath.Glob(filepath.Join(dir, "*.go"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range files {
+		file, err := parser.ParseFile(token.NewFileSet(), name, nil, parser.ParseComments)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ast.Inspect(file, func(n ast.Node) bool {
+			spec, ok := n.(*ast.TypeSpec)
+			if !ok || spec.Name.IsExported() {
+				return true
+			}
+			if st, ok := spec.Type.(*ast.StructType); ok {
+				for _, f := range st.Fields.List {
+					for _, field := range f.Names {
+						to["github.com/culvertnet/culvert/"+dir+"."+spec.Name.Name+"."+field.Name] = f.Doc.Text()
+					}
+				}
+			}
+			return false
+		})
+	}
+}
+
+// Editors show the schema's words beside a key. A key that only frames others has its words at these.
+func TestSchemaDescribesEveryKey(t *testing.T) {
+	for _, name := range []string{"config", "relay"} {
+		text, _ := Schema(name)
+		var doc map[string]any
+		if err := json.Unmarshal(text, &doc); err != nil {
+			t.Fatal(err)
+		}
+		described(t, name, doc)
+	}
+}
+
+func described(t *testing.T, path string, schema any) {
+	object, ok := schema.(map[string]any)
+	if !ok {
+		return
+	}
+	properties, _ := object["properties"].(map[string]any)
+	for key, v := range properties {
+		property, _ := v.(map[string]any)
+		if property["description"] == nil && property["$ref"] == nil && property["anyOf"] == nil {
+			t.Errorf("%s: nothing is said about %s", path, key)
+		}
+	}
+	defs, _ := object["$defs"].(map[string]any)
+	for key, v := range defs {
+		described(t, path+" "+key, v)
+	}
 }
 
 // custom gives the schema of types that are written otherwise than Go holds them.

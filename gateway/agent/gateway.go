@@ -157,6 +157,9 @@ func (g *Gateway) build() (err error) {
 // Port is the tunnel's UDP port.
 func (g *Gateway) Port() uint16 { return g.plane.tunnel.Port() }
 
+// Carried is how many bytes have gone through the tunnel to and from the present sessions.
+func (g *Gateway) Carried() uint64 { return g.plane.tunnel.Carried() }
+
 // Key is the gateway's WireGuard public key.
 func (g *Gateway) Key() wire.Key { return g.key }
 

@@ -51,6 +51,10 @@ var rules = []rule{
 		why: "the coordinator never holds a tunnel key and never sees a packet in the clear",
 	},
 	{
+		from: []string{"internal/cores"}, only: []string{"std"},
+		why: "how many processors a process takes is decided from what it uses, whatever it is",
+	},
+	{
 		from: []string{"internal/requirements"}, only: []string{"std", "internal/wire"},
 		why: "what is needed of a network is a list: programs and documentation read it, and nothing in it depends on how it is tested",
 	},

@@ -185,6 +185,10 @@ func (d *Device) setup() error {
 // tuneTCP raises the buffers to what a long fat path needs and says outright what else throughput rests on: SACK and receive
 // buffers that grow with the connection. RACK (RFC 8985) is off: in this version of gVisor a sender that has lost a whole window, as
 // when a path dies under a download, then sends one segment for each retransmission timeout, or none, for good.
+//
+// The timeout forgets what was acknowledged out of order and sends the first segment again. When that is acknowledged, RACK finds the others
+// lost and enters recovery, where sender.SetPipe goes by the forgotten acknowledgements alone, and not by RACK's marks: all that was
+// lost counts as in flight, which is more than the window for as long as it has not been sent again. So each further segment takes a timeout.
 func tuneTCP(s *stack.Stack) error {
 	sack := tcpip.TCPSACKEnabled(true)
 	recovery := tcpip.TCPRecovery(0)

@@ -23,6 +23,16 @@ func (t *Tunnel) Stats() Stats {
 	return Stats{Stranger: c.stranger.Load(), Junk: c.junk.Load(), NoPath: c.noPath.Load(), Rebuilt: c.rebuilt.Load()}
 }
 
+// Carried is how many bytes the tunnel has sent to its present peers and received from them.
+func (t *Tunnel) Carried() (n uint64) {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	for _, p := range t.sessions {
+		n += p.rx.Load() + p.tx.Load()
+	}
+	return n
+}
+
 // Vitals tells when the device last had new keys with the peer, zero before the first, and which kind of way its packets take: host, direct,
 // relay, websocket or none. It copies nothing, so that it may be asked of every peer.
 func (p *Peer) Vitals() (handshake time.Time, way string) {
