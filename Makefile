@@ -89,7 +89,7 @@ matrix: tools-test build
 	CULVERT_E2E_BIN=$(CURDIR)/bin CULVERT_E2E_MATRIX=$(CURDIR)/bin/matrix.json \
 		$(GO) test -count=1 -timeout 60m -run '^TestMatrix' -v ./internal/e2e
 
-# Three coordinators on a cluster of three nats-servers, of which one after the other dies or stops answering: a minute.
+# Three coordinators on a cluster of three nats-servers, each in a namespace of its own; they are killed, frozen and cut off, one after the other: three minutes.
 cluster: build
 	CULVERT_E2E_BIN=$(CURDIR)/bin CULVERT_E2E_CLUSTER=1 $(GO) test -count=1 -timeout 10m -run '^TestCluster' -v ./internal/e2e/scale
 

@@ -52,8 +52,9 @@ func (c *loadCmd) Run() error {
 	if err != nil {
 		return err
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 	defer stop()
+	ctx, opts.Enough = endsEarly(ctx)
 	if c.IDs != "" {
 		f, err := os.Create(c.IDs)
 		if err != nil {
@@ -75,6 +76,20 @@ func (c *loadCmd) Run() error {
 		err = problem.New(problem.Failed, fmt.Sprintf("%d things went wrong", n), "the report says which; the coordinator's limits may be in the way")
 	}
 	return err
+}
+
+// endsEarly has a first interrupt close enough, so that what was measured by then is reported, and a second one end ctx.
+func endsEarly(ctx context.Context) (context.Context, <-chan struct{}) {
+	ctx, cancel := context.WithCancel(ctx)
+	enough, interrupts := make(chan struct{}), make(chan os.Signal, 2)
+	signal.Notify(interrupts, os.Interrupt)
+	go func() { // as long as the program
+		<-interrupts
+		close(enough)
+		<-interrupts
+		cancel()
+	}()
+	return ctx, enough
 }
 
 func (c *loadCmd) options() (load.Options, error) {

@@ -1,11 +1,13 @@
 package kernel
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"os"
 	"os/exec"
+	"runtime"
 	"slices"
 	"strings"
 	"syscall"
@@ -13,6 +15,7 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
 	"golang.zx2c4.com/wireguard/wgctrl"
 
 	"github.com/culvertnet/culvert/internal/problem"
@@ -236,6 +239,54 @@ func (d *Device) peers(t *testing.T) {
 	}
 	if _, err := d.Seen(keys[1]); err == nil {
 		t.Error("a removed peer is seen")
+	}
+}
+
+// A thread that cannot come back is nobody else's, and whoever was on it hears of that.
+func TestThreadThatCannotReturn(t *testing.T) {
+	ns, err := newNamespace()
+	if errors.Is(err, unix.EPERM) {
+		t.Skip("this needs root")
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ns.close()
+	host, err := os.Readlink(threadNamespace)
+	if err != nil {
+		t.Fatal(err)
+	}
+	result, release := make(chan error), make(chan struct{})
+	defer close(release)
+	var lose func()
+	lose = func() {
+		runtime.LockOSThread()
+		if unix.Gettid() == unix.Getpid() { // the process is looked up by its first thread: that one stays
+			go lose()
+			<-release
+			runtime.UnlockOSThread()
+			return
+		}
+		result <- ns.do(func() error { // capabilities are a thread's own
+			header, none := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}, [2]unix.CapUserData{}
+			return unix.Capset(&header, &none[0])
+		})
+	}
+	go lose()
+	if err := <-result; !errors.Is(err, unix.EPERM) {
+		t.Errorf("a thread that is left abroad: %v", err)
+	}
+	for range 20 {
+		at := make(chan string)
+		go func() {
+			runtime.LockOSThread()
+			defer runtime.UnlockOSThread()
+			name, _ := os.Readlink(threadNamespace)
+			at <- name
+		}()
+		if name := <-at; name != host {
+			t.Fatalf("another goroutine is in %s, not %s", name, host)
+		}
 	}
 }
 

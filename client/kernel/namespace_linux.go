@@ -1,6 +1,7 @@
 package kernel
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"runtime"
@@ -50,7 +51,7 @@ func (ns *namespace) do(f func() error) error {
 }
 
 // abroad has go change the thread's network namespace, runs f there, and comes back.
-func abroad(leave, f func() error) error {
+func abroad(leave, f func() error) (err error) {
 	runtime.LockOSThread()
 	home, err := os.Open(threadNamespace)
 	if err != nil {
@@ -63,10 +64,12 @@ func abroad(leave, f func() error) error {
 		return err
 	}
 	defer func() {
-		// A thread that cannot return stays locked, and ends with its goroutine.
-		if unix.Setns(int(home.Fd()), unix.CLONE_NEWNET) == nil {
-			runtime.UnlockOSThread()
+		// A thread that cannot return stays locked, and ends with its goroutine, which must not go on as if it were at home.
+		if stuck := unix.Setns(int(home.Fd()), unix.CLONE_NEWNET); stuck != nil {
+			err = errors.Join(err, fmt.Errorf("return to the host's network namespace: %w", stuck))
+			return
 		}
+		runtime.UnlockOSThread()
 	}()
 	return f()
 }

@@ -35,7 +35,7 @@ func NewMetrics() *Metrics {
 		refused: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "culvert_coordinator_refused_total",
 			Help: "Requests refused before their sender had proven anything, by problem code."}, []string{"code"}),
 		blocks:    counter("blocks_total", "Groups of records that were synced at once."),
-		bytes:     counter("bytes_total", "Bytes of them, before compression."),
+		bytes:     counter("bytes_total", "Bytes of them."),
 		commit:    seconds("commit_seconds", "Time to store a group."),
 		waited:    seconds("wait_seconds", "Time that a caller waited for its record to be stored."),
 		failed:    counter("failures_total", "Tries to store a group that failed; it is tried again."),

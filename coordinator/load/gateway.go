@@ -42,7 +42,8 @@ type gateway struct {
 	conn    *websocket.Conn // nil while there is none
 	welcome wire.Welcome
 	held    map[string]wire.Held
-	why     error // the last stream's end
+	unsaid  map[string]wire.Renewed // renewals that no stream has taken
+	why     error                   // the last stream's end
 }
 
 // openGateways starts all gateways and waits for their streams.
@@ -81,7 +82,7 @@ func newGateway(p *player, n int, transport *http.Transport) *gateway {
 		Candidates: []wire.Candidate{{Kind: wire.Public, Addr: netip.MustParseAddrPort("192.0.2.1:51820")}},
 	}
 	rand.Read(h.Key[:])
-	return &gateway{p: p, hello: h, client: &http.Client{Transport: transport}, at: n, up: make(chan struct{}), held: map[string]wire.Held{}}
+	return &gateway{p: p, hello: h, client: &http.Client{Transport: transport}, at: n, up: make(chan struct{}), held: map[string]wire.Held{}, unsaid: map[string]wire.Renewed{}}
 }
 
 func (g *gateway) lastError() error {
@@ -123,6 +124,7 @@ func (g *gateway) once(ctx context.Context, base string) error {
 		return err
 	}
 	g.upOnce.Do(func() { close(g.up) })
+	g.sayAgain(ctx, conn)
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	for {
@@ -277,14 +279,28 @@ func (g *gateway) pass(ctx context.Context, id string, token wire.Secret) error 
 		}
 		return &p
 	}
+	r := wire.Renewed{Session: id, Token: token, Lease: a.Lease}
 	g.mu.Lock()
 	conn := g.conn
 	g.mu.Unlock()
-	if conn == nil {
-		return nil // the next hello says it
+	if conn == nil || send(ctx, conn, wire.FrameRenewed, 0, r) != nil {
+		g.mu.Lock()
+		g.unsaid[id] = r
+		g.mu.Unlock()
 	}
-	_ = send(ctx, conn, wire.FrameRenewed, 0, wire.Renewed{Session: id, Token: token, Lease: a.Lease}) // as above
 	return nil
+}
+
+// sayAgain sends the renewals that came while there was no stream: a hello that was on its way by then does not tell of them.
+func (g *gateway) sayAgain(ctx context.Context, conn *websocket.Conn) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for id, r := range g.unsaid {
+		if send(ctx, conn, wire.FrameRenewed, 0, r) != nil {
+			return // the next stream's
+		}
+		delete(g.unsaid, id)
+	}
 }
 
 func send(ctx context.Context, conn *websocket.Conn, t wire.FrameType, id uint64, body any) error {

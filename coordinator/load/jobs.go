@@ -75,12 +75,13 @@ type session struct {
 	secret  wire.Secret
 	address netip.Addr
 	gateway wire.Key
-	renewed time.Time // last
+	renewed time.Time // last; from when a lease lasts at least
 	lease   time.Duration
 }
 
 // join asks the n-th coordinator, counted round, for a session.
 func (j *jobs) join(ctx context.Context, n int, t ticket) (*session, error) {
+	began := time.Now() // the lease may begin before its answer comes
 	body, err := json.Marshal(wire.JoinRequest{Network: j.opts.Network, Key: t.key, Token: t.token, Client: "load", Candidates: []wire.Candidate{
 		{Kind: wire.Host, Addr: netip.MustParseAddrPort("192.0.2.2:50000")}, {Kind: wire.Reflexive, Addr: netip.MustParseAddrPort("192.0.2.3:50000")},
 	}})
@@ -111,7 +112,7 @@ func (j *jobs) join(ctx context.Context, n int, t ticket) (*session, error) {
 		return nil, problem.New(problem.Incompatible, "the coordinator's answer is not for this job", "run the same version on both sides")
 	}
 	t.token = ""
-	return &session{id: s.ID, job: t, secret: s.Secret, address: s.Addresses[0], gateway: s.Gateways[0].Key, renewed: time.Now(), lease: time.Duration(s.Lease)}, nil
+	return &session{id: s.ID, job: t, secret: s.Secret, address: s.Addresses[0], gateway: s.Gateways[0].Key, renewed: began, lease: time.Duration(s.Lease)}, nil
 }
 
 // lease asks how long a session lasts by the coordinator's word.

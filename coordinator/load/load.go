@@ -23,28 +23,29 @@ import (
 
 // Options say what is played.
 type Options struct {
-	Coordinators []string      // base URLs to dial; jobs and gateways are spread over them
-	URL          string        // the coordinators' public URL, for the tokens' audience; default the first of Coordinators
-	Issuer       string        // the tokens' iss
-	IssuerListen string        // TCP address on which the issuer is served; default host and port of Issuer
-	JWKSFile     string        // where the issuer's keys are written instead of serving them
-	Network      string        // that jobs join and gateways serve
-	EnrolSecret  wire.Secret   // of the gateways; default: identity tokens of the issuer, with [Subject]
-	OwnerID      string        // repository_owner_id of the jobs; default "1"
-	Repository   string        // default "load/jobs"
-	Gateways     int           // default 20
-	Sessions     int           // that live, and renew, before anything is measured
-	Burst        int           // joins at once
-	Rate         float64       // joins a second, for Duration
-	Duration     time.Duration // default 30 s
-	RenewEvery   time.Duration // default 5 min
-	Hold         time.Duration // how long a session lasts until its job ends it; 0: it is left to run out
-	Timeout      time.Duration // of one join, its retries included; default 20 s
-	Retry        bool          // a join that fails for now is tried again, as clients do; else it is an error
-	TLS          *tls.Config   // nil: the system's roots
-	InsecureHTTP bool          // take plain HTTP beyond loopback
-	IDs          io.Writer     // gets the id of every session that was joined, one a line, to hold them against an audit log; nil: nothing
-	Logger       *slog.Logger  // nil: none
+	Coordinators []string        // base URLs to dial; jobs and gateways are spread over them
+	URL          string          // the coordinators' public URL, for the tokens' audience; default the first of Coordinators
+	Issuer       string          // the tokens' iss
+	IssuerListen string          // TCP address on which the issuer is served; default host and port of Issuer
+	JWKSFile     string          // where the issuer's keys are written instead of serving them
+	Network      string          // that jobs join and gateways serve
+	EnrolSecret  wire.Secret     // of the gateways; default: identity tokens of the issuer, with [Subject]
+	OwnerID      string          // repository_owner_id of the jobs; default "1"
+	Repository   string          // default "load/jobs"
+	Gateways     int             // default 20
+	Sessions     int             // that live, and renew, before anything is measured
+	Burst        int             // joins at once
+	Rate         float64         // joins a second, for Duration
+	Duration     time.Duration   // default 30 s
+	RenewEvery   time.Duration   // default 5 min
+	Hold         time.Duration   // how long a session lasts until its job ends it; 0: it is left to run out
+	Timeout      time.Duration   // of one join, its retries included; default 20 s
+	Retry        bool            // a join that fails for now is tried again, as clients do; else it is an error
+	TLS          *tls.Config     // nil: the system's roots
+	InsecureHTTP bool            // take plain HTTP beyond loopback
+	Enough       <-chan struct{} // once it is closed, no further joins begin at the rate; nil: only Duration ends that
+	IDs          io.Writer       // gets the id of every session that was joined, one a line, to hold them against an audit log; nil: nothing
+	Logger       *slog.Logger    // nil: none
 }
 
 // Subject is the sub of the gateways' identity tokens.

@@ -53,7 +53,7 @@ func (p *player) fill(ctx context.Context) (Phase, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	n := p.opts.Sessions
-	s := p.issuer.supply(ctx, n, 1000, runtime.GOMAXPROCS(0))
+	s := p.issuer.supply(ctx, p.spare(n), 1000, runtime.GOMAXPROCS(0))
 	defer s.wg.Wait()
 	defer cancel()
 	m := newMeter(n)
@@ -123,7 +123,7 @@ func (p *player) steady(ctx context.Context) (Phase, error) {
 	var flying atomic.Int64
 	for i := range n {
 		at := began.Add(time.Duration(float64(i) / p.opts.Rate * float64(time.Second)))
-		if !sleepUntil(ctx, at) {
+		if !sleepUntil(ctx, at) || p.enough() {
 			break
 		}
 		if flying.Add(1) > maxFlying {
@@ -141,6 +141,16 @@ func (p *player) steady(ctx context.Context) (Phase, error) {
 	stop()
 	renewing.Wait()
 	return m.phase(), ctx.Err()
+}
+
+// enough reports whether the rate is to end before its time.
+func (p *player) enough() bool {
+	select {
+	case <-p.opts.Enough:
+		return true
+	default:
+		return false
+	}
 }
 
 // signAhead waits for the joins' tokens and signs those of the renewals that fall into the run.

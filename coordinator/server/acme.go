@@ -7,17 +7,24 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
 
 	"golang.org/x/crypto/acme/autocert"
 
 	"github.com/culvertnet/culvert/coordinator/certs"
+	"github.com/culvertnet/culvert/coordinator/limit"
 	"github.com/culvertnet/culvert/coordinator/state"
 	"github.com/culvertnet/culvert/internal/problem"
 )
 
-// maxChallengers bounds the connections to the plain listener, which strangers reach as well.
-const maxChallengers = 256
+// Bounds on the plain listener, which strangers reach as well. A CA asks once from each of a few places.
+const (
+	maxChallengers = 256 // connections
+	challengeRate  = 10  // requests a second from one address, and at once
+	challengeBurst = 100
+	challengers    = 1 << 14 // addresses that are remembered
+)
 
 // certificate gives the HTTP server what it proves with who it is: files, or what a CA gives. Without either it stays plain.
 func (s *Server) certificate() error {
@@ -57,7 +64,7 @@ func (s *Server) openACME(ctx, run context.Context) error {
 			return problem.Wrap(err, problem.Failed, fmt.Sprintf("cannot listen on TCP %s for the CA: %v", addr, err), "choose another address for acme.http, or stop what holds this one")
 		}
 		s.plain = &http.Server{
-			Handler: s.acme.Challenges(s.config.URL), ReadHeaderTimeout: headerTimeout, ReadTimeout: headerTimeout, WriteTimeout: headerTimeout,
+			Handler: slowly(s.acme.Challenges(s.config.URL)), ReadHeaderTimeout: headerTimeout, ReadTimeout: headerTimeout, WriteTimeout: headerTimeout,
 			IdleTimeout: headerTimeout, MaxHeaderBytes: 8 << 10,
 		}
 		bounded := boundedListener(l, maxChallengers, maxChallengers/4, nil)
@@ -69,6 +76,20 @@ func (s *Server) openACME(ctx, run context.Context) error {
 	}
 	s.wg.Go(func() { s.acme.Obtain(run) })
 	return nil
+}
+
+// slowly bounds what one address may ask of the plain listener: a challenge is looked up in the state that joins need.
+func slowly(next http.Handler) http.Handler {
+	limits := limit.New[netip.Prefix](challengeRate, challengeBurst, challengers)
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		from, _ := netip.ParseAddrPort(r.RemoteAddr)
+		if !limits.Allow(limit.Source(from.Addr())) {
+			w.Header().Set("Connection", "close")
+			http.Error(w, "too many requests", http.StatusTooManyRequests)
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
 }
 
 func (s *Server) closeChallenges() error {

@@ -10,6 +10,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -265,5 +266,30 @@ func TestNoCertificate(t *testing.T) {
 	}
 	if err := s.Start(t.Context()); err == nil || !strings.Contains(err.Error(), "acme.roots") {
 		t.Errorf("with a file of roots that holds none: %v", err)
+	}
+}
+
+// TestChallengersAreBounded: who asks the plain listener again and again is told to stop, and nobody else is.
+func TestChallengersAreBounded(t *testing.T) {
+	looked := 0
+	h := slowly(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { looked++ }))
+	ask := func(from string) int {
+		r := httptest.NewRequest(http.MethodGet, "/.well-known/acme-challenge/x", nil)
+		r.RemoteAddr = from
+		w := httptest.NewRecorder()
+		h.ServeHTTP(w, r)
+		return w.Code
+	}
+	refused := 0
+	for n := range 50 * challengeBurst {
+		if ask(fmt.Sprintf("[2001:db8::%x]:%d", n, 1024+n)) == http.StatusTooManyRequests {
+			refused++
+		}
+	}
+	if refused == 0 || looked+refused != 50*challengeBurst {
+		t.Errorf("%d requests were looked at, %d refused", looked, refused)
+	}
+	if code := ask("192.0.2.1:1"); code != http.StatusOK {
+		t.Errorf("another address: %d", code)
 	}
 }

@@ -1,9 +1,17 @@
 package server
 
 import (
+	"context"
+	"crypto/rand"
+	"fmt"
+	"runtime"
+	"strings"
+	"sync"
 	"testing"
+	"time"
 
 	"github.com/culvertnet/culvert/coordinator/session"
+	"github.com/culvertnet/culvert/coordinator/state"
 )
 
 // BenchmarkJoin is what one join costs coordinator and state, the test's gateway and its WebSocket included, HTTP and the
@@ -11,6 +19,12 @@ import (
 func BenchmarkJoin(b *testing.B) {
 	r := newRig(b, Options{})
 	r.gateway()
+	r.joins(b)
+}
+
+// joins makes b.N of them, one after the other.
+func (r *rig) joins(b *testing.B) {
+	b.Helper()
 	jobs := make([]session.Join, b.N)
 	for i := range jobs {
 		jobs[i] = session.Join{JoinRequest: r.job().request()}
@@ -23,4 +37,90 @@ func BenchmarkJoin(b *testing.B) {
 		}
 	}
 	b.StopTimer()
+}
+
+// BenchmarkJoinBesideLeases is [BenchmarkJoin] beside live sessions whose leases are renewed every five minutes, as far as the state is
+// concerned. They are put into the state as joins do, without the jobs.
+func BenchmarkJoinBesideLeases(b *testing.B) {
+	for _, n := range []int{1_000, 100_000} {
+		b.Run(fmt.Sprint(n), func(b *testing.B) {
+			r := newRigOf(b, Options{}, func(doc string) string {
+				return strings.Replace(doc, "    gateways:", "    sessions: 10.64.0.0/12\n    gateways:", 1)
+			})
+			r.gateway()
+			before := live()
+			leases := r.fill(b, n)
+			held := live() - before
+			ctx, stop := context.WithCancel(b.Context())
+			var renewing sync.WaitGroup
+			renewing.Go(func() { r.renewAll(ctx, leases) })
+			r.joins(b)
+			stop()
+			renewing.Wait()
+			b.ReportMetric(held/float64(n), "heap-B/session")
+		})
+	}
+}
+
+// live is the heap without garbage, in bytes.
+func live() float64 {
+	runtime.GC()
+	runtime.GC()
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	return float64(m.HeapAlloc)
+}
+
+// fill puts leases into the state that are like that of a job.
+func (r *rig) fill(b *testing.B, n int) []state.Lease {
+	b.Helper()
+	s := r.job().mustJoin()
+	store := r.server.store
+	like, err := store.Lease(b.Context(), s.ID)
+	if err != nil {
+		b.Fatal(err)
+	}
+	room := state.Pool{V4: r.server.config.Networks["corp"].Sessions, Hold: time.Hour}
+	leases := make([]state.Lease, n)
+	var wg sync.WaitGroup
+	const writers = 32
+	for w := range writers {
+		wg.Go(func() {
+			for i := w; i < n; i += writers {
+				l := like
+				l.Claims = map[string]string{}
+				for name, value := range like.Claims {
+					l.Claims[name] = value
+				}
+				l.Claims["run_id"] = fmt.Sprint(100_000 + i)
+				_, _ = rand.Read(l.Key[:])
+				l.Session, l.Expires = l.Key.SessionID(), time.Now().Add(time.Hour)
+				created, err := store.CreateLease(b.Context(), l, room)
+				if err != nil {
+					b.Error(err)
+					return
+				}
+				leases[i] = created
+			}
+		})
+	}
+	wg.Wait()
+	return leases
+}
+
+// renewAll renews every lease once in five minutes.
+func (r *rig) renewAll(ctx context.Context, leases []state.Lease) {
+	tick := time.NewTicker(5 * time.Minute / time.Duration(len(leases)))
+	defer tick.Stop()
+	for i := 0; ; i = (i + 1) % len(leases) {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+		leases[i].Expires = time.Now().Add(time.Hour)
+		if l, err := r.server.store.UpdateLease(ctx, leases[i]); err == nil {
+			leases[i] = l
+		}
+	}
 }

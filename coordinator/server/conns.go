@@ -54,6 +54,9 @@ func (b *bounded) Accept() (net.Conn, error) {
 		}
 		source, ok := b.take(c)
 		if ok {
+			if tcp, isTCP := c.(*net.TCPConn); isTCP {
+				_ = tcp.SetKeepAliveConfig(net.KeepAliveConfig{Enable: true}) // only now: most of a flood is not kept
+			}
 			return &boundedConn{Conn: cork.New(c), from: b, source: source}, nil
 		}
 		b.refused.Add(1)
@@ -66,8 +69,7 @@ func (b *bounded) Accept() (net.Conn, error) {
 
 // take counts a connection in, if it may be. The zero source is counted in all alone.
 func (b *bounded) take(c net.Conn) (source netip.Prefix, ok bool) {
-	addr, _ := netip.ParseAddrPort(c.RemoteAddr().String())
-	ip := addr.Addr().Unmap()
+	ip := addressOf(c).Unmap()
 	proxy := slices.ContainsFunc(b.trusted, func(p netip.Prefix) bool { return p.Contains(ip) })
 	if !proxy {
 		source = limit.Source(ip)
@@ -82,6 +84,15 @@ func (b *bounded) take(c net.Conn) (source netip.Prefix, ok bool) {
 		b.byAddr[source]++
 	}
 	return source, true
+}
+
+// addressOf is where a connection comes from, without writing it out first: this is done for every one that a stranger opens.
+func addressOf(c net.Conn) netip.Addr {
+	if tcp, ok := c.RemoteAddr().(*net.TCPAddr); ok {
+		return tcp.AddrPort().Addr()
+	}
+	addr, _ := netip.ParseAddrPort(c.RemoteAddr().String())
+	return addr.Addr()
 }
 
 func (b *bounded) give(source netip.Prefix) {

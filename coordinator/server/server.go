@@ -213,7 +213,7 @@ func (s *Server) openState(ctx context.Context) (err error) {
 
 func (s *Server) listen(ctx context.Context) (err error) {
 	const next = "choose another address, or stop what holds this one"
-	var lc net.ListenConfig
+	lc := net.ListenConfig{KeepAlive: -1} // whose connections are kept says who bounds them
 	if s.listener, err = lc.Listen(ctx, "tcp", s.config.Listen); err != nil {
 		return problem.Wrap(err, problem.Failed, fmt.Sprintf("cannot listen on TCP %s: %v", s.config.Listen, err), next)
 	}

@@ -45,6 +45,7 @@ type bucket struct {
 
 	now     func() time.Time
 	expired chan Lease
+	escape  escape
 
 	mu      sync.Mutex
 	writing map[string]write // by key: what this node is writing
@@ -87,6 +88,9 @@ func openBucket(ctx context.Context, conn *nats.Conn, now func() time.Time, log 
 		return nil, err
 	}
 	b := &bucket{js: js, mirror: newMirror(), log: log, now: now, writing: map[string]write{}, expired: make(chan Lease, maxExpired)}
+	if clustered := conn.ConnectedClusterName() != ""; clustered {
+		b.escape.leave = conn.ForceReconnect
+	}
 	b.stream, err = js.Stream(ctx, streamName)
 	if errors.Is(err, jetstream.ErrStreamNotFound) {
 		b.stream, err = makeStream(ctx, js, conn.ConnectedClusterName() != "", log)

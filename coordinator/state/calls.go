@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net/http"
+	"sync"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -18,6 +19,10 @@ import (
 const (
 	firstTry = time.Second // one call; twice that for each that follows, so that a slow server is not asked faster and faster
 	lastTry  = 4 * time.Second
+
+	// escapeAfter is how long a server may be without a leader of our streams before another one is asked: longer than an election
+	// takes, because then it is the server that is cut off from the others.
+	escapeAfter = 10 * time.Second
 
 	callPatience  = 12 * time.Second // all tries of a call, where its caller has less time to spare: a server's death, noticed late, and an election
 	startPatience = time.Minute      // at the start: for a cluster that was started together with us, or has just lost a server
@@ -47,6 +52,51 @@ func once(ctx context.Context, limit time.Duration, f func(ctx context.Context) 
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	return f(ctx)
+}
+
+// escape leaves a server that has no leader of our streams for long, though the connection to it is in order: it is cut off from the
+// other servers, and they may have one.
+type escape struct {
+	leave func() error
+
+	mu    sync.Mutex
+	since time.Time // the first failure after the last call that worked; zero: none
+}
+
+// tries is the function of that name, for calls that a leader answers.
+func (e *escape) tries(ctx context.Context, f func(ctx context.Context) error) error {
+	return tries(ctx, callPatience, func(ctx context.Context) error { return e.note(f(ctx)) })
+}
+
+// note takes how a call to a leader ended, and gives it back.
+func (e *escape) note(err error) error {
+	switch {
+	case errors.Is(err, context.Canceled): // by whoever asked: it tells nothing
+	case leaderless(err) && !errors.Is(err, errComing):
+		e.failed(time.Now())
+	default:
+		e.worked()
+	}
+	return err
+}
+
+func (e *escape) worked() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.since = time.Time{}
+}
+
+func (e *escape) failed(now time.Time) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.since.IsZero() {
+		e.since = now
+	}
+	if now.Sub(e.since) < escapeAfter || e.leave == nil {
+		return
+	}
+	e.since = now // the next server has as long
+	_ = e.leave() // an error says that the connection is broken or closed anyway
 }
 
 // Patiently does f again, for a minute, while JetStream has no leader.
@@ -90,7 +140,7 @@ var atOnce = jetstream.WithRetryAttempts(0)
 // under the subject then tells. [ErrConflict] where something else than expect does.
 func (b *bucket) store(ctx context.Context, msg *nats.Msg, expect uint64, opts ...jetstream.PublishOpt) (sequence uint64, err error) {
 	unsure := false
-	err = tries(ctx, callPatience, func(ctx context.Context) error {
+	err = b.escape.tries(ctx, func(ctx context.Context) error {
 		ack, err := b.js.PublishMsg(ctx, msg, append(opts, atOnce)...)
 		switch {
 		case err == nil:
@@ -136,7 +186,7 @@ func (b *bucket) settled(ctx context.Context, msg *nats.Msg, expect uint64, unsu
 
 // last gives the last message under a subject, nil where there is none.
 func (b *bucket) last(ctx context.Context, subject string) (msg *jetstream.RawStreamMsg, err error) {
-	err = tries(ctx, callPatience, func(ctx context.Context) (err error) {
+	err = b.escape.tries(ctx, func(ctx context.Context) (err error) {
 		msg, err = b.stream.GetLastMsgForSubject(ctx, subject)
 		return err
 	})

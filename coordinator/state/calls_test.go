@@ -68,6 +68,33 @@ func TestTriesEnd(t *testing.T) {
 	})
 }
 
+// TestEscape: a server without a leader is left once it has been so for longer than an election takes, and the next one has as long.
+func TestEscape(t *testing.T) {
+	left, now := 0, time.Now()
+	e := escape{leave: func() error { left++; return nil }}
+	fail := func(after time.Duration) {
+		now = now.Add(after)
+		e.failed(now)
+	}
+	fail(0)
+	fail(escapeAfter - 1)
+	e.worked()
+	fail(time.Second)
+	fail(escapeAfter - 1)
+	if left != 0 {
+		t.Fatal("left during an election")
+	}
+	fail(1)
+	fail(escapeAfter - 1)
+	if left != 1 {
+		t.Fatalf("left %d times", left)
+	}
+	fail(1)
+	if left != 2 {
+		t.Errorf("left %d times, when the next server has no leader either", left)
+	}
+}
+
 // TestSettled: what stands under a subject tells what became of a message whose acknowledgement was lost.
 func TestSettled(t *testing.T) {
 	b := open(t, Options{}).bucket

@@ -157,7 +157,7 @@ func (s *Store) place(ctx context.Context, l Lease, address string, hold time.Ti
 	}
 	l.Revision, _, err = s.occupy(ctx, leaseKind, token(l.Session), l, nil)
 	if err == nil {
-		return l.clone(), nil
+		return l, nil
 	}
 	if over == nil { // else it was held for this session before, by whoever came first
 		s.undo(ctx, func(ctx context.Context) error {
@@ -229,7 +229,7 @@ func (s *Store) UpdateLease(ctx context.Context, l Lease) (Lease, error) {
 	if err != nil {
 		return Lease{}, err
 	}
-	return l.clone(), nil
+	return l, nil
 }
 
 // keepAddress makes a lease's address last as long as the lease. ErrConflict where it is held by another session, or

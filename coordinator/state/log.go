@@ -47,6 +47,7 @@ type Log struct {
 	stream   jetstream.Stream
 	marks    jetstream.Stream // nil where a log that is only read has none
 	log      *slog.Logger
+	escape   escape
 }
 
 // LogInfo says what a [Log] holds. Sequences of messages count from 1; First is Last+1 in an empty one.
@@ -101,6 +102,9 @@ func (l *Log) open(ctx context.Context, opts LogOptions) (err error) {
 	if l.js, err = jetstream.New(l.conn); err != nil {
 		return err
 	}
+	if l.clustered() {
+		l.escape.leave = l.conn.ForceReconnect
+	}
 	if err = Patiently(ctx, l.log, func() error { return l.ready(ctx, opts) }); err == nil {
 		err = Patiently(ctx, l.log, func() (err error) {
 			l.marks, err = l.small(ctx, opts.ReadOnly, markStream, markSubject, jetstream.DiscardOld)
@@ -129,10 +133,12 @@ func (l *Log) ready(ctx context.Context, opts LogOptions) (err error) {
 	if !have.DenyDelete || !have.DenyPurge || have.Discard != jetstream.DiscardOld || have.Storage != jetstream.FileStorage {
 		return fmt.Errorf("stream %s is set up for something else: it must deny delete and purge, and lie in files", logStream)
 	}
-	if opts.ReadOnly || (have.MaxAge == opts.MaxAge && have.MaxBytes == opts.MaxBytes) {
+	// A replica of a compressed stream that had been cut off was seen to refuse every write from then on (nats-server 2.15: "error
+	// reading compression reader"), so what is written now is not compressed. What is there stays as it is.
+	if opts.ReadOnly || (have.MaxAge == opts.MaxAge && have.MaxBytes == opts.MaxBytes && have.Compression == jetstream.NoCompression) {
 		return nil
 	}
-	have.MaxAge, have.MaxBytes = opts.MaxAge, opts.MaxBytes
+	have.MaxAge, have.MaxBytes, have.Compression = opts.MaxAge, opts.MaxBytes, jetstream.NoCompression
 	l.stream, err = l.js.UpdateStream(ctx, have)
 	return noRoom(err, opts)
 }
@@ -163,7 +169,7 @@ func logConfig(opts LogOptions) jetstream.StreamConfig {
 		MaxConsumers: -1,
 		Discard:      jetstream.DiscardOld,
 		Storage:      jetstream.FileStorage,
-		Compression:  jetstream.S2Compression,
+		Compression:  jetstream.NoCompression, // see ready
 		DenyDelete:   true,
 		DenyPurge:    true,
 		Replicas:     1,
@@ -205,6 +211,7 @@ func (l *Log) Append(ctx context.Context, data []byte, after uint64) (uint64, er
 	ctx, cancel := context.WithTimeout(ctx, appendWait)
 	defer cancel()
 	ack, err := l.js.PublishMsg(ctx, &nats.Msg{Subject: logSubject, Data: data}, jetstream.WithExpectLastSequence(after), atOnce)
+	_ = l.escape.note(err)
 	switch {
 	case err == nil:
 		return ack.Sequence, nil
@@ -218,7 +225,7 @@ func (l *Log) Append(ctx context.Context, data []byte, after uint64) (uint64, er
 // Get reads one message; [ErrNotFound] where there is none.
 func (l *Log) Get(ctx context.Context, seq uint64) ([]byte, error) {
 	var msg *jetstream.RawStreamMsg
-	err := tries(ctx, callPatience, func(ctx context.Context) (err error) {
+	err := l.escape.tries(ctx, func(ctx context.Context) (err error) {
 		msg, err = l.stream.GetMsg(ctx, seq)
 		return err
 	})
@@ -234,7 +241,7 @@ func (l *Log) Get(ctx context.Context, seq uint64) ([]byte, error) {
 // Info says what the log holds at this moment.
 func (l *Log) Info(ctx context.Context) (LogInfo, error) {
 	var info *jetstream.StreamInfo
-	err := tries(ctx, callPatience, func(ctx context.Context) (err error) {
+	err := l.escape.tries(ctx, func(ctx context.Context) (err error) {
 		info, err = l.stream.Info(ctx)
 		return err
 	})
@@ -298,7 +305,7 @@ func (l *Log) Mark(ctx context.Context) (data []byte, revision uint64, err error
 		return nil, 0, nil
 	}
 	var msg *jetstream.RawStreamMsg
-	err = tries(ctx, callPatience, func(ctx context.Context) (err error) {
+	err = l.escape.tries(ctx, func(ctx context.Context) (err error) {
 		msg, err = l.marks.GetLastMsgForSubject(ctx, markSubject)
 		return err
 	})
@@ -314,7 +321,7 @@ func (l *Log) Mark(ctx context.Context) (data []byte, revision uint64, err error
 // SetMark replaces the log's mark, a small message that is kept apart from the others. ErrConflict where somebody
 // else did since revision was read.
 func (l *Log) SetMark(ctx context.Context, data []byte, revision uint64) error {
-	err := tries(ctx, callPatience, func(ctx context.Context) error {
+	err := l.escape.tries(ctx, func(ctx context.Context) error {
 		_, err := l.js.PublishMsg(ctx, &nats.Msg{Subject: markSubject, Data: data}, jetstream.WithExpectLastSequence(revision), atOnce)
 		return err
 	})

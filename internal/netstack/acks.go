@@ -91,12 +91,20 @@ func (a *acks) pass(pkt *stack.PacketBuffer) bool {
 		return false
 	}
 	if f.held != nil {
+		if int32(ack-acknowledged(f.held)) < 0 {
+			return true // it says less, and what waits has its turn
+		}
 		f.held.DecRef()
 		f.held = nil
 		a.spared.Add(1)
 	}
 	f.sent = ack
 	return true
+}
+
+// acknowledged is up to where a segment acknowledges.
+func acknowledged(pkt *stack.PacketBuffer) uint32 {
+	return binary.BigEndian.Uint32(pkt.TransportHeader().Slice()[header.TCPAckNumOffset:])
 }
 
 var ackSeed = maphash.MakeSeed()
@@ -112,8 +120,17 @@ func ackPlace(ip, tcp []byte) (ends ackEnds, place uint32) {
 	return ends, uint32(maphash.Bytes(ackSeed, ends[:]) % ackFlows)
 }
 
-// reportsLoss tells whether a segment has more options than timestamps: blocks that have come out of order.
-func reportsLoss(tcp []byte) bool { return len(tcp) > header.TCPMinimumSize+timestampsLen }
+// reportsLoss tells whether a segment has other options than timestamps: blocks that have come out of order. The stack puts two
+// that do nothing before either, and where there are no timestamps one block takes as much room as they do.
+func reportsLoss(tcp []byte) bool {
+	switch len(tcp) {
+	case header.TCPMinimumSize:
+		return false
+	case header.TCPMinimumSize + timestampsLen:
+		return tcp[header.TCPMinimumSize+2] != header.TCPOptionTS
+	}
+	return true
+}
 
 // arm sets the timer unless it is set. mu is held.
 func (a *acks) arm(d time.Duration) {
@@ -146,7 +163,7 @@ func (a *acks) ripe(now time.Time) (due []*stack.PacketBuffer) {
 		if f.held == nil || !f.due.Equal(turn.due) {
 			continue // spared
 		}
-		f.sent = binary.BigEndian.Uint32(f.held.TransportHeader().Slice()[header.TCPAckNumOffset:])
+		f.sent = acknowledged(f.held)
 		due = append(due, f.held)
 		f.held = nil
 	}

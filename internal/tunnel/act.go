@@ -73,7 +73,8 @@ func (p *Peer) messages(now time.Time) []outgoing {
 			Seq: p.seq, Call: o.call, Leave: p.engine.leaving, Behind: o.behind,
 			Tally: p.tally.tell(),
 		}
-		if p.opts.Initiate && !o.valid && o.mtu == 0 {
+		// Where there is a path it goes by itself: checks of candidates that never answer would put its repetition off.
+		if p.opts.Initiate && !o.valid && o.mtu == 0 && p.current.Load() == nil {
 			c.Handshake = p.handshake.carried(now)
 		}
 		if p.opts.Initiate {

@@ -10,6 +10,7 @@ import (
 	"golang.zx2c4.com/wireguard/device"
 
 	"github.com/culvertnet/culvert/internal/nat"
+	"github.com/culvertnet/culvert/internal/wire"
 )
 
 // The first handshake needs no message of its own towards the gateway: the first checks carry it.
@@ -132,5 +133,33 @@ func TestForgedCheckCarriesNothing(t *testing.T) {
 	elsewhere := &route{spot: spot{remote: loopback(10)}}
 	if p, shown := gateway.handleSTUN(authentic, elsewhere); p != nil || shown != nil || g.hint.Load() != from {
 		t.Error("a repeated check shows the device something")
+	}
+}
+
+// A path has come up and the response got lost there. The checks of candidates that never answer do not keep the initiation from being
+// sent again.
+func TestDeadCandidatesPutNothingOff(t *testing.T) {
+	client, gateway := newEnd(t), newEnd(t)
+	c, err := client.AddPeer(PeerOptions{Key: gateway.PublicKey(), Session: client.PublicKey().SessionID(), Initiate: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	now := time.Now()
+	for _, via := range []*route{nil, {spot: spot{remote: loopback(9)}}} {
+		c.current.Store(via)
+		before := c.handshake.wake()
+		dead := spot{remote: loopback(uint16(10 + len(c.engine.paths)))}
+		if c.engine.add(&path{peer: c, spot: dead, kind: wire.Host}, now) == nil {
+			t.Fatal("no path is added")
+		}
+		carried := false
+		for _, o := range c.messages(now) {
+			carried = carried || nat.PeekHandshake(o.pkt) != nil
+		}
+		if later := c.handshake.wake().After(before); carried != (via == nil) || via != nil && later {
+			t.Errorf("with a path: %t, carried: %t, put off: %t", via != nil, carried, later)
+		}
 	}
 }

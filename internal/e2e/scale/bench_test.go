@@ -21,7 +21,7 @@ func howLong() string {
 func BenchmarkJoins(b *testing.B) {
 	n := alone(b)
 	began := n.processor()
-	r := play(b, []*node{n}, "", "--rate", "1000", "--duration", howLong(), "--renew-every", "5m").report()
+	r := play(b, n.host, []*node{n}, "", "--rate", "1000", "--duration", howLong(), "--renew-every", "5m").report()
 	r.clean(b)
 	tell(b, n, r, began)
 }
@@ -29,7 +29,7 @@ func BenchmarkJoins(b *testing.B) {
 // BenchmarkJoinBurst has 1,000 jobs join at once.
 func BenchmarkJoinBurst(b *testing.B) {
 	n := alone(b)
-	r := play(b, []*node{n}, "", "--rate", "0", "--burst", "1000").report()
+	r := play(b, n.host, []*node{n}, "", "--rate", "0", "--burst", "1000").report()
 	r.clean(b)
 	b.ReportMetric(0, "ns/op")
 	b.ReportMetric(r.Phases[0].Max, "all-served-ms")
@@ -41,7 +41,7 @@ func BenchmarkJoinsBesideSessions(b *testing.B) {
 		b.Run(fmt.Sprint(sessions), func(b *testing.B) {
 			n := alone(b)
 			idle := n.memory("VmRSS")
-			r := play(b, []*node{n}, "", "--rate", "1000", "--duration", howLong(), "--sessions", fmt.Sprint(sessions), "--renew-every", "5m").report()
+			r := play(b, n.host, []*node{n}, "", "--rate", "1000", "--duration", howLong(), "--sessions", fmt.Sprint(sessions), "--renew-every", "5m").report()
 			r.clean(b)
 			tell(b, n, r, 0)
 			b.ReportMetric(float64(r.Renewals), "renewals")
@@ -52,7 +52,8 @@ func BenchmarkJoinsBesideSessions(b *testing.B) {
 
 func alone(b *testing.B) *node {
 	b.Helper()
-	n := newNode(b, "http://"+freeAddr(b), "", "state: {dir: state}\n")
+	h := machine(b)
+	n := newNode(b, h, "http://"+freeAddr(b, h), "", "state: {dir: state}\n")
 	n.serve()
 	n.ready()
 	return n

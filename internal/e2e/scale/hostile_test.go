@@ -29,7 +29,7 @@ func BenchmarkHostile(b *testing.B) {
 	n := alone(b)
 	ctx, cancel := context.WithCancel(b.Context())
 	defer cancel()
-	g := play(b, []*node{n}, "", "--rate", "100", "--duration", "16s", "--renew-every", "5m")
+	g := play(b, n.host, []*node{n}, "", "--rate", "100", "--duration", "16s", "--renew-every", "5m")
 	awaitJoins(b, n)
 	idle := n.memory("VmRSS")
 	var sent atomic.Int64

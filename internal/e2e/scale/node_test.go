@@ -8,10 +8,9 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"net"
 	"net/http"
+	"net/netip"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -21,6 +20,7 @@ import (
 
 	natsserver "github.com/nats-io/nats-server/v2/server"
 
+	"github.com/culvertnet/culvert/internal/lab"
 	"github.com/culvertnet/culvert/internal/stage"
 )
 
@@ -43,6 +43,7 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
+	_ = lab.EnterThen(func() { _ = os.RemoveAll(dir) }) // a test that needs it names the reason, through lab.Require
 	code := m.Run()
 	_ = os.RemoveAll(dir)
 	os.Exit(code)
@@ -68,10 +69,26 @@ func runNATS(config string) {
 
 func binary() string { return filepath.Join(os.Getenv(binEnv), "culvert-coordinator") }
 
-// freeAddr gives an address of loopback on which nobody listens now.
-func freeAddr(t testing.TB) string {
+// machine is this machine itself, as a host to run programs on.
+func machine(t testing.TB) *lab.Host {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	n := lab.Flat(context.Background())
+	t.Cleanup(func() {
+		if err := n.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	h, err := n.Host("machine", lab.HostOptions{Flat: netip.MustParseAddr("127.0.0.1")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return h
+}
+
+// freeAddr gives an address of a host on which nobody listens now.
+func freeAddr(t testing.TB, h *lab.Host) string {
+	t.Helper()
+	l, err := h.Listen(netip.AddrPortFrom(h.Addr(), 0).String())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -81,41 +98,34 @@ func freeAddr(t testing.TB) string {
 
 // process is a program that ends with its test at the latest.
 type process struct {
-	t    testing.TB
-	cmd  *exec.Cmd
-	log  string
-	dead chan struct{}
+	*lab.Process
+	log string
 }
 
 // start runs a program whose output goes to a file.
-func start(t testing.TB, log string, env []string, path string, args ...string) *process {
+func start(t testing.TB, h *lab.Host, log string, env []string, path string, args ...string) *process {
 	t.Helper()
 	out, err := os.OpenFile(log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer out.Close()
-	p := &process{t: t, cmd: exec.Command(path, args...), log: log, dead: make(chan struct{})}
-	p.cmd.Stdout, p.cmd.Stderr, p.cmd.Env = nil, out, append(os.Environ(), env...)
-	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := p.cmd.Start(); err != nil {
+	proc, err := h.Start(lab.Program{Path: path, Args: args, Env: append(os.Environ(), env...), Stdout: out, Stderr: out})
+	if err != nil {
 		t.Fatal(err)
 	}
-	go func() {
-		defer close(p.dead)
-		_ = p.cmd.Wait()
-	}()
+	p := &process{proc, log}
 	t.Cleanup(p.kill)
 	return p
 }
 
 func (p *process) kill() {
-	p.signal(syscall.SIGKILL)
-	<-p.dead
+	p.Kill()
+	<-p.Done()
 }
 
 func (p *process) signal(s syscall.Signal) {
-	_ = p.cmd.Process.Signal(s) // an error says that it is dead
+	_ = p.Signal(s) // an error says that it is dead
 }
 
 // tail gives the end of a log.
@@ -128,6 +138,7 @@ func tail(log string) string {
 type node struct {
 	*process
 	t      testing.TB
+	host   *lab.Host
 	dir    string
 	config string
 	addr   string
@@ -137,9 +148,9 @@ type node struct {
 func (n *node) url() string { return "http://" + n.addr }
 
 // newNode writes a configuration; more are lines of it, state among them.
-func newNode(t testing.TB, issuer, url, more string) *node {
+func newNode(t testing.TB, h *lab.Host, issuer, url, more string) *node {
 	t.Helper()
-	n := &node{t: t, dir: t.TempDir(), addr: freeAddr(t), issuer: issuer}
+	n := &node{t: t, host: h, dir: t.TempDir(), addr: freeAddr(t, h), issuer: issuer}
 	n.config = filepath.Join(n.dir, "culvert.yaml")
 	if url == "" {
 		url = n.url()
@@ -149,7 +160,8 @@ url: %s
 listen: %s
 udp: off
 probe: off
-trusted_proxies: [127.0.0.1]
+insecure_http: true
+trusted_proxies: [127.0.0.0/8, 198.51.100.0/24, 203.0.113.0/24]
 limits: {owner: 100000, repository: 100000, total: 100000}
 issuers: [{url: %q}]
 networks: {load: {sessions: 10.64.0.0/12, gateways: [{issuer: %q, subject: culvert-load}]}}
@@ -164,13 +176,14 @@ rules: [{name: load, network: load, match: {repository_owner_id: 1, repository_i
 // serve starts the coordinator; ready waits for it.
 func (n *node) serve() {
 	n.t.Helper()
-	n.process = start(n.t, filepath.Join(n.dir, "log"), nil, binary(), "serve", "--config", n.config, "--log-level", "warn")
+	n.process = start(n.t, n.host, filepath.Join(n.dir, "log"), nil, binary(), "serve", "--config", n.config, "--log-level", "warn")
 }
 
 func (n *node) ready() {
 	n.t.Helper()
+	client := n.host.Client(5 * time.Second)
 	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
-		resp, err := http.Get(n.url() + "/readyz")
+		resp, err := client.Get(n.url() + "/readyz")
 		if err != nil {
 			continue
 		}
@@ -185,7 +198,7 @@ func (n *node) ready() {
 // memory is a line of the process's status in bytes, such as VmRSS (proc(5)).
 func (n *node) memory(name string) float64 {
 	n.t.Helper()
-	f, err := os.Open(fmt.Sprintf("/proc/%d/status", n.cmd.Process.Pid))
+	f, err := os.Open(fmt.Sprintf("/proc/%d/status", n.Pid()))
 	if err != nil {
 		n.t.Fatal(err)
 	}
@@ -206,7 +219,7 @@ func (n *node) memory(name string) float64 {
 // processor is the time that the process has had, in seconds.
 func (n *node) processor() float64 {
 	n.t.Helper()
-	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", n.cmd.Process.Pid))
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", n.Pid()))
 	if err != nil {
 		n.t.Fatal(err)
 	}
@@ -242,35 +255,28 @@ type report struct {
 // generator is a run of `culvert-coordinator load`.
 type generator struct {
 	t        testing.TB
-	cmd      *exec.Cmd
+	proc     *lab.Process
 	out, log bytes.Buffer
-	done     chan error
 }
 
-// play starts the generator against nodes.
-func play(t testing.TB, nodes []*node, url string, args ...string) *generator {
+// play starts the generator on a host against nodes.
+func play(t testing.TB, h *lab.Host, nodes []*node, url string, args ...string) *generator {
 	t.Helper()
-	args = append([]string{"load", "--json", "--log-level", "warn", "--issuer", nodes[0].issuer}, args...)
+	args = append([]string{"load", "--json", "--log-level", "warn", "--insecure-http", "--issuer", nodes[0].issuer}, args...)
 	if url != "" {
 		args = append(args, "--url", url)
 	}
 	for _, n := range nodes {
 		args = append(args, "--coordinator", n.url())
 	}
-	g := &generator{t: t, cmd: exec.Command(binary(), args...), done: make(chan error, 1)}
-	g.cmd.Stdout, g.cmd.Stderr = &g.out, &g.log
-	g.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := g.cmd.Start(); err != nil {
+	g := &generator{t: t}
+	var err error
+	if g.proc, err = h.Start(lab.Program{Path: binary(), Args: args, Stdout: &g.out, Stderr: &g.log}); err != nil {
 		t.Fatal(err)
 	}
-	waited := make(chan struct{})
-	go func() {
-		defer close(waited)
-		g.done <- g.cmd.Wait()
-	}()
 	t.Cleanup(func() {
-		_ = g.cmd.Process.Kill()
-		<-waited
+		g.proc.Kill()
+		<-g.proc.Done()
 	})
 	return g
 }
@@ -278,7 +284,10 @@ func play(t testing.TB, nodes []*node, url string, args ...string) *generator {
 // report waits for the run's end. The generator fails where anything went wrong; what is for the caller to judge.
 func (g *generator) report() (r report) {
 	g.t.Helper()
-	err := <-g.done
+	code, err := g.proc.Wait(context.Background())
+	if err == nil && code != 0 {
+		err = fmt.Errorf("exit code %d", code)
+	}
 	if jerr := json.Unmarshal(g.out.Bytes(), &r); jerr != nil {
 		g.t.Fatalf("the generator: %v, %v\n%s", err, jerr, g.log.String())
 	}
