@@ -20,7 +20,7 @@ PACKAGES  = $(shell $(GO) list ./... | grep -v '/internal/e2e')
 export CGO_ENABLED = 0
 GOBUILD = $(GO) build -trimpath -ldflags '-s -w -X main.version=$(VERSION)'
 
-.PHONY: build demo test check action unit e2e images act matrix cluster kernel bench charts terraform dist packages pin pinned reproducible fuzz clean tools-test tools-bench FORCE
+.PHONY: build demo test check action unit e2e images act matrix cluster kernel bench charts terraform cross dist packages pin pinned reproducible fuzz clean tools-test tools-bench FORCE
 
 build: $(BINARIES)
 
@@ -116,6 +116,11 @@ charts:
 # The examples for clouds, with HCL's parser, against the same table.
 terraform:
 	cd deploy/terraform/check && $(GO) vet . && $(GO) test -count=1 .
+
+# The client for the systems that no test runs on, its tests included.
+cross:
+	GOOS=darwin $(GO) vet ./client/...
+	GOOS=windows $(GO) vet ./client/...
 
 # Every fuzzer for FUZZTIME each.
 fuzz:

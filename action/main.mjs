@@ -4,7 +4,7 @@ import { spawn, spawnSync } from 'node:child_process'
 import { createHash } from 'node:crypto'
 import { fileURLToPath } from 'node:url'
 import { client } from './client.mjs'
-import { error, exportEnv, flag, input, list, output, saveState, say } from './runner.mjs'
+import { endGroup, error, exportEnv, flag, group, input, list, output, saveState, say } from './runner.mjs'
 
 // What the client may read besides its own variables. Under sudo only these are passed on: a job's other secrets stay where they are.
 const passed = ['ACTIONS_ID_TOKEN_REQUEST_URL', 'ACTIONS_ID_TOKEN_REQUEST_TOKEN', 'GITHUB_ACTIONS', 'RUNNER_TEMP', 'XDG_RUNTIME_DIR', 'SSL_CERT_FILE',
@@ -50,6 +50,8 @@ async function main() {
   saveState('program', program)
   saveState('name', env.CULVERT_NAME)
   const [command, ...args] = [...elevation(env), program, 'up', '--json']
+  const talkative = ['debug', 'info'].includes(env.CULVERT_LOG_LEVEL)
+  if (talkative) group('culvert up')
   const child = spawn(command, args, { env, stdio: ['ignore', 'pipe', 'inherit'] })
   const ended = new Promise((resolve, reject) => child.on('error', reject).on('close', (code) => resolve(code ?? 1)))
   // A signal cannot reach a child of sudo from here, but every tunnel of this user takes `down` at any time.
@@ -63,6 +65,7 @@ async function main() {
   let text = ''
   child.stdout.setEncoding('utf8').on('data', (chunk) => (text += chunk))
   const code = await ended
+  if (talkative) endGroup()
   if (cancelled || code !== 0) {
     process.exitCode = code || 1 // the client has said why
     return

@@ -33,6 +33,8 @@ export const summary = (markdown) => process.env.GITHUB_STEP_SUMMARY && appendFi
 // Workflow commands, escaped as GitHub's toolkit does, so that no text from elsewhere starts a command of its own.
 const escape = (text) => String(text).replaceAll('%', '%25').replaceAll('\r', '%0D').replaceAll('\n', '%0A')
 export const say = (text) => process.stdout.write(String(text).replaceAll(/^::/gm, ' ::') + EOL)
+export const group = (title) => process.stdout.write(`::group::${escape(title)}${EOL}`)
+export const endGroup = () => process.stdout.write(`::endgroup::${EOL}`)
 export const error = (text) => process.stdout.write(`::error title=culvert::${escape(text)}${EOL}`)
 export const warning = (text) => process.stdout.write(`::warning title=culvert::${escape(text)}${EOL}`)
 export const debug = (text) => process.stdout.write(`::debug::${escape(text)}${EOL}`)

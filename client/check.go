@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/culvertnet/culvert/client/agent"
 	"github.com/culvertnet/culvert/client/control"
 	"github.com/culvertnet/culvert/internal/problem"
 	"github.com/culvertnet/culvert/internal/wire"
@@ -21,6 +22,11 @@ type checkResults struct {
 }
 
 func (c *checkCommand) run(ctx context.Context, env environment, flags common) error {
+	for _, target := range c.Target {
+		if err := agent.CheckTarget(target); err != nil {
+			return err
+		}
+	}
 	client, err := control.NewClient(flags.Name)
 	if err != nil {
 		return err
@@ -30,6 +36,9 @@ func (c *checkCommand) run(ctx context.Context, env environment, flags common) e
 	all := checkResults{Results: []wire.ReachResult{}}
 	for _, target := range c.Target {
 		result, err := client.Check(ctx, target)
+		if err != nil && len(c.Target) > 1 && problem.CodeOf(err) == problem.FlowUnreachable { // its name; the others may have answers
+			result, err = wire.ReachResult{Target: target, Verdict: wire.Unreachable, Reason: problem.From(err).Message}, nil
+		}
 		if err != nil {
 			return err
 		}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -131,6 +132,41 @@ func TestWorst(t *testing.T) {
 				t.Errorf("%v: %d, want %d", r, got, want)
 			}
 		}
+	}
+}
+
+// reaching is a tunnel that knows one name.
+type reaching struct{ control.Handler }
+
+func (reaching) Check(_ context.Context, target string) (wire.ReachResult, error) {
+	if target != "db:1" {
+		return wire.ReachResult{}, problem.New(problem.FlowUnreachable, "no such name", "use another")
+	}
+	return wire.ReachResult{Target: target, Verdict: wire.Reachable}, nil
+}
+
+func TestCheckAnswersForEachTarget(t *testing.T) {
+	name := fmt.Sprintf("check-%d", os.Getpid())
+	server, err := control.Listen(name, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	server.Serve(reaching{})
+	t.Cleanup(func() { _ = server.Close() })
+	check := func(targets ...string) (string, error) {
+		var out bytes.Buffer
+		err := (&checkCommand{Target: targets}).run(t.Context(), environment{stdout: &out}, common{Name: name})
+		return out.String(), err
+	}
+	out, err := check("nowhere:1", "db:1")
+	if !strings.Contains(out, "nowhere:1: unreachable: no such name\n") || !strings.Contains(out, "db:1: reachable") || err == nil {
+		t.Errorf("two targets: %q, %v", out, err)
+	}
+	if _, err := check("nowhere:1"); problem.CodeOf(err) != problem.FlowUnreachable {
+		t.Errorf("one target alone: %v", err)
+	}
+	if out, err := check("db:1", "db"); problem.CodeOf(err) != problem.Usage || out != "" {
+		t.Errorf("no port: %q, %v", out, err)
 	}
 }
 

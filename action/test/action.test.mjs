@@ -32,6 +32,16 @@ test('up: inputs become settings, the result becomes outputs', async (t) => {
   assert.equal(env.CULVERT_NAME, 'corp')
 })
 
+test('a long log is folded, and only asked for', async (t) => {
+  for (const [more, level] of [[{}, undefined], [{ RUNNER_DEBUG: '1' }, 'debug']]) {
+    const r = runner(t)
+    const { code, out } = await r.run('main', withBinary(r, { up: { out: ready } }), more)
+    assert.equal(code, 0, out)
+    assert.equal(calls(r)[0].env.CULVERT_LOG_LEVEL, level)
+    assert.equal(/^::group::culvert up\n(.*\n)*::endgroup::$/m.test(out), level === 'debug', out)
+  }
+})
+
 test('proxy variables stay out of later steps unless asked for', async (t) => {
   const r = runner(t)
   await r.run('main', withBinary(r, { up: { out: ready } }))

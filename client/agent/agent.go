@@ -132,7 +132,7 @@ func (o *Options) Validate() error {
 		return errors.New("an agent needs a source of tokens")
 	}
 	for _, target := range o.WaitFor {
-		if err := checkTarget(target); err != nil {
+		if err := CheckTarget(target); err != nil {
 			return err
 		}
 	}
@@ -163,8 +163,8 @@ func loopback(host string) bool {
 	return host == "localhost" || (err == nil && addr.Unmap().IsLoopback())
 }
 
-// checkTarget refuses what is not "host:port".
-func checkTarget(target string) error {
+// CheckTarget refuses what is not "host:port".
+func CheckTarget(target string) error {
 	host, port, err := net.SplitHostPort(target)
 	if err == nil && host != "" {
 		if n, perr := net.LookupPort("tcp", port); perr == nil && n > 0 {

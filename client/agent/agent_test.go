@@ -287,7 +287,7 @@ func TestRenewsThroughTheTunnelThoughTheCoordinatorIsAway(t *testing.T) {
 
 func TestRejoinsWhenTheGatewayForgot(t *testing.T) {
 	w := agenttest.New(t)
-	w.Lease = 400 * time.Millisecond
+	w.Lease = 2 * time.Second // a busy machine may take most of that to join
 	first := true
 	w.Gateway.OnRenew = func() (wire.Lease, error) {
 		if first {
@@ -298,8 +298,8 @@ func TestRejoinsWhenTheGatewayForgot(t *testing.T) {
 	}
 	r := start(t, options(t, w))
 	before := r.up(t)
-	for range 1000 {
-		if st := r.Status(); st.Rejoins == 1 {
+	for range 3000 {
+		if st := r.Status(); st.Rejoins > 0 && len(st.Addresses) > 0 {
 			if st.Session == before.Session || st.Addresses[0] == before.Address {
 				t.Errorf("still %s at %v", st.Session, st.Addresses)
 			}

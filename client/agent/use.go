@@ -210,7 +210,7 @@ func resolve(ctx context.Context, target string) ([]netip.AddrPort, error) {
 	if addr, err := netip.ParseAddrPort(target); err == nil {
 		return []netip.AddrPort{netip.AddrPortFrom(addr.Addr().Unmap(), addr.Port())}, nil
 	}
-	if err := checkTarget(target); err != nil {
+	if err := CheckTarget(target); err != nil {
 		return nil, err
 	}
 	host, service, _ := net.SplitHostPort(target)

@@ -62,7 +62,6 @@ type crowdAnswer struct {
 // crowd is the child process.
 type crowd struct {
 	service netip.AddrPort
-	mu      sync.Mutex
 	clients []*job
 	bytes   [2048]atomic.Int64
 }

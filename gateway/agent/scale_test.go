@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"syscall"
@@ -109,6 +110,44 @@ func TestCloseWithManySessions(t *testing.T) {
 	if d := time.Since(began); d > 5*time.Second {
 		t.Errorf("closing took %v", d)
 	}
+}
+
+// TestDeadPeersHoardNothing: what is sent to sessions that have never shaken hands stays out of WireGuard, which would keep each packet in
+// a buffer of 64 KiB: but for one each, so that it asks for keys.
+func TestDeadPeersHoardNothing(t *testing.T) {
+	const dead, packets = 500, 300
+	w := newWorld(t, nil)
+	w.coord.hello()
+	eventually(t, "the stream is up", w.gateway.stream.up)
+	p := w.gateway.plane
+	held := func() uint64 {
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		return m.HeapAlloc
+	}
+	sessions := fill(t, p, 0, dead)
+	before := held()
+	packet := make([]byte, 1000)
+	packet[0], packet[8], packet[9] = 0x45, 64, 17
+	binary.BigEndian.PutUint16(packet[2:], uint16(len(packet)))
+	for i := range dead {
+		binary.BigEndian.PutUint32(packet[16:], 0xC6120100+uint32(i))
+		for range packets {
+			_ = p.device.Inject(packet) // some find no room
+		}
+	}
+	eventually(t, "WireGuard is asked once for each", func() bool { return p.device.Stats().ReadPackets >= dead })
+	if n := p.device.Stats().ReadPackets; n > 3*dead { // one more after five seconds
+		t.Errorf("WireGuard has %d packets for peers that are not there", n)
+	}
+	if n := int64(held()) - int64(before); n > 400<<20 {
+		t.Errorf("dead peers hold %d MB", n>>20)
+	}
+	for _, s := range sessions {
+		s.Close()
+	}
+	eventually(t, "nothing waits for sessions that have ended", func() bool { return p.device.Depth() == 0 })
 }
 
 // TestNeedsNoPrivilege runs the main path again as a user without any right.

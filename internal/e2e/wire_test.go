@@ -167,33 +167,66 @@ func covers(row string, port uint16) bool {
 	return low <= int(port) && int(port) <= high
 }
 
-// TestNothingUndocumented: what the programs open or receive during a job's life is in the table that firewall teams get, and what the table
-// calls required is really used.
-func TestNothingUndocumented(t *testing.T) {
-	for name, c := range map[string]struct {
-		opts stage.Options
-		want []string // rows that must have been used
-	}{
-		"direct": {want: []string{
-			"runner/coordinator", "runner/token", "runner/stun", "runner/probe", "runner/direct",
-			"gateway/coordinator", "gateway/issuer", "gateway/stun", "gateway/probe", "gateway/direct", "gateway/targets",
-			"coordinator/https", "coordinator/stun", "coordinator/probe", "coordinator/issuer",
-		}},
-		"UDP blocked": {
-			opts: stage.Options{Runner: lab.NATOptions{Kind: lab.NoUDP}, Relays: []stage.RelayOptions{{Name: "far"}}},
-			want: []string{
-				"runner/coordinator", "runner/token", "runner/relay-https", "gateway/coordinator", "gateway/issuer", "gateway/relay-udp",
-				"coordinator/https",
-			},
+// watched are the jobs whose networks are listened to, and the rows that they must have used.
+var watched = map[string]struct {
+	opts stage.Options
+	want []string
+}{
+	"direct": {want: []string{
+		"runner/coordinator", "runner/token", "runner/stun", "runner/probe", "runner/direct",
+		"gateway/coordinator", "gateway/issuer", "gateway/stun", "gateway/probe", "gateway/direct", "gateway/targets",
+		"coordinator/https", "coordinator/stun", "coordinator/probe", "coordinator/issuer",
+	}},
+	"UDP blocked": {
+		opts: stage.Options{Runner: lab.NATOptions{Kind: lab.NoUDP}, Relays: []stage.RelayOptions{{Name: "far"}}},
+		want: []string{
+			"runner/coordinator", "runner/token", "runner/relay-https", "gateway/coordinator", "gateway/issuer", "gateway/relay-udp",
+			"coordinator/https", "relay/https", "relay/udp",
 		},
-	} {
+	},
+}
+
+// seenElsewhere are the rows that these jobs have no use for, and the test in which they are used.
+var seenElsewhere = map[string]string{
+	"runner/dns":            "client/names: here hosts know each other by address",
+	"runner/release":        "TestWorkflows, with a release of its own",
+	"runner/relay-udp":      "TestRelaysElsewhere",
+	"gateway/dns":           "TestTunMode, by --resolver",
+	"gateway/relay-https":   "TestEveryNetworkConnects, of gateways without UDP",
+	"gateway/listen":        "TestEveryNetworkConnects, of gateways without a NAT",
+	"gateway/router":        "internal/portmap, against miniupnpd",
+	"gateway/metrics":       "TestImages, by the health check",
+	"coordinator/filter":    "internal/netcheck",
+	"coordinator/dns":       "as runner/dns",
+	"coordinator/nats":      "internal/e2e/scale",
+	"coordinator/acme":      "coordinator/server, against Pebble",
+	"coordinator/challenge": "coordinator/server, against Pebble",
+	"coordinator/private":   "coordinator/server",
+	"relay/probe":           "coordinator/relayd",
+	"relay/metrics":         "coordinator/relayd",
+}
+
+// TestNothingUndocumented: what the programs open or receive during a job's life is in the table that firewall teams get, and what the table
+// has is used, here or in another test.
+func TestNothingUndocumented(t *testing.T) {
+	var used []string
+	for name, c := range watched {
+		used = append(used, c.want...)
 		t.Run(name, func(t *testing.T) { watchJob(t, c.opts, c.want) })
+	}
+	for _, r := range requirements.All() {
+		if _, other := seenElsewhere[r.ID]; slices.Contains(used, r.ID) == other {
+			t.Errorf("%s is in the table: either a watched job uses it, or another test, which is named", r.ID)
+		}
 	}
 }
 
 func watchJob(t *testing.T, opts stage.Options, want []string) {
 	s := scenery(t, opts)
 	parties := map[requirements.Party]*lab.Host{requirements.Runner: s.Runner, requirements.Gateway: s.GatewayBox, requirements.Coordinator: s.Cloud}
+	if len(s.Relays) > 0 {
+		parties[requirements.Relay] = s.Relays[0].Host
+	}
 	taps := map[requirements.Party]*tap{}
 	for p, h := range parties {
 		taps[p] = startTap(t, h)

@@ -127,15 +127,16 @@ func tunnel(ctx context.Context, conn net.Conn, proxy *url.URL, addr string) err
 	return refused(proxy, resp)
 }
 
-// refused says why a proxy did not let us through, nil where it did.
+// refused says why a proxy did not let us through, nil where it did. For a wrong password some (tinyproxy) answer 401 instead of 407.
 func refused(proxy *url.URL, resp *http.Response) error {
+	auth := resp.StatusCode == http.StatusProxyAuthRequired || resp.StatusCode == http.StatusUnauthorized
 	switch {
 	case resp.StatusCode/100 == 2:
 		return nil
-	case resp.StatusCode == http.StatusProxyAuthRequired && proxy.User == nil:
+	case auth && proxy.User == nil:
 		return problem.New(problem.Failed, fmt.Sprintf("the proxy %s wants a user and a password", proxy.Host),
 			"put them into HTTPS_PROXY, like http://user:password@proxy.example.com:3128")
-	case resp.StatusCode == http.StatusProxyAuthRequired:
+	case auth:
 		return problem.New(problem.Failed, fmt.Sprintf("the proxy %s does not take the user and password that it is given", proxy.Host),
 			"correct them in HTTPS_PROXY; special characters are written as %XX")
 	}

@@ -182,3 +182,26 @@ func TestPastTheProxy(t *testing.T) {
 		}
 	}
 }
+
+func TestWhatAProxyRefuses(t *testing.T) {
+	with, without := &url.URL{Host: "proxy:1", User: url.UserPassword("a", "b")}, &url.URL{Host: "proxy:1"}
+	for _, c := range []struct {
+		proxy  *url.URL
+		status int
+		want   string
+	}{
+		{with, 407, "does not take the user and password"},
+		{with, 401, "does not take the user and password"},
+		{without, 407, "wants a user and a password"},
+		{without, 401, "wants a user and a password"},
+		{with, 403, "does not let us through: 403 Forbidden"},
+	} {
+		err := refused(c.proxy, &http.Response{StatusCode: c.status})
+		if err == nil || !strings.Contains(err.Error(), c.want) || problem.Temporary(err) != (c.status == 403) {
+			t.Errorf("%d: %v", c.status, err)
+		}
+	}
+	if err := refused(with, &http.Response{StatusCode: 200}); err != nil {
+		t.Error(err)
+	}
+}
