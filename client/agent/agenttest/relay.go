@@ -65,7 +65,7 @@ func (r *Relay) Start() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.server = s
-	if r.addr.IsValid() {
+	if r.addr.IsValid() && r.addr.Port() == 0 { // the first time, before anybody has been told
 		r.addr = s.Addr()
 		r.Listed.UDP = r.addr.String()
 	}
