@@ -200,8 +200,9 @@ func TestStalledTarget(t *testing.T) {
 	eventually(t, "the target's socket and the flow's buffer are full", func() bool {
 		return e.s.Counts().BytesUp > 0 && e.s.held() > receiveFloor/4
 	})
-	if held := e.s.held(); held > receiveFloor {
-		t.Errorf("the stack holds %d bytes of a flow that may have %d", held, receiveFloor)
+	const most = receiveFloor + 64<<10 // the stack takes the whole of a merged segment that begins inside of the window
+	if held := e.s.held(); held > most {
+		t.Errorf("the stack holds %d bytes of a flow that may have %d", held, most)
 	}
 	close(hold)
 	c.Close()

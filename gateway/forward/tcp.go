@@ -137,6 +137,7 @@ type relay struct {
 	conn   *net.TCPConn
 	window *window
 	total  int64 // bytes carried to the job
+	deaf   bool  // the target takes nothing more; up's, and run's once that has ended
 }
 
 // run returns when both directions have ended. A direction that fails resets the flow; one that ends well closes its
@@ -159,12 +160,16 @@ func (r *relay) run() {
 
 // settle waits until the job has taken all that was sent to it, or the flow is reset. What a job leaves unread is memory of
 // this process, so it has to count as an open flow, or closing flows without reading them would get round every limit. The stack says so
-// itself where the job was the first to close.
+// itself where the job was the first to close. What a job goes on to say to a target that is gone is thrown away: with a window
+// that stays closed the stack would not take its acknowledgements either.
 func (r *relay) settle() {
 	entry, gone := waiter.NewChannelEntry(waiter.EventHUp | waiter.EventErr)
 	r.wq.EventRegister(&entry)
 	defer r.wq.EventUnregister(&entry)
 	for wait := 10 * time.Millisecond; ; wait = min(2*wait, time.Second) {
+		if r.deaf {
+			_, _ = r.ep.Read(io.Discard, tcpip.ReadOptions{}) // all that is there
+		}
 		switch tcp.EndpointState(r.ep.State()) {
 		case tcp.StateFinWait2, tcp.StateTimeWait, tcp.StateClose, tcp.StateError:
 			return
@@ -193,6 +198,7 @@ func (r *relay) up() error {
 	case errors.Is(err, io.EOF):
 		return r.conn.CloseWrite()
 	case errors.Is(err, errTargetGone):
+		r.deaf = true
 		return nil
 	}
 	return err
