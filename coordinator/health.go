@@ -4,16 +4,12 @@ import (
 	"context"
 	"crypto/tls"
 	"fmt"
-	"io"
 	"net"
 	"net/http"
-	"net/netip"
 	"os"
-	"strings"
-	"time"
 
 	"github.com/culvertnet/culvert/coordinator/config"
-	"github.com/culvertnet/culvert/internal/problem"
+	"github.com/culvertnet/culvert/internal/health"
 )
 
 // healthCmd asks a coordinator that runs on this machine how it is: the health check of an image without a shell.
@@ -28,29 +24,14 @@ func (c *healthCmd) Run() error {
 	if err != nil {
 		return err
 	}
-	path := "/healthz"
-	if c.Ready {
-		path = "/readyz"
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), 4*time.Second)
-	defer cancel()
 	at, transport := nearest(cfg)
-	defer transport.CloseIdleConnections()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, at+path, nil)
-	if err != nil {
-		return fmt.Errorf("ask the coordinator: %w", err)
+	word, err := health.Ask(context.Background(), health.Question{
+		Program: "coordinator", Base: at, Transport: transport, Ready: c.Ready, Next: "see whether it runs, and with this file",
+	})
+	if err == nil {
+		fmt.Println(word)
 	}
-	answer, err := transport.RoundTrip(req)
-	if err != nil {
-		return problem.Wrap(err, problem.Unreachable, fmt.Sprintf("no coordinator answers on this machine: %v", err), "see whether it runs, and with this file")
-	}
-	defer answer.Body.Close()
-	if answer.StatusCode != http.StatusOK {
-		return problem.Read(answer)
-	}
-	text, _ := io.ReadAll(io.LimitReader(answer.Body, 256))
-	fmt.Println(strings.TrimSpace(string(text)))
-	return nil
+	return err
 }
 
 // nearest gives where on this machine a coordinator with this configuration answers, and what leads there: its socket, its listener
@@ -76,14 +57,11 @@ func nearest(cfg *config.Config) (base string, t *http.Transport) {
 	return "https://" + local(cfg.Listen), t
 }
 
-// local gives where to ask for what listens on an address: the loopback where that is every address of the machine.
+// local is [health.Local] of an address that was checked when the file was read.
 func local(listen string) string {
-	host, port, err := net.SplitHostPort(listen)
+	addr, err := health.Local(listen)
 	if err != nil {
-		return listen // refused when the file was read
+		return listen
 	}
-	if ip, err := netip.ParseAddr(host); host == "" || err == nil && ip.IsUnspecified() {
-		host = "127.0.0.1"
-	}
-	return net.JoinHostPort(host, port)
+	return addr
 }

@@ -55,6 +55,10 @@ var rules = []rule{
 		why: "how many processors a process takes is decided from what it uses, whatever it is",
 	},
 	{
+		from: []string{"internal/health"}, only: []string{"std", "internal/problem", "internal/wire"},
+		why: "a health check asks over HTTP: it must not need what it judges",
+	},
+	{
 		from: []string{"internal/requirements"}, only: []string{"std", "internal/wire"},
 		why: "what is needed of a network is a list: programs and documentation read it, and nothing in it depends on how it is tested",
 	},

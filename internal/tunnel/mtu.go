@@ -1,6 +1,7 @@
 package tunnel
 
 import (
+	"slices"
 	"time"
 )
 
@@ -138,4 +139,73 @@ func (s *sizer) missed(now time.Time) {
 // searching reports whether a search is under way.
 func (s *sizer) searching(now time.Time) bool {
 	return !s.next.IsZero() && s.next.Sub(now) < sizeRaise/2
+}
+
+// search begins to look for the sizes that a path takes.
+func (e *engine) search(p *path, now time.Time) {
+	if p.spot.stream() {
+		now = now.Add(streamSearch)
+	}
+	p.size.search(e.most, now)
+}
+
+// sized learns from an answer which sizes a path takes.
+func (e *engine) sized(p *path, s sent, now time.Time) {
+	if s.mtu > 0 {
+		p.size.answered(s.mtu, p.srtt, now)
+		return
+	}
+	if p.size.searching(now) {
+		return
+	}
+	p.outgoing = slices.DeleteFunc(p.outgoing, func(o sent) bool {
+		lost := o.mtu > 0 && o.mtu == p.size.stands && o.at.Before(s.at)
+		if lost {
+			p.size.missed(now)
+		}
+		return lost
+	})
+}
+
+// settle gives the session's MTU: what every validated path takes, so that it stays the same when the path changes. The following
+// side has been told. It is 0 while nothing is known.
+func (e *engine) settle() int {
+	if !e.lead {
+		return e.mtu
+	}
+	least := 0
+	for _, p := range e.paths {
+		if s := p.size.stands; p.valid && s > 0 && (least == 0 || s < least) {
+			least = s
+		}
+	}
+	if least > 0 {
+		e.mtu = least
+	}
+	return e.mtu
+}
+
+// fit is what may be sent: the session's MTU, or less while nothing has come back yet; 0 where that is to stay as it is. A WebSocket
+// takes packets of any size.
+func (e *engine) fit() int {
+	m, c := e.settle(), e.chosen
+	switch {
+	case m > 0 || !e.lead || c == nil:
+		return unpadded(m, e.most)
+	case c.spot.stream():
+		return e.most
+	}
+	return unpadded(max(c.size.found, StartMTU), e.most)
+}
+
+// told is what our checks say fits; 0 while that is not known.
+func (e *engine) told() int {
+	c := e.chosen
+	if !e.lead || c == nil {
+		return e.said
+	}
+	if m := e.settle(); m > 0 || c.size.found < StartMTU {
+		return m
+	}
+	return c.size.found
 }
