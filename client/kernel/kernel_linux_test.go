@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 	"golang.zx2c4.com/wireguard/wgctrl"
 
+	"github.com/culvertnet/culvert/internal/lab"
 	"github.com/culvertnet/culvert/internal/problem"
 	"github.com/culvertnet/culvert/internal/wire"
 )
@@ -246,7 +247,7 @@ func (d *Device) peers(t *testing.T) {
 func TestThreadThatCannotReturn(t *testing.T) {
 	ns, err := newNamespace()
 	if errors.Is(err, unix.EPERM) {
-		t.Skip("this needs root")
+		lab.Skip(t, "needs root, to make a network namespace")
 	}
 	if err != nil {
 		t.Fatal(err)

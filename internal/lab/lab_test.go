@@ -193,7 +193,7 @@ func TestLossTakesSinglePackets(t *testing.T) {
 	if err := raw.Control(func(fd uintptr) {
 		failed = syscall.SetsockoptInt(int(fd), unix.IPPROTO_UDP, unix.UDP_SEGMENT, size)
 	}); err != nil || failed != nil {
-		t.Skipf("this kernel does not segment datagrams: %v, %v", err, failed)
+		Skip(t, "this kernel does not segment datagrams: %v, %v", err, failed)
 	}
 	for run := range byte(runs) {
 		if _, err := out.WriteTo(bytes.Repeat([]byte{run}, datagrams*size), &net.UDPAddr{IP: sink.Addr().AsSlice(), Port: 7}); err != nil {
