@@ -20,7 +20,7 @@ PACKAGES  = $(shell $(GO) list ./... | grep -v '/internal/e2e')
 export CGO_ENABLED = 0
 GOBUILD = $(GO) build -trimpath -ldflags '-s -w -X main.version=$(VERSION)'
 
-.PHONY: build demo test check action unit e2e images act matrix cluster kernel bench charts terraform cross dist packages pin pinned reproducible fuzz clean tools-test tools-bench FORCE
+.PHONY: build demo test check action unit e2e images act matrix cluster neighbours kernel bench charts terraform cross dist packages pin pinned reproducible fuzz clean tools-test tools-bench FORCE
 
 build: $(BINARIES)
 
@@ -92,6 +92,20 @@ matrix: tools-test build
 # Three coordinators on a cluster of three nats-servers, each in a namespace of its own; they are killed, frozen and cut off, one after the other: three minutes.
 cluster: build
 	CULVERT_E2E_BIN=$(CURDIR)/bin CULVERT_E2E_CLUSTER=1 $(GO) test -count=1 -timeout 10m -run '^TestCluster' -v ./internal/e2e/scale
+
+# The last release's programs with these, in every mixture, and an upgrade while a job runs: three minutes. RELEASE names any commit in place of
+# the last release before this commit.
+RELEASE ?= $(shell git describe --tags --abbrev=0 --match 'v[0-9]*.[0-9]*.[0-9]*' HEAD^ 2>/dev/null)
+neighbours: tools-test build
+	@if [ "$$(git rev-parse --is-shallow-repository)" = true ]; then echo "the last release is not to be found in a shallow clone: git fetch --unshallow --tags"; exit 1; fi
+	@if [ -z "$(RELEASE)" ]; then echo "there has been no release: nothing to run these programs against"; exit 0; fi; \
+	set -e; dir="$$(mktemp -d)"; trap 'rm -rf "$$dir"' EXIT; chmod 755 "$$dir"; mkdir "$$dir/src" "$$dir/bin"; \
+	echo "$(RELEASE), $$(git rev-parse --short '$(RELEASE)^{commit}'), with this tree"; \
+	git archive '$(RELEASE)' | tar -x -C "$$dir/src"; \
+	for p in coordinator:culvert-coordinator gateway:culvert-gateway client:culvert; do \
+		(cd "$$dir/src" && $(GO) build -trimpath -buildvcs=false -ldflags "-X main.version=$(RELEASE)" -o "$$dir/bin/$${p#*:}" "./$${p%:*}"); done; \
+	CULVERT_E2E_BIN=$(CURDIR)/bin CULVERT_E2E_NEIGHBOUR="$$dir/bin" \
+		$(GO) test -count=1 -timeout 15m -run '^Test(Neighbours|Upgrade)$$' -v ./internal/e2e
 
 # Mode kernel on a kernel that has WireGuard, Debian's for clouds, in a virtual machine: a minute, and 40 MB to fetch the first time.
 # For x86-64 alone.
