@@ -264,7 +264,7 @@ func (s *Stage) SecondGateway() *lab.Process { return s.second }
 
 func (s *Stage) launchGateway(log string, port uint16, args ...string) (*lab.Process, error) {
 	args = append([]string{"run", "--coordinator", s.URL, "--network", Network, "--enrol-token-file", s.enrolment,
-		"--issuer", s.Issuer.URL(), "--listen", fmt.Sprintf(":%d", port), "--drain", s.opts.Drain.String()}, args...)
+		"--issuer", s.Issuer.URL(), "--listen", fmt.Sprintf(":%d", port)}, args...)
 	if s.opts.Flat { // the router there is this machine's own
 		args = append(args, "--port-mapping", "off")
 	}
@@ -277,7 +277,8 @@ func (s *Stage) launchGateway(log string, port uint16, args ...string) (*lab.Pro
 		args = append(args, "--owner", OwnerID)
 	}
 	program, err := s.gatewayProgram(log, lab.Program{
-		Path: s.Binary("culvert-gateway"), Args: args, Env: s.environ(s.GatewayBox), Unprivileged: true,
+		Path: s.Binary("culvert-gateway"), Args: args, Unprivileged: true,
+		Env: s.environ(s.GatewayBox, "CULVERT_DRAIN="+s.opts.Drain.String()), // a flag that the last release may not have
 	})
 	if err != nil {
 		return nil, err
