@@ -150,11 +150,11 @@ clean:
 
 # A release's files, the same bytes wherever they are built from the same sources with the same Go: nothing in them depends on the
 # commit, so that the commit can hold their digests. The client as the action wants it, the others with licence and units, and as
-# Debian packages; of each what it is made of.
+# Debian packages; of each what it is made of. The charts, for the images of this version.
 CLIENTS := linux-amd64 linux-arm64 darwin-amd64 darwin-arm64 windows-amd64
 SERVERS := linux-amd64 linux-arm64
 RELEASE  = $(GO) build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)'
-ROOTED  := tar --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner
+ROOTED  := tar --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner --mode=u=rwX,go=rX
 dist: $(if $(filter bin/%,$(NFPM)),$(NFPM))
 	@case "$(VERSION)" in [0-9]*.[0-9]*.[0-9]*) ;; *) echo "say which: make dist VERSION=1.2.3"; exit 1;; esac
 	@rm -rf dist && mkdir dist
@@ -175,6 +175,10 @@ dist: $(if $(filter bin/%,$(NFPM)),$(NFPM))
 			-t dist/culvert-$${program}_$(VERSION)_$${p#*-}.deb >/dev/null; \
 		rm -r dist/tree; \
 	done; done
+	@set -e; for program in coordinator gateway; do chart=dist/tree/culvert-$$program; mkdir dist/tree; cp -r deploy/helm/culvert-$$program dist/tree/; \
+		sed -i 's/^version: .*/version: $(VERSION)/; s/^appVersion: .*/appVersion: "$(VERSION)"/' $$chart/Chart.yaml; \
+		$(ROOTED) -C dist/tree -cf - culvert-$$program | gzip -n -9 > dist/culvert-$$program-chart.tgz; rm -r dist/tree; \
+	done
 	@$(GO) list -deps -f '{{with .Module}}{{.Path}} {{.Version}}{{end}}' ./client ./coordinator ./gateway | sort -u > dist/modules.txt
 	@cd dist && sha256sum -- * > SHA256SUMS && cat SHA256SUMS
 
