@@ -132,7 +132,7 @@ func (c *upCommand) mode() agent.Mode {
 
 // stay runs the tunnel in this process.
 func (c *upCommand) stay(ctx context.Context, env environment, flags common) error {
-	thrifty(env)
+	thrifty := spend(env)
 	ctx, detach := attach(ctx, env)
 	log, recent, err := c.logger(env)
 	if err != nil {
@@ -158,6 +158,7 @@ func (c *upCommand) stay(ctx context.Context, env environment, flags common) err
 		if env.getenv("GOMAXPROCS") == "" {
 			work.Go(func() { cores.Adapt(ctx, tunnel.Carried) })
 		}
+		work.Go(func() { thrifty(ctx) })
 		show(env, flags, r)
 		if env.launched {
 			recent.quiet()
@@ -174,11 +175,30 @@ func (c *upCommand) stay(ctx context.Context, env environment, flags common) err
 	return err
 }
 
-// thrifty has garbage collected early: the heap is packet buffers, which cost nothing to scan but 64 KiB each to keep, and a
-// runner's memory is the job's.
-func thrifty(env environment) {
-	if env.getenv("GOGC") == "" {
-		debug.SetGCPercent(20)
+// How much of what lives the heap may grow by before garbage is collected, in percent, and for how long more after the join.
+const (
+	joinGrowth = 400
+	idleGrowth = 20
+	afterJoin  = time.Second
+)
+
+// spend has next to no garbage collected while the tunnel comes up: on a busy machine that would take half of a join's processor
+// time. What it gives has it collected early from then on: the heap is packet buffers, which cost nothing to scan but 64 KiB each
+// to keep, and a runner's memory is the job's. It returns when that is so, or ctx has ended.
+func spend(env environment) (thrifty func(ctx context.Context)) {
+	if env.getenv("GOGC") != "" {
+		return func(context.Context) {}
+	}
+	debug.SetGCPercent(joinGrowth)
+	return func(ctx context.Context) {
+		timer := time.NewTimer(afterJoin)
+		defer timer.Stop()
+		select {
+		case <-timer.C:
+			debug.SetGCPercent(idleGrowth)
+			debug.FreeOSMemory()
+		case <-ctx.Done():
+		}
 	}
 }
 

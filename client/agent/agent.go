@@ -7,6 +7,7 @@ package agent
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -248,6 +249,8 @@ func (a *Agent) Run(ctx context.Context) error {
 }
 
 func (a *Agent) run(ctx context.Context) error {
+	// The system's authorities are hundreds of files. Read now, they are there when the first certificate comes.
+	a.wait.Go(func() { _, _ = x509.SystemCertPool() })
 	if err := a.startProxy(); err != nil {
 		return err
 	}
