@@ -8,6 +8,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -47,6 +49,15 @@ config:
 trustedProxies: [10.0.0.0/8]
 `
 
+const udpValues = "udp: {enabled: true, host: udp.example.com}\ntls: {secret: tls}\nservice: {type: LoadBalancer}\n"
+
+const natsValues = `
+state: {nats: ["tls://n1:4222"], natsCredentialsSecret: nats}
+replicas: 3
+config: {relays: [{name: eu, udp: "relay-eu.example.com:3478"}]}
+udp: {enabled: true, host: udp.example.com}
+`
+
 // scenarios are values that users may have, over the two above.
 var scenarios = []struct{ name, chart, more string }{
 	{"gateway", "culvert-gateway", ""},
@@ -63,8 +74,8 @@ podLabels: {team: platform}
 networkPolicy: {direct: false, metricsFrom: [{namespaceSelector: {matchLabels: {name: monitoring}}}]}
 `},
 	{"coordinator", "culvert-coordinator", "ingress: {enabled: true, host: culvert.example.com, className: nginx, tlsSecret: tls}\n"},
-	{"coordinator with UDP", "culvert-coordinator", "udp: {enabled: true}\ntls: {secret: tls}\nservice: {type: LoadBalancer}\n"},
-	{"coordinators on NATS", "culvert-coordinator", "state: {nats: [\"tls://n1:4222\"], natsCredentialsSecret: nats}\nreplicas: 3\n"},
+	{"coordinator with UDP", "culvert-coordinator", udpValues},
+	{"coordinators on NATS", "culvert-coordinator", natsValues},
 }
 
 func base(chart string) string {
@@ -134,27 +145,33 @@ func TestCharts(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			workloads := 0
-			for _, d := range docs {
-				object, err := typed(d)
-				if err != nil {
-					t.Fatalf("%v\n%s", err, d)
-				}
-				switch o := object.(type) {
-				case *appsv1.Deployment:
-					workloads++
-					restricted(t, o.Spec.Template)
-				case *appsv1.StatefulSet:
-					workloads++
-					restricted(t, o.Spec.Template)
-				case *corev1.ConfigMap:
-					checked(t, o.Data)
-				}
-			}
-			if workloads != 1 {
-				t.Errorf("%d workloads", workloads)
-			}
+			hold(t, docs)
 		})
+	}
+}
+
+// hold holds a chart's documents against the API's types, and what is in them against what is promised of it.
+func hold(t *testing.T, docs []string) {
+	t.Helper()
+	workloads := 0
+	for _, d := range docs {
+		object, err := typed(d)
+		if err != nil {
+			t.Fatalf("%v\n%s", err, d)
+		}
+		switch o := object.(type) {
+		case *appsv1.Deployment:
+			workloads++
+			restricted(t, o.Spec.Template)
+		case *appsv1.StatefulSet:
+			workloads++
+			restricted(t, o.Spec.Template)
+		case *corev1.ConfigMap:
+			checked(t, o.Data)
+		}
+	}
+	if workloads != 1 {
+		t.Errorf("%d workloads", workloads)
 	}
 }
 
@@ -187,14 +204,20 @@ func restricted(t *testing.T, pod corev1.PodTemplateSpec) {
 // checked has the coordinator check the files of a ConfigMap.
 func checked(t *testing.T, data map[string]string) {
 	t.Helper()
+	dir := t.TempDir()
 	for name, text := range data {
-		file := filepath.Join(t.TempDir(), name)
-		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		args := []string{"run", "./coordinator", "check", file}
-		if name == "policy.yaml" {
+	}
+	for name, text := range data {
+		args := []string{"run", "./coordinator", "check", filepath.Join(dir, name)}
+		switch name {
+		case "culvert.yaml":
+		case "policy.yaml":
 			args = append(args, "--gateway-policy")
+		default: // a file that culvert.yaml speaks of
+			continue
 		}
 		cmd := exec.Command("go", args...)
 		cmd.Dir = "../../.."
@@ -219,6 +242,61 @@ func TestLint(t *testing.T) {
 	}
 }
 
+// written is the culvert.yaml that a chart's ConfigMap holds.
+func written(t *testing.T, values ...string) (config map[string]any) {
+	t.Helper()
+	docs, err := render(t, "culvert-coordinator", append([]string{coordinatorValues}, values...)...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, d := range docs {
+		if o, err := typed(d); err == nil {
+			if m, ok := o.(*corev1.ConfigMap); ok {
+				if err := yaml.Unmarshal([]byte(m.Data["culvert.yaml"]), &config); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+	}
+	return config
+}
+
+// TestUDPIsFoundWhereItIs: the UDP Service has an address of its own, so clients are told its name; of several coordinators none relays, because
+// both sides of a session would have to reach the same one.
+func TestUDPIsFoundWhereItIs(t *testing.T) {
+	stun := []any{"udp.example.com:3478", "udp.example.com:3479"}
+	one := written(t, udpValues)
+	own := []any{map[string]any{"name": "coordinator", "udp": "udp.example.com:3478", "url": "https://culvert.example.com"}}
+	if !reflect.DeepEqual(one["stun"], any(stun)) || !reflect.DeepEqual(one["relays"], any(own)) {
+		t.Errorf("one coordinator: stun %v, relays %v", one["stun"], one["relays"])
+	}
+	several := written(t, natsValues)
+	eu := []any{map[string]any{"name": "eu", "udp": "relay-eu.example.com:3478"}}
+	if !reflect.DeepEqual(several["stun"], any(stun)) || !reflect.DeepEqual(several["relays"], any(eu)) || several["relay"] != "off" {
+		t.Errorf("several: stun %v, relays %v, relay %v", several["stun"], several["relays"], several["relay"])
+	}
+}
+
+// TestGuide: the values that docs/kubernetes.md shows are taken, and give what the charts promise.
+func TestGuide(t *testing.T) {
+	page, err := os.ReadFile("../../../docs/kubernetes.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	shown := regexp.MustCompile("(?ms)^```yaml values (culvert-[a-z]+)\n(.*?)^```$").FindAllStringSubmatch(string(page), -1)
+	if len(shown) < 3 {
+		t.Fatalf("the guide shows %d files of values", len(shown))
+	}
+	for _, m := range shown {
+		docs, err := render(t, m[1], m[2])
+		if err != nil {
+			t.Errorf("%v\n%s", err, m[2])
+			continue
+		}
+		hold(t, docs)
+	}
+}
+
 // TestRefusals: values with which nothing could work are refused when they are given, not by a pod that does not start.
 func TestRefusals(t *testing.T) {
 	for _, c := range []struct{ chart, more, says string }{
@@ -229,6 +307,8 @@ func TestRefusals(t *testing.T) {
 		{"culvert-coordinator", "replicas: 2", "several replicas need state.nats"},
 		{"culvert-coordinator", "trustedProxies: []", "trustedProxies is needed"},
 		{"culvert-coordinator", "ingress: {enabled: true}", "ingress.host is needed"},
+		{"culvert-coordinator", "udp: {enabled: true}", "udp.host is needed"},
+		{"culvert-coordinator", "{state: {nats: [\"tls://n1:4222\"]}, replicas: 2}", "several replicas need config.relays"},
 	} {
 		if _, err := render(t, c.chart, base(c.chart), c.more); err == nil || !strings.Contains(err.Error(), c.says) {
 			t.Errorf("%s with %q: %v, want %q", c.chart, c.more, err, c.says)
