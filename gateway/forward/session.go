@@ -178,7 +178,7 @@ func (s *Session) limit(served bool) string {
 func (s *Session) begin(key flowKey, idle time.Duration, j judgement) *flow {
 	fl := &flow{s: s, key: key, judgement: j, idle: idle, began: time.Now(), floors: floorsFor(len(s.flows))}
 	if key.proto == policy.ICMP {
-		fl.echo = make(chan []byte, echoQueue)
+		fl.echo = make(chan ping, echoQueue)
 	}
 	fl.ctx, fl.cancel = context.WithCancel(s.ctx)
 	fl.touch()
