@@ -35,6 +35,7 @@ type upCommand struct {
 	Foreground   bool          `env:"CULVERT_FOREGROUND" help:"Stay until interrupted instead of running in the background."`
 	ProxyListen  string        `env:"CULVERT_PROXY_LISTEN" default:"127.0.0.1:0" placeholder:"IP:PORT" help:"Where the proxy of mode proxy listens; loopback only."`
 	Forward      []string      `env:"CULVERT_FORWARD" placeholder:"PORT:HOST:PORT" help:"Have this port of loopback lead to a target in the network, in every mode: 5432:db.internal:5432. Repeatable."`
+	Direct       []string      `env:"CULVERT_DIRECT" placeholder:"DEST" help:"Keep this outside the tunnel, whatever is granted: an address, a CIDR, a host name, or github for GitHub's services. Repeatable."`
 	InsecureHTTP bool          `name:"insecure-http" env:"CULVERT_INSECURE_HTTP" help:"Allow plain http:// to a coordinator that is not on loopback."`
 	LogLevel     slog.Level    `env:"CULVERT_LOG_LEVEL" default:"warn" placeholder:"LEVEL" help:"What to log on standard error until the tunnel is up: debug, info, warn or error."`
 	LogFile      string        `env:"CULVERT_LOG_FILE" placeholder:"FILE" help:"Log to this file as well, also once the tunnel is up."`
@@ -94,6 +95,7 @@ func (c *upCommand) options(env environment, log *slog.Logger) (agent.Options, e
 		Mode:         c.mode(),
 		Pins:         pins,
 		WaitFor:      c.WaitFor,
+		Direct:       c.Direct,
 		Timeout:      c.Timeout,
 		InsecureHTTP: c.InsecureHTTP,
 		ProxyListen:  c.ProxyListen,

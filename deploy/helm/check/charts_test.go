@@ -5,6 +5,7 @@ package check
 
 import (
 	"fmt"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -154,6 +155,8 @@ func TestCharts(t *testing.T) {
 func hold(t *testing.T, docs []string) {
 	t.Helper()
 	workloads := 0
+	var services []*corev1.Service
+	var pod corev1.PodTemplateSpec
 	for _, d := range docs {
 		object, err := typed(d)
 		if err != nil {
@@ -161,17 +164,48 @@ func hold(t *testing.T, docs []string) {
 		}
 		switch o := object.(type) {
 		case *appsv1.Deployment:
-			workloads++
-			restricted(t, o.Spec.Template)
+			workloads, pod = workloads+1, o.Spec.Template
 		case *appsv1.StatefulSet:
-			workloads++
-			restricted(t, o.Spec.Template)
+			workloads, pod = workloads+1, o.Spec.Template
+		case *corev1.Service:
+			services = append(services, o)
 		case *corev1.ConfigMap:
 			checked(t, o.Data)
 		}
 	}
 	if workloads != 1 {
-		t.Errorf("%d workloads", workloads)
+		t.Fatalf("%d workloads", workloads)
+	}
+	restricted(t, pod)
+	for _, s := range services {
+		led(t, s, pod)
+	}
+	for _, v := range pod.Spec.Volumes {
+		if v.Projected != nil {
+			if token := v.Projected.Sources[0].ServiceAccountToken; token == nil || token.Audience != "https://culvert.example.com" || *token.ExpirationSeconds > 3600 {
+				t.Errorf("the projected token is %+v", token)
+			}
+		}
+	}
+}
+
+// led: each port of a Service leads to one that the pod has, of the same protocol, and a number that clients are told stays what it is.
+func led(t *testing.T, s *corev1.Service, pod corev1.PodTemplateSpec) {
+	t.Helper()
+	for name, value := range s.Spec.Selector {
+		if pod.Labels[name] != value {
+			t.Errorf("service %s selects %s=%s, and the pod has %q", s.Name, name, value, pod.Labels[name])
+		}
+	}
+	for _, p := range s.Spec.Ports {
+		if p.Protocol == "" {
+			p.Protocol = corev1.ProtocolTCP
+		}
+		if !slices.ContainsFunc(pod.Spec.Containers[0].Ports, func(c corev1.ContainerPort) bool {
+			return c.Name == p.Name && c.Name == p.TargetPort.String() && c.Protocol == p.Protocol && (c.Protocol == corev1.ProtocolTCP || c.ContainerPort == p.Port)
+		}) {
+			t.Errorf("service %s: port %s %s %d leads to %s, which the pod does not have so", s.Name, p.Name, p.Protocol, p.Port, p.TargetPort.String())
+		}
 	}
 }
 
@@ -360,12 +394,70 @@ func TestNetworkPolicyIsTheTable(t *testing.T) {
 			}
 		}
 	}
-	metadata := policy.Spec.Egress[1].To[0].IPBlock.Except
-	for _, denied := range []string{"169.254.0.0/16", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "168.63.129.16/32"} {
-		if !slices.Contains(metadata, denied) {
-			t.Errorf("%s is let out", denied)
+	if dns := policy.Spec.Egress[0].To; len(dns) != 1 || dns[0].PodSelector == nil || dns[0].NamespaceSelector == nil || dns[0].IPBlock != nil {
+		t.Errorf("port 53 is open to %v, which is not the cluster's resolver alone", dns)
+	}
+	for _, c := range reached {
+		if got := permits(t, policy, c.addr, c.protocol, c.port); got != c.want {
+			t.Errorf("%s %s:%d is let out: %v, want %v", c.protocol, c.addr, c.port, got, c.want)
 		}
 	}
+}
+
+// reached is what a gateway with the policy of gatewayValues gets to, and what it does not.
+var reached = []struct {
+	addr     string
+	protocol corev1.Protocol
+	port     int
+	want     bool
+}{
+	{"203.0.114.7", "TCP", 443, true}, // coordinator, relay, issuer
+	{"203.0.114.7", "UDP", 3478, true},
+	{"198.51.101.9", "UDP", 40000, true}, // a runner
+	{"10.20.0.5", "TCP", 5432, true},     // what is granted
+	{"10.20.0.5", "TCP", 22, false},
+	{"10.20.0.5", "TCP", 443, false},
+	{"10.20.0.6", "TCP", 5432, false},
+	{"10.96.0.1", "TCP", 443, false}, // the API server
+	{"203.0.114.7", "TCP", 80, false},
+	{"203.0.114.7", "TCP", 22, false},
+	{"203.0.114.7", "UDP", 53, false},
+	{"169.254.169.254", "TCP", 443, false},
+	{"169.254.169.254", "TCP", 80, false},
+	{"168.63.129.16", "TCP", 443, false},
+	{"100.100.100.200", "TCP", 443, false},
+	{"192.168.1.1", "UDP", 40000, false},
+	{"172.16.0.1", "TCP", 443, false},
+	{"127.0.0.1", "TCP", 443, false},
+	{"198.18.0.1", "TCP", 443, false},
+	{"224.0.0.1", "UDP", 40000, false},
+}
+
+// permits evaluates a NetworkPolicy as the API documents it, for an address outside the cluster.
+func permits(t *testing.T, p *networkingv1.NetworkPolicy, addr string, protocol corev1.Protocol, port int) bool {
+	t.Helper()
+	inside := func(cidr string) bool { return netip.MustParsePrefix(cidr).Contains(netip.MustParseAddr(addr)) }
+	for _, e := range p.Spec.Egress {
+		to := len(e.To) == 0 // none is everybody
+		for _, peer := range e.To {
+			to = to || peer.IPBlock != nil && inside(peer.IPBlock.CIDR) && !slices.ContainsFunc(peer.IPBlock.Except, inside)
+		}
+		through := len(e.Ports) == 0
+		for _, open := range e.Ports {
+			first, last, by := open.Port.IntValue(), open.Port.IntValue(), corev1.ProtocolTCP
+			if open.EndPort != nil {
+				last = int(*open.EndPort)
+			}
+			if open.Protocol != nil {
+				by = *open.Protocol
+			}
+			through = through || by == protocol && first <= port && port <= last
+		}
+		if to && through {
+			return true
+		}
+	}
+	return false
 }
 
 func key(i, j int) string { return fmt.Sprintf("%d.%d", i, j) }
