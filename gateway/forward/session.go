@@ -57,6 +57,10 @@ type Session struct {
 	scope      atomic.Pointer[policy.Scope]
 	lane       atomic.Pointer[netstack.Lane]
 
+	// carrying is held by the one of the session's UDP flows that carries some, so that a session with many flows keeps a gateway no
+	// busier than one with one.
+	carrying sync.Mutex
+
 	hungry      int64  // of Forwarder.hungry
 	hungryFlows census // those that want to send faster
 
