@@ -180,6 +180,7 @@ dist: $(if $(filter bin/%,$(NFPM)),$(NFPM))
 		$(ROOTED) -C dist/tree -cf - culvert-$$program | gzip -n -9 > dist/culvert-$$program-chart.tgz; rm -r dist/tree; \
 	done
 	@$(GO) list -deps -f '{{with .Module}}{{.Path}} {{.Version}}{{end}}' ./client ./coordinator ./gateway | sort -u > dist/modules.txt
+	@cp deploy/vex.json dist/culvert.vex.json
 	@cd dist && sha256sum -- * > SHA256SUMS && cat SHA256SUMS
 
 bin/tools/nfpm:
