@@ -8,10 +8,12 @@ import (
 	"syscall"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
 	"gvisor.dev/gvisor/pkg/waiter"
 
+	"github.com/culvertnet/culvert/internal/netstack"
 	"github.com/culvertnet/culvert/internal/policy"
 )
 
@@ -55,6 +57,7 @@ func (f *Forwarder) handleUDP(id stack.TransportEndpointID, pkt *stack.PacketBuf
 		fl.close()
 		return true
 	}
+	netstack.TellFragmentable(ep)
 	loan := fl.udpBuffer(ep)
 	go func() {
 		defer fl.s.purse.give(loan)
@@ -90,22 +93,23 @@ func (f *Forwarder) serveUDP(fl *flow, ep tcpip.Endpoint, wq *waiter.Queue) {
 	if !fl.onReset(stop) {
 		return
 	}
+	out := newOutlet(fl, conn.(*net.UDPConn), fl.target.Load().Addr(), header.UDPMinimumSize)
 	var up sync.WaitGroup
 	up.Go(func() {
-		fl.udpUp(ep, wq, conn)
+		fl.udpUp(ep, wq, out)
 		stop()
 	})
-	fl.udpDown(ep, conn.(*net.UDPConn))
+	fl.udpDown(ep, out)
 	stop()
 	up.Wait()
 }
 
 // udpUp copies datagrams from the job to the target until the endpoint is closed.
-func (fl *flow) udpUp(ep tcpip.Endpoint, wq *waiter.Queue, conn net.Conn) {
+func (fl *flow) udpUp(ep tcpip.Endpoint, wq *waiter.Queue, out *outlet) {
 	entry, readable := waiter.NewChannelEntry(waiter.ReadableEvents | waiter.EventHUp | waiter.EventErr)
 	wq.EventRegister(&entry)
 	defer wq.EventUnregister(&entry)
-	for fl.udpDrain(ep, conn) {
+	for fl.udpDrain(ep, out) {
 		select {
 		case <-readable:
 		case <-fl.ctx.Done():
@@ -115,16 +119,16 @@ func (fl *flow) udpUp(ep tcpip.Endpoint, wq *waiter.Queue, conn net.Conn) {
 }
 
 // udpDrain copies what waits, in turns with the session's other flows; false says that the endpoint is closed.
-func (fl *flow) udpDrain(ep tcpip.Endpoint, conn net.Conn) bool {
+func (fl *flow) udpDrain(ep tcpip.Endpoint, out *outlet) bool {
 	for {
-		if more, open := fl.udpSome(ep, conn); !more {
+		if more, open := fl.udpSome(ep, out); !more {
 			return open
 		}
 	}
 }
 
 // udpSome copies some of what waits. more says that there may be more, open that the endpoint is not closed.
-func (fl *flow) udpSome(ep tcpip.Endpoint, conn net.Conn) (more, open bool) {
+func (fl *flow) udpSome(ep tcpip.Endpoint, out *outlet) (more, open bool) {
 	fl.s.carrying.Lock()
 	defer fl.s.carrying.Unlock()
 	buf := datagrams.Get().(*buffer)
@@ -138,9 +142,10 @@ func (fl *flow) udpSome(ep tcpip.Endpoint, conn net.Conn) (more, open bool) {
 		if terr != nil {
 			return false, false
 		}
-		n, err := conn.Write(buf.b[:res.Count])
-		fl.carry(n, 0)
-		if err != nil && !fl.udpError(err) {
+		err := out.send(buf.b[:res.Count], fl.quote, netstack.DatagramMayBeFragmented(&res.ControlMessages))
+		if err == nil {
+			fl.carry(res.Count, 0)
+		} else if !fl.udpError(err) {
 			return false, false
 		}
 	}
@@ -148,9 +153,9 @@ func (fl *flow) udpSome(ep tcpip.Endpoint, conn net.Conn) (more, open bool) {
 }
 
 // udpDown copies datagrams from the target to the job until the socket is closed.
-func (fl *flow) udpDown(ep tcpip.Endpoint, conn socket) {
+func (fl *flow) udpDown(ep tcpip.Endpoint, out *outlet) {
 	var reader bytes.Reader
-	src, err := newSource(conn, &datagrams, false, func(b []byte) error {
+	src, err := newSource(out.conn, &datagrams, false, func(b []byte) error {
 		fl.carry(0, len(b))
 		fl.s.carrying.Lock()
 		defer fl.s.carrying.Unlock()
@@ -159,7 +164,9 @@ func (fl *flow) udpDown(ep tcpip.Endpoint, conn socket) {
 		return nil
 	})
 	for err == nil || fl.udpError(err) {
-		err = src.next()
+		if err = src.next(); errors.Is(err, syscall.EMSGSIZE) {
+			out.heard(fl.quote)
+		}
 	}
 }
 
@@ -168,7 +175,7 @@ func (fl *flow) udpError(err error) bool {
 	if errors.Is(err, net.ErrClosed) {
 		return false
 	}
-	if errors.Is(err, syscall.EMSGSIZE) {
+	if errors.Is(err, syscall.EMSGSIZE) { // the outlet has told what there is to tell
 		return true
 	}
 	why := rejectFor(err)
