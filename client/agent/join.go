@@ -179,7 +179,7 @@ func (a *Agent) ensureTunnel(key wire.PrivateKey) (*tunnel.Tunnel, error) {
 		a.mu.Unlock()
 	}
 	relays := tunnel.RelayOptions{Dial: tunnel.DialRelay(a.api.http, http.Header{"User-Agent": {a.opts.Client}})}
-	t, err := tunnel.New(tunnel.Options{Key: key, TUN: l.Device(), Device: l.WireGuard(), Window: window, Relays: relays, Logger: a.log})
+	t, err := tunnel.New(tunnel.Options{Key: key, TUN: a.granted.Listen(l.Device()), Device: l.WireGuard(), Window: window, Relays: relays, Logger: a.log})
 	if err != nil {
 		return nil, problem.Wrap(err, problem.Failed, "the tunnel cannot be opened: "+err.Error(),
 			"check that this process may open a UDP socket")
