@@ -180,6 +180,7 @@ dist: $(if $(filter bin/%,$(NFPM)),$(NFPM))
 		$(ROOTED) -C dist/tree -cf - culvert-$$program | gzip -n -9 > dist/culvert-$$program-chart.tgz; rm -r dist/tree; \
 	done
 	@$(GO) list -deps -f '{{with .Module}}{{.Path}} {{.Version}}{{end}}' ./client ./coordinator ./gateway | sort -u > dist/modules.txt
+	@cp deploy/vex.json dist/culvert.vex.json
 	@cd dist && sha256sum -- * > SHA256SUMS && cat SHA256SUMS
 
 bin/tools/nfpm:
@@ -198,8 +199,8 @@ pinned:
 
 # Two builds without a common cache, from two folders, give the same bytes.
 reproducible: bin/tools/nfpm
-	@set -e; dir="$$(mktemp -d)"; trap 'chmod -R u+w "$$dir"; rm -rf "$$dir"' EXIT; for n in 1 2; do \
-		mkdir "$$dir/$$n"; git archive HEAD | tar -x -C "$$dir/$$n"; \
+	@set -e; dir="$$(mktemp -d)"; trap 'chmod -R u+w "$$dir"; rm -rf "$$dir"' EXIT; commit="$$(git rev-parse HEAD)"; for n in 1 2; do \
+		mkdir "$$dir/$$n"; git archive "$$commit" | tar -x -C "$$dir/$$n"; \
 		GOCACHE="$$dir/cache$$n" $(MAKE) -s -C "$$dir/$$n" dist NFPM=$(CURDIR)/bin/tools/nfpm VERSION=0.0.0 CLIENTS=linux-amd64 SERVERS=linux-amd64 > "$$dir/sums$$n"; \
 	done; diff "$$dir/sums1" "$$dir/sums2" && cat "$$dir/sums1"
 
