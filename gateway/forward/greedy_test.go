@@ -24,7 +24,7 @@ func TestGreedyJobHurtsItselfAlone(t *testing.T) {
 	over := make(chan struct{})
 	t.Cleanup(func() { close(over) }) // after the wire has ended
 	e := newEnv(t, Limits{SessionFlows: most, SessionRate: 4 * attempts})
-	e.deaf.Store(true) // or its stack would end what the test begins
+	e.deaf.Store(true)    // or its stack would end what the test begins
 	var told atomic.Int64 // ICMP errors
 	go func() {
 		for {
