@@ -19,7 +19,9 @@ RUN mkdir -p /out/state && \
     mv /out/coordinator /out/culvert-coordinator && mv /out/gateway /out/culvert-gateway
 
 FROM scratch AS gateway
+ARG VERSION=dev
 LABEL org.opencontainers.image.title="culvert-gateway" \
+      org.opencontainers.image.version="$VERSION" \
       org.opencontainers.image.description="Carries CI jobs into a private network, each as far as its grant" \
       org.opencontainers.image.source="https://github.com/culvertnet/culvert" \
       org.opencontainers.image.licenses="Apache-2.0"
@@ -33,7 +35,9 @@ ENTRYPOINT ["/culvert-gateway"]
 CMD ["run"]
 
 FROM scratch AS coordinator
+ARG VERSION=dev
 LABEL org.opencontainers.image.title="culvert-coordinator" \
+      org.opencontainers.image.version="$VERSION" \
       org.opencontainers.image.description="Verifies CI jobs' tokens, decides by policy and introduces them to gateways" \
       org.opencontainers.image.source="https://github.com/culvertnet/culvert" \
       org.opencontainers.image.licenses="Apache-2.0"

@@ -20,7 +20,7 @@ PACKAGES  = $(shell $(GO) list ./... | grep -v '/internal/e2e')
 export CGO_ENABLED = 0
 GOBUILD = $(GO) build -trimpath -ldflags '-s -w -X main.version=$(VERSION)'
 
-.PHONY: build demo test check action unit e2e images act matrix cluster kernel bench charts terraform cross dist packages pin pinned reproducible fuzz clean tools-test tools-bench FORCE
+.PHONY: build demo test check action unit e2e images act matrix cluster neighbours kernel bench charts terraform cross dist packages pin pinned reproducible fuzz clean tools-test tools-bench FORCE
 
 build: $(BINARIES)
 
@@ -93,6 +93,20 @@ matrix: tools-test build
 cluster: build
 	CULVERT_E2E_BIN=$(CURDIR)/bin CULVERT_E2E_CLUSTER=1 $(GO) test -count=1 -timeout 15m -run '^TestCluster' -v ./internal/e2e/scale
 
+# The last release's programs with these, in every mixture, and an upgrade while a job runs: three minutes. LAST names any commit in place of
+# the last release before this commit.
+LAST ?= $(shell git describe --tags --abbrev=0 --match 'v[0-9]*.[0-9]*.[0-9]*' HEAD^ 2>/dev/null)
+neighbours: tools-test build
+	@if [ "$$(git rev-parse --is-shallow-repository)" = true ]; then echo "the last release is not to be found in a shallow clone: git fetch --unshallow --tags"; exit 1; fi
+	@if [ -z "$(LAST)" ]; then echo "there has been no release: nothing to run these programs against"; exit 0; fi; \
+	set -e; dir="$$(mktemp -d)"; trap 'rm -rf "$$dir"' EXIT; chmod 755 "$$dir"; mkdir "$$dir/src" "$$dir/bin"; \
+	echo "$(LAST), $$(git rev-parse --short '$(LAST)^{commit}'), with this tree"; \
+	git archive '$(LAST)' | tar -x -C "$$dir/src"; \
+	for p in coordinator:culvert-coordinator gateway:culvert-gateway client:culvert; do \
+		(cd "$$dir/src" && $(GO) build -trimpath -buildvcs=false -ldflags "-X main.version=$(LAST)" -o "$$dir/bin/$${p#*:}" "./$${p%:*}"); done; \
+	CULVERT_E2E_BIN=$(CURDIR)/bin CULVERT_E2E_NEIGHBOUR="$$dir/bin" \
+		$(GO) test -count=1 -timeout 15m -run '^Test(Neighbours|Upgrade)$$' -v ./internal/e2e
+
 # Mode kernel on a kernel that has WireGuard, Debian's for clouds, in a virtual machine: a minute, and 40 MB to fetch the first time.
 # For x86-64 alone.
 KERNEL := bin/tools/kernel
@@ -136,11 +150,11 @@ clean:
 
 # A release's files, the same bytes wherever they are built from the same sources with the same Go: nothing in them depends on the
 # commit, so that the commit can hold their digests. The client as the action wants it, the others with licence and units, and as
-# Debian packages; of each what it is made of.
+# Debian packages; of each what it is made of. The charts, for the images of this version.
 CLIENTS := linux-amd64 linux-arm64 darwin-amd64 darwin-arm64 windows-amd64
 SERVERS := linux-amd64 linux-arm64
 RELEASE  = $(GO) build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)'
-ROOTED  := tar --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner
+ROOTED  := tar --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner --mode=u=rwX,go=rX
 dist: $(if $(filter bin/%,$(NFPM)),$(NFPM))
 	@case "$(VERSION)" in [0-9]*.[0-9]*.[0-9]*) ;; *) echo "say which: make dist VERSION=1.2.3"; exit 1;; esac
 	@rm -rf dist && mkdir dist
@@ -161,7 +175,12 @@ dist: $(if $(filter bin/%,$(NFPM)),$(NFPM))
 			-t dist/culvert-$${program}_$(VERSION)_$${p#*-}.deb >/dev/null; \
 		rm -r dist/tree; \
 	done; done
+	@set -e; for program in coordinator gateway; do chart=dist/tree/culvert-$$program; mkdir dist/tree; cp -r deploy/helm/culvert-$$program dist/tree/; \
+		sed -i 's/^version: .*/version: $(VERSION)/; s/^appVersion: .*/appVersion: "$(VERSION)"/' $$chart/Chart.yaml; \
+		$(ROOTED) -C dist/tree -cf - culvert-$$program | gzip -n -9 > dist/culvert-$$program-chart.tgz; rm -r dist/tree; \
+	done
 	@$(GO) list -deps -f '{{with .Module}}{{.Path}} {{.Version}}{{end}}' ./client ./coordinator ./gateway | sort -u > dist/modules.txt
+	@cp deploy/vex.json dist/culvert.vex.json
 	@cd dist && sha256sum -- * > SHA256SUMS && cat SHA256SUMS
 
 bin/tools/nfpm:
@@ -180,8 +199,8 @@ pinned:
 
 # Two builds without a common cache, from two folders, give the same bytes.
 reproducible: bin/tools/nfpm
-	@set -e; dir="$$(mktemp -d)"; trap 'chmod -R u+w "$$dir"; rm -rf "$$dir"' EXIT; for n in 1 2; do \
-		mkdir "$$dir/$$n"; git archive HEAD | tar -x -C "$$dir/$$n"; \
+	@set -e; dir="$$(mktemp -d)"; trap 'chmod -R u+w "$$dir"; rm -rf "$$dir"' EXIT; commit="$$(git rev-parse HEAD)"; for n in 1 2; do \
+		mkdir "$$dir/$$n"; git archive "$$commit" | tar -x -C "$$dir/$$n"; \
 		GOCACHE="$$dir/cache$$n" $(MAKE) -s -C "$$dir/$$n" dist NFPM=$(CURDIR)/bin/tools/nfpm VERSION=0.0.0 CLIENTS=linux-amd64 SERVERS=linux-amd64 > "$$dir/sums$$n"; \
 	done; diff "$$dir/sums1" "$$dir/sums2" && cat "$$dir/sums1"
 
@@ -191,7 +210,7 @@ tools-test:
 	@$(call want,miniupnpd,miniupnpd-nftables)
 	@$(call want,dbus-daemon,dbus-daemon)
 	@$(call want,psql initdb,postgresql)
-	@$(call want,podman runc busybox,podman runc netavark busybox-static)
+	@$(call want,podman runc busybox /usr/lib/podman/netavark /usr/lib/podman/aardvark-dns,podman runc netavark aardvark-dns busybox-static)
 	@$(unpack-resolved)
 	@$(call go-tool,act,$(ACT))
 	@$(call go-tool,pebble,$(PEBBLE))

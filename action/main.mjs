@@ -7,7 +7,8 @@ import { client } from './client.mjs'
 import { endGroup, error, exportEnv, flag, group, input, list, output, saveState, say } from './runner.mjs'
 
 // What the client may read besides its own variables. Under sudo only these are passed on: a job's other secrets stay where they are.
-const passed = ['ACTIONS_ID_TOKEN_REQUEST_URL', 'ACTIONS_ID_TOKEN_REQUEST_TOKEN', 'GITHUB_ACTIONS', 'RUNNER_TEMP', 'XDG_RUNTIME_DIR', 'SSL_CERT_FILE',
+const passed = ['ACTIONS_ID_TOKEN_REQUEST_URL', 'ACTIONS_ID_TOKEN_REQUEST_TOKEN', 'ACTIONS_RUNTIME_URL', 'ACTIONS_RESULTS_URL', 'ACTIONS_CACHE_URL',
+  'GITHUB_SERVER_URL', 'GITHUB_API_URL', 'GITHUB_GRAPHQL_URL', 'GITHUB_ACTIONS', 'RUNNER_TEMP', 'XDG_RUNTIME_DIR', 'SSL_CERT_FILE',
   'SSL_CERT_DIR', 'HTTPS_PROXY', 'HTTP_PROXY', 'NO_PROXY', 'https_proxy', 'http_proxy', 'no_proxy']
 
 /** The tunnel's name. Jobs of one self-hosted machine run as one user, so there it has the runner's tracking id in it. */
@@ -25,6 +26,7 @@ export function settings() {
     CULVERT_MODE: input('mode'),
     CULVERT_WAIT_FOR: list('wait-for').join(','),
     CULVERT_GATEWAY_KEY: list('gateway-keys').join(','),
+    CULVERT_DIRECT: list('direct').join(','),
     CULVERT_FORWARD: list('forward').join(','),
     CULVERT_TIMEOUT: input('timeout'),
     CULVERT_INSECURE_HTTP: flag('insecure-http') ? 'true' : '',

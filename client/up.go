@@ -35,6 +35,7 @@ type upCommand struct {
 	Foreground   bool          `env:"CULVERT_FOREGROUND" help:"Stay until interrupted instead of running in the background."`
 	ProxyListen  string        `env:"CULVERT_PROXY_LISTEN" default:"127.0.0.1:0" placeholder:"IP:PORT" help:"Where the proxy of mode proxy listens; loopback only."`
 	Forward      []string      `env:"CULVERT_FORWARD" placeholder:"PORT:HOST:PORT" help:"Have this port of loopback lead to a target in the network, in every mode: 5432:db.internal:5432. Repeatable."`
+	Direct       []string      `env:"CULVERT_DIRECT" placeholder:"DEST" help:"Keep this outside the tunnel, whatever is granted: an address, a CIDR, a host name, or github for GitHub's services. Repeatable."`
 	InsecureHTTP bool          `name:"insecure-http" env:"CULVERT_INSECURE_HTTP" help:"Allow plain http:// to a coordinator that is not on loopback."`
 	LogLevel     slog.Level    `env:"CULVERT_LOG_LEVEL" default:"warn" placeholder:"LEVEL" help:"What to log on standard error until the tunnel is up: debug, info, warn or error."`
 	LogFile      string        `env:"CULVERT_LOG_FILE" placeholder:"FILE" help:"Log to this file as well, also once the tunnel is up."`
@@ -94,6 +95,7 @@ func (c *upCommand) options(env environment, log *slog.Logger) (agent.Options, e
 		Mode:         c.mode(),
 		Pins:         pins,
 		WaitFor:      c.WaitFor,
+		Direct:       c.Direct,
 		Timeout:      c.Timeout,
 		InsecureHTTP: c.InsecureHTTP,
 		ProxyListen:  c.ProxyListen,
@@ -132,7 +134,7 @@ func (c *upCommand) mode() agent.Mode {
 
 // stay runs the tunnel in this process.
 func (c *upCommand) stay(ctx context.Context, env environment, flags common) error {
-	thrifty(env)
+	thrifty := spend(env)
 	ctx, detach := attach(ctx, env)
 	log, recent, err := c.logger(env)
 	if err != nil {
@@ -158,6 +160,7 @@ func (c *upCommand) stay(ctx context.Context, env environment, flags common) err
 		if env.getenv("GOMAXPROCS") == "" {
 			work.Go(func() { cores.Adapt(ctx, tunnel.Carried) })
 		}
+		work.Go(func() { thrifty(ctx) })
 		show(env, flags, r)
 		if env.launched {
 			recent.quiet()
@@ -174,11 +177,30 @@ func (c *upCommand) stay(ctx context.Context, env environment, flags common) err
 	return err
 }
 
-// thrifty has garbage collected early: the heap is packet buffers, which cost nothing to scan but 64 KiB each to keep, and a
-// runner's memory is the job's.
-func thrifty(env environment) {
-	if env.getenv("GOGC") == "" {
-		debug.SetGCPercent(20)
+// How much of what lives the heap may grow by before garbage is collected, in percent, and for how long more after the join.
+const (
+	joinGrowth = 400
+	idleGrowth = 20
+	afterJoin  = time.Second
+)
+
+// spend has next to no garbage collected while the tunnel comes up: on a busy machine that would take half of a join's processor
+// time. What it gives has it collected early from then on: the heap is packet buffers, which cost nothing to scan but 64 KiB each
+// to keep, and a runner's memory is the job's. It returns when that is so, or ctx has ended.
+func spend(env environment) (thrifty func(ctx context.Context)) {
+	if env.getenv("GOGC") != "" {
+		return func(context.Context) {}
+	}
+	debug.SetGCPercent(joinGrowth)
+	return func(ctx context.Context) {
+		timer := time.NewTimer(afterJoin)
+		defer timer.Stop()
+		select {
+		case <-timer.C:
+			debug.SetGCPercent(idleGrowth)
+			debug.FreeOSMemory()
+		case <-ctx.Done():
+		}
 	}
 }
 

@@ -10,6 +10,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/goccy/go-yaml"
 )
 
 // pages are all Markdown files of the project, by path from this folder.
@@ -98,7 +100,37 @@ func TestEveryErrorHasAdvice(t *testing.T) {
 var (
 	command = regexp.MustCompile(`(?:^|[\s` + "`" + `(])(culvert(?:-coordinator|-gateway)?) +([^` + "`" + `\n]*)`)
 	flag    = regexp.MustCompile(`(?:^|\s)--([a-z][a-z-]*)`)
+	lower   = regexp.MustCompile(`^[a-z]+$`)
+	making  = regexp.MustCompile(`(?m)(?:^ *|` + "`" + `|&& )make (?:-C [a-z]+ )?([a-z][a-z -]*)`)
+	target  = regexp.MustCompile(`(?m)^([a-z-]+):`)
 )
+
+// TestMakeTargets: what the documentation has made, the Makefile makes.
+func TestMakeTargets(t *testing.T) {
+	file, err := os.ReadFile("../Makefile")
+	if err != nil {
+		t.Fatal(err)
+	}
+	there := map[string]bool{}
+	for _, m := range target.FindAllStringSubmatch(string(file), -1) {
+		there[m[1]] = true
+	}
+	seen := 0
+	for page, text := range pages(t) {
+		for _, where := range append(codeBlock.FindAllString(text, -1), code.FindAllString(codeBlock.ReplaceAllString(text, ""), -1)...) {
+			for _, m := range making.FindAllStringSubmatch(where, -1) {
+				for _, name := range strings.Fields(m[1]) {
+					if seen++; !there[name] {
+						t.Errorf("%s: the Makefile makes no %q: %q", page, name, strings.TrimSpace(where))
+					}
+				}
+			}
+		}
+	}
+	if seen < 20 {
+		t.Errorf("found %d targets", seen)
+	}
+}
 
 // TestCommands: every command line in the documentation names a command that exists, with flags that it has.
 func TestCommands(t *testing.T) {
@@ -107,11 +139,15 @@ func TestCommands(t *testing.T) {
 	seen := 0
 	for page, text := range pages(t) {
 		for _, where := range append(codeBlock.FindAllString(text, -1), code.FindAllString(codeBlock.ReplaceAllString(text, ""), -1)...) {
-			for _, m := range command.FindAllStringSubmatch(where, -1) {
+			for _, m := range command.FindAllStringSubmatch(strings.ReplaceAll(where, " -C culvert ", " "), -1) {
 				line, _, _ := strings.Cut(m[2], " # ")
 				ours, _, _ := strings.Cut(line, " -- ") // what follows is another program's
-				path := subcommand(t, bin, help, m[1], strings.Fields(ours))
+				words := strings.Fields(ours)
+				path := subcommand(t, bin, help, m[1], words)
 				if path == "" {
+					if len(words) > 0 && lower.MatchString(words[0]) && words[0] != "is" {
+						t.Errorf("%s: %s has no command %q: %q", page, m[1], words[0], strings.TrimSpace(where))
+					}
 					continue
 				}
 				seen++
@@ -126,6 +162,64 @@ func TestCommands(t *testing.T) {
 	if seen < 40 {
 		t.Errorf("found %d command lines", seen)
 	}
+}
+
+// whole is a culvert.yaml that lacks nothing.
+const whole = `
+url: https://culvert.example.com
+tls: {cert: tls.crt, key: tls.key}
+state: {dir: state}
+networks: {corp: {gateways: [{enrol_sha256: "0000000000000000000000000000000000000000000000000000000000000000"}]}}
+rules:
+  - {name: shop, match: {repository_owner_id: 9919, ref: refs/heads/main, runner_environment: github-hosted}, allow: ["tcp 10.20.0.5:80"]}
+`
+
+// TestConfigurations: what the pages show of culvert.yaml is taken by the coordinator, put into a whole file where it is a part of one.
+// The policy guide and the quickstart have tests of their own.
+func TestConfigurations(t *testing.T) {
+	bin, seen := programs(t), 0
+	for page, text := range pages(t) {
+		for _, m := range regexp.MustCompile("(?ms)^```yaml\n(.*?)^```$").FindAllStringSubmatch(text, -1) {
+			file := part(m[1])
+			if file == nil {
+				continue
+			}
+			seen++
+			dir := t.TempDir()
+			path := filepath.Join(dir, "culvert.yaml")
+			data, err := yaml.Marshal(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(path, data, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if out, err := exec.Command(filepath.Join(bin, "culvert-coordinator"), "check", path).CombinedOutput(); err != nil {
+				t.Errorf("%s: %v\n%s\n%s", page, err, out, data)
+			}
+		}
+	}
+	if seen < 5 {
+		t.Errorf("found %d", seen)
+	}
+}
+
+// part is a whole file with what a block says in place of its own; nil where the block is no part of a culvert.yaml.
+func part(block string) map[string]any {
+	var shown, file map[string]any
+	if yaml.Unmarshal([]byte(block), &shown) != nil || yaml.Unmarshal([]byte(whole), &file) != nil {
+		return nil
+	}
+	for key, value := range shown {
+		if !slices.Contains([]string{"url", "listen", "udp", "tls", "acme", "state", "trusted_proxies", "relays", "networks", "rules", "limits", "issuers"}, key) {
+			return nil
+		}
+		file[key] = value
+	}
+	if shown["acme"] != nil || shown["trusted_proxies"] != nil {
+		delete(file, "tls")
+	}
+	return file
 }
 
 // TestEveryKeyHasItsRow: configuration.md has each key of the two files, as their schemas have them, and no other.
@@ -203,7 +297,7 @@ func subcommand(t *testing.T, bin string, help map[string]string, program string
 	found := ""
 	for _, w := range words {
 		next := path + " " + w
-		if !regexp.MustCompile(`^[a-z]+$`).MatchString(w) || !strings.Contains(help[path], "\n  "+strings.TrimPrefix(next, program+" ")) {
+		if !lower.MatchString(w) || !strings.Contains(help[path], "\n  "+strings.TrimPrefix(next, program+" ")) {
 			break
 		}
 		if _, ok := help[next]; !ok {

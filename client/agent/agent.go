@@ -7,6 +7,7 @@ package agent
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -65,6 +66,8 @@ type Options struct {
 
 	// Reserved are hosts that the runner itself needs, such as a GitHub server of one's own: their names never go into the tunnel.
 	Reserved []string
+	// Direct are destinations that stay outside the tunnel whatever is granted: addresses, CIDRs, host names, and [DirectGitHub].
+	Direct []string
 
 	startNames startNames                                                   // a test's own; default is the system's
 	openLink   func(Mode, *slog.Logger) (link, error)                       // a test's own link; default is the real one
@@ -181,6 +184,7 @@ type Agent struct {
 	tokens  TokenSource
 	api     *coordinator
 	direct  *outside
+	aside   *aside
 	granted *granted.Resolver
 
 	stop context.CancelFunc
@@ -199,7 +203,9 @@ type Agent struct {
 	history []control.Event
 	problem *problem.Error
 	marks   marks
-	routes  routes
+	// unreached is why there is no connection to the coordinator; guarded by marks.mu.
+	unreached error
+	routes    routes
 
 	resolving resolving
 }
@@ -225,7 +231,10 @@ func New(opts Options) (*Agent, error) {
 	if a.tokens, err = opts.Tokens(client); err != nil {
 		return nil, err
 	}
-	a.direct.onNew = a.keepOutside
+	if a.aside, err = newAside(opts.Direct, opts.Reserved); err != nil {
+		return nil, err
+	}
+	a.direct.onNew = func(addr netip.Addr) { a.keepOutside(addr) }
 	a.granted = a.newNames()
 	return a, nil
 }
@@ -248,9 +257,14 @@ func (a *Agent) Run(ctx context.Context) error {
 }
 
 func (a *Agent) run(ctx context.Context) error {
+	// The system's authorities are hundreds of files. Read now, they are there when the first certificate comes.
+	a.wait.Go(func() { _, _ = x509.SystemCertPool() })
 	if err := a.startProxy(); err != nil {
 		return err
 	}
+	ctx, leave := context.WithCancel(ctx)
+	defer leave()
+	a.wait.Go(func() { a.keepAside(ctx) })
 	joining, cancel := context.WithTimeoutCause(ctx, a.opts.Timeout, errGaveUp)
 	s, err := a.establish(joining, a.opts.WaitFor)
 	cancel()

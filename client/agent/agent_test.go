@@ -260,7 +260,7 @@ func TestCheckAsksTheGateway(t *testing.T) {
 	if err != nil || got.Verdict != wire.Reachable || got.Rule != "deploy" || got.Target != "10.77.0.5:8080" {
 		t.Errorf("check = %+v, %v", got, err)
 	}
-	w.Gateway.Verdict.Reason = "a\n::stop-commands::x"
+	w.Gateway.Script(func(g *agenttest.Gateway) { g.Verdict.Reason = "a\n::stop-commands::x" })
 	if got, err := r.Check(context.Background(), "10.77.0.5:8080"); problem.CodeOf(err) != problem.Incompatible {
 		t.Errorf("a command for the runner is taken for a reason: %+v, %v", got, err)
 	}

@@ -21,7 +21,7 @@ func (a *Agent) setNames(n *wire.Names) {
 
 // newNames makes what looks granted names up.
 func (a *Agent) newNames() *granted.Resolver {
-	return granted.NewResolver(a.dialInside, a.opts.url.Hostname())
+	return granted.NewResolver(a.dialInside, append([]string{a.opts.url.Hostname()}, a.opts.Reserved...)...)
 }
 
 // lookupInside gives the address of a granted name; ok is false for other hosts, which this host knows.

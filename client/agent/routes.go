@@ -13,7 +13,7 @@ import (
 type routes struct {
 	mu   sync.Mutex
 	want []netip.Prefix
-	keep []netip.Addr // the gateway's candidates; outside's addresses come on top
+	keep []netip.Addr // the gateway's candidates; outside's addresses and aside's come on top
 	left []netip.Prefix
 }
 
@@ -41,7 +41,7 @@ func (a *Agent) setRoutes(gw wire.Gateway) error {
 	if refused := host.Without(gw.Routes, believed); len(refused) > 0 {
 		a.log.Warn("the gateway wants traffic that is never a gateway's; it stays outside the tunnel", "routes", refused)
 	}
-	a.routes.want = append(hostPrefixes(gw.Addresses), believed...)
+	a.routes.want = append(hostPrefixes(gw.Addresses), a.aside.without(believed)...)
 	a.routes.keep = a.routes.keep[:0]
 	for _, c := range gw.Candidates {
 		a.routes.keep = append(a.routes.keep, c.Addr.Addr().Unmap())
@@ -52,7 +52,7 @@ func (a *Agent) setRoutes(gw wire.Gateway) error {
 // applyRoutes tells the link; the caller holds the lock. The host's own DNS servers stay outside whatever is granted: without its names
 // a runner loses its job.
 func (a *Agent) applyRoutes() error {
-	keep := slices.Concat(a.routes.keep, a.direct.list(), a.opts.resolvers())
+	keep := slices.Concat(a.routes.keep, a.direct.list(), a.aside.list(), a.opts.resolvers())
 	left, err := a.openedLink().SetRoutes(a.routes.want, keep)
 	if err != nil {
 		return err
@@ -64,15 +64,15 @@ func (a *Agent) applyRoutes() error {
 	return nil
 }
 
-// keepOutside makes room in the routes for an address that the agent is about to talk to directly.
-func (a *Agent) keepOutside(addr netip.Addr) {
+// keepOutside makes room in the routes for addresses that are about to be talked to directly.
+func (a *Agent) keepOutside(addrs ...netip.Addr) {
 	a.routes.mu.Lock()
 	defer a.routes.mu.Unlock()
-	if !contains(a.routes.want, addr) {
+	if !slices.ContainsFunc(addrs, func(addr netip.Addr) bool { return contains(a.routes.want, addr) }) {
 		return
 	}
 	if err := a.applyRoutes(); err != nil {
-		a.log.Warn("cannot keep an address outside the tunnel", "addr", addr, "err", err)
+		a.log.Warn("cannot keep addresses outside the tunnel", "addr", addrs, "err", err)
 	}
 }
 
@@ -81,7 +81,7 @@ func (a *Agent) inside(addr netip.Addr) bool {
 	a.routes.mu.Lock()
 	defer a.routes.mu.Unlock()
 	addr = addr.Unmap() // loopback is this host whatever a route covers, as it is for the kernel
-	return !addr.IsLoopback() && contains(a.routes.want, addr) && !contains(a.routes.left, addr)
+	return !addr.IsLoopback() && contains(a.routes.want, addr) && !contains(a.routes.left, addr) && !a.aside.holds(addr)
 }
 
 func contains(prefixes []netip.Prefix, addr netip.Addr) bool {

@@ -61,6 +61,11 @@ func (s *session) begin(ctx context.Context) error {
 		return err
 	}
 	a := s.agent
+	select {
+	case <-a.aside.known: // before there are routes that would lead there
+	case <-s.ctx.Done():
+		return asProblem(context.Cause(s.ctx))
+	}
 	found, _ := s.gather.take()
 	request := wire.JoinRequest{
 		Network:    a.opts.Network,
@@ -140,6 +145,9 @@ func (s *session) preconnect(ctx context.Context, connected chan struct{}) error
 	})
 	if err != nil {
 		a.log.Debug("the coordinator did not introduce itself", "err", err)
+		if ctx.Err() == nil {
+			a.notReached(err)
+		}
 		return nil
 	}
 	if info.Version != wire.Version {

@@ -199,6 +199,27 @@ func TestExampleIsTaken(t *testing.T) {
 	output(t, filepath.Join(root, "usr/bin/culvert-coordinator"), "check", filepath.Join(root, "usr/share/doc/culvert-coordinator/examples/culvert.yaml"))
 }
 
+// TestCharts: each chart of the release is packed as Helm wants it, and installs the images of its own version.
+func TestCharts(t *testing.T) {
+	deb := filepath.Base(dist(t, "culvert-gateway_*_amd64.deb")[0])
+	version := strings.Split(deb, "_")[1]
+	for name := range packages {
+		chart := dist(t, name+"-chart.tgz")[0]
+		text := output(t, "tar", "-xzOf", chart, name+"/Chart.yaml")
+		for _, want := range []string{"name: " + name, "version: " + version, `appVersion: "` + version + `"`} {
+			if !strings.Contains("\n"+text, "\n"+want+"\n") {
+				t.Errorf("%s lacks %q in\n%s", filepath.Base(chart), want, text)
+			}
+		}
+		files := output(t, "tar", "-tzf", chart)
+		for _, want := range []string{"values.yaml", "templates/workload.yaml", "templates/rest.yaml", "templates/_helpers.tpl"} {
+			if !strings.Contains(files, name+"/"+want+"\n") {
+				t.Errorf("%s lacks %s", filepath.Base(chart), want)
+			}
+		}
+	}
+}
+
 // TestContentsAreListed: each program has a list of what it is made of, and each file of the release has its sum.
 func TestContentsAreListed(t *testing.T) {
 	modules, err := os.ReadFile(dist(t, "modules.txt")[0])
@@ -232,6 +253,35 @@ func TestContentsAreListed(t *testing.T) {
 	for _, file := range dist(t, "*") {
 		if base := filepath.Base(file); base != "SHA256SUMS" && !bytes.Contains(sums, []byte("  "+base+"\n")) {
 			t.Errorf("%s has no sum", base)
+		}
+	}
+}
+
+// TestUnitsAreConfined: systemd's own score of what each unit leaves its program, as the operations page has it for the version that it names.
+func TestUnitsAreConfined(t *testing.T) {
+	if os.Getenv(distEnv) == "" {
+		t.Skip("make packages runs this")
+	}
+	if _, err := exec.LookPath("systemd-analyze"); err != nil {
+		t.Skip("no systemd here")
+	}
+	page, err := os.ReadFile("../../docs/operations.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	said := regexp.MustCompile(`\(systemd (\d+)\) gives the units' exposure as ([0-9.]+) for the gateway and ([0-9.]+) for coordinator and relay`).FindStringSubmatch(string(page))
+	if said == nil {
+		t.Fatal("the operations page does not say how far the units are confined")
+	}
+	same := strings.HasPrefix(output(t, "systemd-analyze", "--version"), "systemd "+said[1]+" ")
+	for unit, want := range map[string]string{"culvert-gateway": said[2], "culvert-coordinator": said[3], "culvert-relay": said[3]} {
+		file, err := filepath.Abs("../systemd/" + unit + ".service")
+		if err != nil {
+			t.Fatal(err)
+		}
+		out := output(t, "systemd-analyze", "security", "--offline=true", "--threshold=20", file)
+		if line := "exposure level for " + unit + ".service: " + want + " "; same && !strings.Contains(out, line) {
+			t.Errorf("%s: want %s\n%s", unit, want, out[max(0, len(out)-200):])
 		}
 	}
 }

@@ -50,7 +50,9 @@ type flow struct {
 	dead  bool
 	told  bool // traced as open
 
-	echo chan []byte // ICMP only: requests on their way out
+	// ICMP only: requests on their way out, and the head of the last one.
+	echo   chan ping
+	asking atomic.Pointer[[]byte]
 }
 
 // granted counts a flow that policy lets through, once that is certain.

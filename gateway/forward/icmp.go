@@ -3,16 +3,18 @@ package forward
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"net"
 	"net/netip"
 	"sync"
+	"syscall"
 
-	"golang.org/x/net/icmp"
 	"golang.org/x/net/ipv4"
 	"golang.org/x/net/ipv6"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 
+	"github.com/culvertnet/culvert/internal/netstack"
 	"github.com/culvertnet/culvert/internal/policy"
 )
 
@@ -68,10 +70,17 @@ func (f *Forwarder) handleEcho(id stack.TransportEndpointID, pkt *stack.PacketBu
 	message := stack.PayloadSince(pkt.TransportHeader())
 	defer message.Release()
 	select {
-	case fl.echo <- message.ToSlice():
+	case fl.echo <- ping{message.ToSlice(), quoteOf(pkt), netstack.MayBeFragmented(pkt.NetworkHeader().Slice())}:
 	default: // a flood is thinned out
 	}
 	return true
+}
+
+// ping is an ICMP echo request on its way out.
+type ping struct {
+	message []byte // from the ICMP header on
+	quote   []byte // for errors about it
+	cut     bool   // it may be fragmented
 }
 
 // serveEcho carries the requests of one flow, and the replies of its target alone, over a ping socket of its own.
@@ -83,11 +92,7 @@ func (f *Forwarder) serveEcho(fl *flow) {
 		<-fl.ctx.Done() // until it is idle: no new attempt for each request
 		return
 	}
-	network, listen := "udp4", "0.0.0.0"
-	if target.Is6() {
-		network, listen = "udp6", "::"
-	}
-	conn, err := icmp.ListenPacket(network, listen)
+	conn, err := newPinger(target)
 	if err != nil {
 		fl.fail(err)
 		<-fl.ctx.Done()
@@ -98,9 +103,10 @@ func (f *Forwarder) serveEcho(fl *flow) {
 	if !fl.onReset(stop) {
 		return
 	}
+	out := newOutlet(fl, conn, target, 0)
 	var replies sync.WaitGroup
-	replies.Go(func() { fl.echoReplies(conn, target) })
-	fl.echoRequests(conn, target)
+	replies.Go(func() { fl.echoReplies(conn, target, out) })
+	fl.echoRequests(out)
 	stop()
 	replies.Wait()
 }
@@ -131,18 +137,18 @@ func (f *Forwarder) echoTarget(fl *flow) (netip.Addr, error) {
 }
 
 // echoRequests sends what the job asks until the flow is reset.
-func (fl *flow) echoRequests(conn *icmp.PacketConn, target netip.Addr) {
+func (fl *flow) echoRequests(out *outlet) {
 	kind := byte(ipv4.ICMPTypeEcho)
-	if target.Is6() {
+	if out.target.Is6() {
 		kind = byte(ipv6.ICMPTypeEchoRequest)
 	}
-	to := &net.UDPAddr{IP: target.AsSlice()}
 	for {
 		select {
-		case request := <-fl.echo:
-			request[0] = kind // a name may lead to the other family; the kernel puts in the checksum
-			fl.carry(len(request), 0)
-			if _, err := conn.WriteTo(request, to); err != nil {
+		case r := <-fl.echo:
+			r.message[0] = kind // a name may lead to the other family; the kernel puts in the checksum
+			fl.carry(len(r.message), 0)
+			fl.asking.Store(&r.quote)
+			if err := out.send(r.message, r.quote, r.cut); err != nil && !errors.Is(err, syscall.EMSGSIZE) {
 				fl.fail(err)
 			}
 		case <-fl.ctx.Done():
@@ -152,25 +158,30 @@ func (fl *flow) echoRequests(conn *icmp.PacketConn, target netip.Addr) {
 }
 
 // echoReplies passes replies on to the job, with the identifier that it chose: the socket has put in its own.
-func (fl *flow) echoReplies(conn *icmp.PacketConn, target netip.Addr) {
-	buf := make([]byte, 2048) // a reply is as long as its request, and that came through the tunnel's MTU
+func (fl *flow) echoReplies(conn *pinger, target netip.Addr, out *outlet) {
 	src, dst := fl.key.dst.Addr(), fl.key.src.Addr()
-	for {
-		n, from, err := conn.ReadFrom(buf)
-		if err != nil {
+	reply := func(b []byte, from netip.Addr) {
+		if from != target || len(b) < header.ICMPv4MinimumSize || !isEchoReply(b[0], target) {
 			return
 		}
-		peer, ok := netip.AddrFromSlice(from.(*net.UDPAddr).IP)
-		if !ok || peer.Unmap() != target || n < header.ICMPv4MinimumSize || !isEchoReply(buf[0], target) {
-			continue
-		}
-		fl.carry(0, n)
-		rest := uint32(fl.key.src.Port())<<16 | uint32(binary.BigEndian.Uint16(buf[6:]))
-		body := buf[header.ICMPv4MinimumSize:n]
+		fl.carry(0, len(b))
+		rest := uint32(fl.key.src.Port())<<16 | uint32(binary.BigEndian.Uint16(b[6:]))
+		body := b[header.ICMPv4MinimumSize:]
 		if dst.Is4() {
 			_ = fl.s.f.device.Inject(icmp4Packet(src, dst, header.ICMPv4EchoReply, 0, rest, body))
 		} else {
 			_ = fl.s.f.device.Inject(icmp6Packet(src, dst, header.ICMPv6EchoReply, 0, rest, body))
+		}
+	}
+	for {
+		err := conn.next(reply)
+		switch quote := fl.asking.Load(); {
+		case errors.Is(err, syscall.EMSGSIZE) && quote != nil:
+			out.heard(*quote)
+		case errors.Is(err, net.ErrClosed), fl.ctx.Err() != nil:
+			return
+		case errors.Is(err, errors.ErrUnsupported):
+			return
 		}
 	}
 }

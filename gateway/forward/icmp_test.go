@@ -53,7 +53,7 @@ func (e *env) write(packet []byte) {
 
 const ident, seq = 0xbeef, 7
 
-func echoRequest(from, to netip.Addr) []byte {
+func echoTo(from, to netip.Addr) []byte {
 	if to.Is4() {
 		return icmp4Packet(from, to, header.ICMPv4Echo, 0, ident<<16|seq, []byte("ping"))
 	}
@@ -63,11 +63,11 @@ func echoRequest(from, to netip.Addr) []byte {
 // TestEchoDenied: outside the grant a ping is prohibited, in IPv4 and IPv6, and nobody answers it.
 func TestEchoDenied(t *testing.T) {
 	e, out := rawEnv(t, nothing)
-	e.write(echoRequest(job4, netip.MustParseAddr("10.0.0.1")))
+	e.write(echoTo(job4, netip.MustParseAddr("10.0.0.1")))
 	if p := header.ICMPv4((<-out)[header.IPv4MinimumSize:]); p.Type() != header.ICMPv4DstUnreachable || p.Code() != header.ICMPv4AdminProhibited {
 		t.Errorf("ipv4: type %d code %d", p.Type(), p.Code())
 	}
-	e.write(echoRequest(job6, netip.MustParseAddr("fd00::1")))
+	e.write(echoTo(job6, netip.MustParseAddr("fd00::1")))
 	if p := header.ICMPv6((<-out)[header.IPv6MinimumSize:]); p.Type() != header.ICMPv6DstUnreachable || p.Code() != header.ICMPv6Prohibited {
 		t.Errorf("ipv6: type %d code %d", p.Type(), p.Code())
 	}
@@ -79,12 +79,12 @@ func TestEchoDenied(t *testing.T) {
 // TestEchoGateway: the gateway answers pings to its own addresses itself.
 func TestEchoGateway(t *testing.T) {
 	e, out := rawEnv(t, nothing)
-	e.write(echoRequest(job4, gateway4))
+	e.write(echoTo(job4, gateway4))
 	p := header.ICMPv4((<-out)[header.IPv4MinimumSize:])
 	if p.Type() != header.ICMPv4EchoReply || p.Ident() != ident || p.Sequence() != seq {
 		t.Errorf("type %d, id %x, seq %d", p.Type(), p.Ident(), p.Sequence())
 	}
-	e.write(echoRequest(job6, gateway6))
+	e.write(echoTo(job6, gateway6))
 	if p := header.ICMPv6((<-out)[header.IPv6MinimumSize:]); p.Type() != header.ICMPv6EchoReply {
 		t.Errorf("ipv6: type %d", p.Type())
 	}
@@ -98,7 +98,7 @@ func TestEchoForwarded(t *testing.T) {
 	}
 	c.Close()
 	e, out := rawEnv(t, onLoopback)
-	e.write(echoRequest(job4, loopback))
+	e.write(echoTo(job4, loopback))
 	packet := header.IPv4(<-out)
 	p := header.ICMPv4(packet.Payload())
 	if p.Type() != header.ICMPv4EchoReply || p.Ident() != ident || p.Sequence() != seq || string(p.Payload()) != "ping" {
@@ -119,9 +119,9 @@ func TestEchoWithoutSocket(t *testing.T) {
 		t.Skip("there are ping sockets here")
 	}
 	e, out := rawEnv(t, onLoopback)
-	e.write(echoRequest(job4, loopback))
+	e.write(echoTo(job4, loopback))
 	eventually(t, "the request is counted", func() bool { return e.s.Counts().Failed == 1 })
-	e.write(echoRequest(job4, gateway4)) // answered after whatever the first would have brought
+	e.write(echoTo(job4, gateway4)) // answered after whatever the first would have brought
 	if p := header.ICMPv4((<-out)[header.IPv4MinimumSize:]); p.Type() != header.ICMPv4EchoReply || header.IPv4(p) == nil {
 		t.Errorf("type %d", p.Type())
 	}

@@ -8,14 +8,19 @@ import (
 	"syscall"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
 	"gvisor.dev/gvisor/pkg/waiter"
 
+	"github.com/culvertnet/culvert/internal/netstack"
 	"github.com/culvertnet/culvert/internal/policy"
 )
 
-const udpBuffer = 512 << 10 // of one flow in the stack, towards the target, where its session can pay for it
+const (
+	udpBuffer = 512 << 10 // of one flow in the stack, towards the target, where its session can pay for it
+	udpTurn   = 32        // datagrams that a flow carries before another one of its session does
+)
 
 // handleUDP sees every datagram that belongs to no flow yet, on the goroutine that delivers packets. False leaves it to
 // the stack, which answers that the port is unreachable.
@@ -52,6 +57,7 @@ func (f *Forwarder) handleUDP(id stack.TransportEndpointID, pkt *stack.PacketBuf
 		fl.close()
 		return true
 	}
+	netstack.TellFragmentable(ep)
 	loan := fl.udpBuffer(ep)
 	go func() {
 		defer fl.s.purse.give(loan)
@@ -87,22 +93,23 @@ func (f *Forwarder) serveUDP(fl *flow, ep tcpip.Endpoint, wq *waiter.Queue) {
 	if !fl.onReset(stop) {
 		return
 	}
+	out := newOutlet(fl, conn.(*net.UDPConn), fl.target.Load().Addr(), header.UDPMinimumSize)
 	var up sync.WaitGroup
 	up.Go(func() {
-		fl.udpUp(ep, wq, conn)
+		fl.udpUp(ep, wq, out)
 		stop()
 	})
-	fl.udpDown(ep, conn.(*net.UDPConn))
+	fl.udpDown(ep, out)
 	stop()
 	up.Wait()
 }
 
 // udpUp copies datagrams from the job to the target until the endpoint is closed.
-func (fl *flow) udpUp(ep tcpip.Endpoint, wq *waiter.Queue, conn net.Conn) {
+func (fl *flow) udpUp(ep tcpip.Endpoint, wq *waiter.Queue, out *outlet) {
 	entry, readable := waiter.NewChannelEntry(waiter.ReadableEvents | waiter.EventHUp | waiter.EventErr)
 	wq.EventRegister(&entry)
 	defer wq.EventUnregister(&entry)
-	for fl.udpDrain(ep, conn) {
+	for fl.udpDrain(ep, out) {
 		select {
 		case <-readable:
 		case <-fl.ctx.Done():
@@ -111,38 +118,55 @@ func (fl *flow) udpUp(ep tcpip.Endpoint, wq *waiter.Queue, conn net.Conn) {
 	}
 }
 
-// udpDrain copies what waits; false says that the endpoint is closed.
-func (fl *flow) udpDrain(ep tcpip.Endpoint, conn net.Conn) bool {
-	buf := datagrams.Get().(*buffer)
-	defer datagrams.Put(buf)
+// udpDrain copies what waits, in turns with the session's other flows; false says that the endpoint is closed.
+func (fl *flow) udpDrain(ep tcpip.Endpoint, out *outlet) bool {
 	for {
-		w := tcpip.SliceWriter(buf.b)
-		res, terr := ep.Read(&w, tcpip.ReadOptions{})
-		if _, empty := terr.(*tcpip.ErrWouldBlock); empty {
-			return true
-		}
-		if terr != nil {
-			return false
-		}
-		n, err := conn.Write(buf.b[:res.Count])
-		fl.carry(n, 0)
-		if err != nil && !fl.udpError(err) {
-			return false
+		if more, open := fl.udpSome(ep, out); !more {
+			return open
 		}
 	}
 }
 
+// udpSome copies some of what waits. more says that there may be more, open that the endpoint is not closed.
+func (fl *flow) udpSome(ep tcpip.Endpoint, out *outlet) (more, open bool) {
+	fl.s.carrying.Lock()
+	defer fl.s.carrying.Unlock()
+	buf := datagrams.Get().(*buffer)
+	defer datagrams.Put(buf)
+	for range udpTurn {
+		w := tcpip.SliceWriter(buf.b)
+		res, terr := ep.Read(&w, tcpip.ReadOptions{})
+		if _, empty := terr.(*tcpip.ErrWouldBlock); empty {
+			return false, true
+		}
+		if terr != nil {
+			return false, false
+		}
+		err := out.send(buf.b[:res.Count], fl.quote, netstack.DatagramMayBeFragmented(&res.ControlMessages))
+		if err == nil {
+			fl.carry(res.Count, 0)
+		} else if !fl.udpError(err) {
+			return false, false
+		}
+	}
+	return true, true
+}
+
 // udpDown copies datagrams from the target to the job until the socket is closed.
-func (fl *flow) udpDown(ep tcpip.Endpoint, conn socket) {
+func (fl *flow) udpDown(ep tcpip.Endpoint, out *outlet) {
 	var reader bytes.Reader
-	src, err := newSource(conn, &datagrams, false, func(b []byte) error {
+	src, err := newSource(out.conn, &datagrams, false, func(b []byte) error {
 		fl.carry(0, len(b))
+		fl.s.carrying.Lock()
+		defer fl.s.carrying.Unlock()
 		reader.Reset(b)
 		_, _ = ep.Write(&reader, tcpip.WriteOptions{}) // what does not fit is lost, as datagrams are
 		return nil
 	})
 	for err == nil || fl.udpError(err) {
-		err = src.next()
+		if err = src.next(); errors.Is(err, syscall.EMSGSIZE) {
+			out.heard(fl.quote)
+		}
 	}
 }
 
@@ -151,7 +175,7 @@ func (fl *flow) udpError(err error) bool {
 	if errors.Is(err, net.ErrClosed) {
 		return false
 	}
-	if errors.Is(err, syscall.EMSGSIZE) {
+	if errors.Is(err, syscall.EMSGSIZE) { // the outlet has told what there is to tell
 		return true
 	}
 	why := rejectFor(err)

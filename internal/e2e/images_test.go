@@ -140,8 +140,13 @@ func checkImage(t *testing.T, e *podman.Engine, image string, size int64, progra
 	if is.HealthCheck == nil || !slices.Equal(is.HealthCheck.Test, []string{"CMD", "/" + program, "health"}) {
 		t.Errorf("%s has the health check %+v", image, is.HealthCheck)
 	}
-	if is.Config.Labels["org.opencontainers.image.title"] != program {
-		t.Errorf("%s has the labels %v", image, is.Config.Labels)
+	labels := map[string]string{
+		"title": program, "version": "0.0.0-test", "source": "https://github.com/culvertnet/culvert", "licenses": "Apache-2.0",
+	}
+	for name, want := range labels {
+		if got := is.Config.Labels["org.opencontainers.image."+name]; got != want {
+			t.Errorf("%s has the label %s %q, want %q", image, name, got, want)
+		}
 	}
 	files, err := e.Files(timeout(t, time.Minute), image)
 	must(t, err)

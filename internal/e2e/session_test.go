@@ -8,6 +8,9 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -185,6 +188,49 @@ func TestFixedEgress(t *testing.T) {
 	}
 	culvert(t, job, 0, "down")
 	seen(s.NATs[0].Public().String())
+	unchanged(t, s.Runner, before)
+}
+
+// What a job keeps outside, by address, CIDR or name, takes no part in a grant of everything, in any mode; all else does.
+func TestFixedEgressWithExceptions(t *testing.T) {
+	s := setup(t, stage.Options{Rules: func(*stage.Stage) string {
+		return fmt.Sprintf("- {name: egress, network: corp, match: {repository_owner_id: %q}, allow: [\"tcp 0.0.0.0/0:1-65535\"]}\n", stage.OwnerID)
+	}})
+	echo := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		from, _, _ := net.SplitHostPort(r.RemoteAddr)
+		fmt.Fprint(w, from)
+	})
+	site := map[string]*lab.Host{}
+	for _, name := range []string{"web", "mirror", "subnet", "forge"} {
+		host, err := s.Net.Host(name, lab.HostOptions{})
+		must(t, err)
+		must(t, s.Serve(host, 80, nil, echo))
+		site[name] = host
+	}
+	before := snapshot(t, s.Runner)
+	hosts := filepath.Join(newJob(t, s, stage.JobOptions{}).Home(), "hosts")
+	must(t, os.WriteFile(hosts, fmt.Appendf(nil, "127.0.0.1 localhost\n%s forge.example.com\n", site["forge"].Addr()), 0o644))
+	inside, outside := s.NATs[1].Public().String(), s.NATs[0].Public().String()
+	for _, mode := range []string{"tun", "proxy"} {
+		job := newJob(t, s, stage.JobOptions{})
+		join := "mount --bind " + hosts + " /etc/hosts && exec " + s.Binary("culvert") + " up --mode " + mode +
+			" --direct " + site["mirror"].Addr().String() + " --direct " + netip.PrefixFrom(site["subnet"].Addr(), 30).Masked().String() + " --direct forge.example.com"
+		output(t, job, program(t, "unshare"), "--mount", "sh", "-c", join)
+		for name, host := range site {
+			fetch := []string{program(t, "curl"), "--silent", "--show-error", "--max-time", "20", "http://" + host.Addr().String()}
+			if mode == "proxy" {
+				fetch = append([]string{s.Binary("culvert"), "exec", "--"}, fetch...)
+			}
+			want := outside
+			if name == "web" {
+				want = inside
+			}
+			if got := output(t, job, fetch[0], fetch[1:]...); got != want {
+				t.Errorf("mode %s: %s sees %q, want %s", mode, name, got, want)
+			}
+		}
+		culvert(t, job, 0, "down")
+	}
 	unchanged(t, s.Runner, before)
 }
 

@@ -17,7 +17,9 @@ type HostOptions struct {
 	Behind *NAT // private, behind this NAT; nil puts it on the internet
 	Link   Link // towards the internet; not with Behind
 	IPv6   bool // an IPv6 address as well; behind a NAT it is the NAT that decides
-	Proxy  bool // may reach TCP port 443 of the internet where the NAT is [OnlyProxy]
+	// MTU of the link to a host behind a NAT, default 1500. The NAT says what does not fit, as routers are to (RFC 1191).
+	MTU   uint16
+	Proxy bool // may reach TCP port 443 of the internet where the NAT is [OnlyProxy]
 	// Flat is the host's address in a flat lab; default a loopback address of its own.
 	Flat netip.Addr
 }
@@ -106,6 +108,17 @@ func (h *Host) Name() string { return h.name }
 
 // Addr is the host's address on its own interface eth0.
 func (h *Host) Addr() netip.Addr { return h.addr.Addr() }
+
+// AllowPing lets every user of the host open ping sockets, as distributions do by default (icmp(7), ping_group_range).
+func (h *Host) AllowPing() error {
+	if h.ns == nil {
+		return nil
+	}
+	if h.ns.sysctl("net/ipv4/ping_group_range", "0 65534") == nil {
+		return nil
+	}
+	return h.ns.sysctl("net/ipv4/ping_group_range", "0 0") // there is one user only, inside [Enter]
+}
 
 // Addr6 is its IPv6 address there, invalid where it has none.
 func (h *Host) Addr6() netip.Addr { return h.addr.v6.Addr() }

@@ -144,7 +144,7 @@ func (t *NAT) attach(ns *namespace, opts HostOptions) (address, error) {
 	}
 	inside := end{ns: t.ns, name: fmt.Sprintf("lan%d", t.hosts), addr: near}
 	host := end{ns: ns, name: "eth0", addr: far, gateway: near}
-	if err := vethPair(inside, host, linkMTU); err != nil {
+	if err := vethPair(inside, host, Link{MTU: opts.MTU}.mtu()); err != nil {
 		return address{}, err
 	}
 	if opts.Proxy && t.kind.Is(OnlyProxy) {

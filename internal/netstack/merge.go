@@ -35,7 +35,7 @@ func (d *Device) Write(bufs [][]byte, offset int) (int, error) {
 
 func (d *Device) writeBatch(m *merger, bufs [][]byte, offset int) {
 	filter := d.filter.Load()
-	m.watch = d.watch.Load()
+	m.watch, m.mark = d.watch.Load(), d.opts.Forward
 	filtered, malformed := 0, 0
 	for _, buf := range bufs {
 		p := buf[offset:]
@@ -70,6 +70,7 @@ type merger struct {
 	count  int
 
 	watch *Watch
+	mark  bool // what may be fragmented, see [MayBeFragmented]
 
 	last  netip.Addr // the source that known was asked about last
 	keep  bool
@@ -158,6 +159,9 @@ func (m *merger) add(p []byte) bool {
 		return false
 	}
 	if !tcp {
+		if m.mark {
+			markFragmentable(p, ip)
+		}
 		m.push(p, ip, 0, false)
 		return true
 	}
@@ -343,10 +347,11 @@ func (m *merger) patch(g *group, p []byte) {
 	copy(tcp[header.TCPWinSizeOffset:header.TCPWinSizeOffset+2], last[header.TCPWinSizeOffset:])
 }
 
-// Inject sends a complete IP packet towards WireGuard as if the stack had sent it: errors that the stack has no call for.
+// Inject sends a complete IP packet towards WireGuard as if the stack had sent it: what the stack has no call for. What is longer
+// than the MTU goes out in fragments.
 func (d *Device) Inject(packet []byte) error {
-	if len(packet) > d.opts.MTU {
-		return &tooLongError{len(packet), d.opts.MTU}
+	if len(packet) > gsoMax {
+		return &tooLongError{len(packet), gsoMax}
 	}
 	pkt := stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: buffer.MakeWithData(packet)})
 	if !d.link.out.push(pkt) {

@@ -3,6 +3,7 @@
 package stage
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"net/http"
@@ -196,7 +197,18 @@ func (s *Stage) Publish(path string) (string, error) {
 		return "", fmt.Errorf("copy a program for other users: %w", err)
 	}
 	published := s.file(filepath.Base(path))
+	_ = os.Remove(published) // what runs from it goes on; writing to it would be refused
 	return published, os.WriteFile(published, data, 0o755)
+}
+
+// Use has one of the three programs started from this path from now on, as an upgrade does. What runs goes on.
+func (s *Stage) Use(name, path string) error {
+	published, err := s.Publish(path)
+	if err != nil {
+		return err
+	}
+	s.binaries[name] = published
+	return nil
 }
 
 // open reports whether others may enter every folder on the way to a file and run it.
@@ -217,11 +229,9 @@ func open(path string) bool {
 func (s *Stage) publishBinaries() error {
 	s.binaries = make(map[string]string, len(programs))
 	for name := range programs {
-		path, err := s.Publish(filepath.Join(s.opts.Binaries, name))
-		if err != nil {
+		if err := s.Use(name, cmp.Or(s.opts.Programs[name], filepath.Join(s.opts.Binaries, name))); err != nil {
 			return err
 		}
-		s.binaries[name] = path
 	}
 	return nil
 }
@@ -254,7 +264,7 @@ func (s *Stage) SecondGateway() *lab.Process { return s.second }
 
 func (s *Stage) launchGateway(log string, port uint16, args ...string) (*lab.Process, error) {
 	args = append([]string{"run", "--coordinator", s.URL, "--network", Network, "--enrol-token-file", s.enrolment,
-		"--issuer", s.Issuer.URL(), "--listen", fmt.Sprintf(":%d", port), "--drain", s.opts.Drain.String()}, args...)
+		"--issuer", s.Issuer.URL(), "--listen", fmt.Sprintf(":%d", port)}, args...)
 	if s.opts.Flat { // the router there is this machine's own
 		args = append(args, "--port-mapping", "off")
 	}
@@ -267,7 +277,8 @@ func (s *Stage) launchGateway(log string, port uint16, args ...string) (*lab.Pro
 		args = append(args, "--owner", OwnerID)
 	}
 	program, err := s.gatewayProgram(log, lab.Program{
-		Path: s.Binary("culvert-gateway"), Args: args, Env: s.environ(s.GatewayBox), Unprivileged: true,
+		Path: s.Binary("culvert-gateway"), Args: args, Unprivileged: true,
+		Env: s.environ(s.GatewayBox, "CULVERT_DRAIN="+s.opts.Drain.String()), // a flag that the last release may not have
 	})
 	if err != nil {
 		return nil, err

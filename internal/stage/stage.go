@@ -49,6 +49,8 @@ const PortSTUN = 3478
 // Options describe a stage. Binaries and Dir are required.
 type Options struct {
 	Binaries string // folder with the three programs, see [Build]
+	// Programs are paths of programs that are not those of Binaries, by name: another version's.
+	Programs map[string]string
 	Dir      string // scratch folder that other users can enter; the caller removes it
 	Flat     bool   // everything on this machine itself, nothing kept apart; see [lab.Flat]
 	Link     lab.Link

@@ -99,6 +99,13 @@ func (g *Gateway) Asked() []string {
 	return append([]string(nil), g.asked...)
 }
 
+// Script changes what the gateway says while it serves.
+func (g *Gateway) Script(change func(*Gateway)) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	change(g)
+}
+
 // Forget is a restart: the gateway knows no session any more.
 func (g *Gateway) Forget() {
 	g.mu.Lock()
@@ -160,8 +167,8 @@ func (g *Gateway) reach(w http.ResponseWriter, r *http.Request) {
 	_ = json.NewDecoder(r.Body).Decode(&in)
 	g.mu.Lock()
 	g.asked = append(g.asked, in.Target)
-	g.mu.Unlock()
 	result := g.Verdict
+	g.mu.Unlock()
 	result.Target = in.Target
 	reply(w, result)
 }

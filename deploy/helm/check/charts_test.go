@@ -5,9 +5,12 @@ package check
 
 import (
 	"fmt"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -47,6 +50,15 @@ config:
 trustedProxies: [10.0.0.0/8]
 `
 
+const udpValues = "udp: {enabled: true, host: udp.example.com}\ntls: {secret: tls}\nservice: {type: LoadBalancer}\n"
+
+const natsValues = `
+state: {nats: ["tls://n1:4222"], natsCredentialsSecret: nats}
+replicas: 3
+config: {relays: [{name: eu, udp: "relay-eu.example.com:3478"}]}
+udp: {enabled: true, host: udp.example.com}
+`
+
 // scenarios are values that users may have, over the two above.
 var scenarios = []struct{ name, chart, more string }{
 	{"gateway", "culvert-gateway", ""},
@@ -63,8 +75,8 @@ podLabels: {team: platform}
 networkPolicy: {direct: false, metricsFrom: [{namespaceSelector: {matchLabels: {name: monitoring}}}]}
 `},
 	{"coordinator", "culvert-coordinator", "ingress: {enabled: true, host: culvert.example.com, className: nginx, tlsSecret: tls}\n"},
-	{"coordinator with UDP", "culvert-coordinator", "udp: {enabled: true}\ntls: {secret: tls}\nservice: {type: LoadBalancer}\n"},
-	{"coordinators on NATS", "culvert-coordinator", "state: {nats: [\"tls://n1:4222\"], natsCredentialsSecret: nats}\nreplicas: 3\n"},
+	{"coordinator with UDP", "culvert-coordinator", udpValues},
+	{"coordinators on NATS", "culvert-coordinator", natsValues},
 }
 
 func base(chart string) string {
@@ -134,27 +146,66 @@ func TestCharts(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			workloads := 0
-			for _, d := range docs {
-				object, err := typed(d)
-				if err != nil {
-					t.Fatalf("%v\n%s", err, d)
-				}
-				switch o := object.(type) {
-				case *appsv1.Deployment:
-					workloads++
-					restricted(t, o.Spec.Template)
-				case *appsv1.StatefulSet:
-					workloads++
-					restricted(t, o.Spec.Template)
-				case *corev1.ConfigMap:
-					checked(t, o.Data)
-				}
-			}
-			if workloads != 1 {
-				t.Errorf("%d workloads", workloads)
-			}
+			hold(t, docs)
 		})
+	}
+}
+
+// hold holds a chart's documents against the API's types, and what is in them against what is promised of it.
+func hold(t *testing.T, docs []string) {
+	t.Helper()
+	workloads := 0
+	var services []*corev1.Service
+	var pod corev1.PodTemplateSpec
+	for _, d := range docs {
+		object, err := typed(d)
+		if err != nil {
+			t.Fatalf("%v\n%s", err, d)
+		}
+		switch o := object.(type) {
+		case *appsv1.Deployment:
+			workloads, pod = workloads+1, o.Spec.Template
+		case *appsv1.StatefulSet:
+			workloads, pod = workloads+1, o.Spec.Template
+		case *corev1.Service:
+			services = append(services, o)
+		case *corev1.ConfigMap:
+			checked(t, o.Data)
+		}
+	}
+	if workloads != 1 {
+		t.Fatalf("%d workloads", workloads)
+	}
+	restricted(t, pod)
+	for _, s := range services {
+		led(t, s, pod)
+	}
+	for _, v := range pod.Spec.Volumes {
+		if v.Projected != nil {
+			if token := v.Projected.Sources[0].ServiceAccountToken; token == nil || token.Audience != "https://culvert.example.com" || *token.ExpirationSeconds > 3600 {
+				t.Errorf("the projected token is %+v", token)
+			}
+		}
+	}
+}
+
+// led: each port of a Service leads to one that the pod has, of the same protocol, and a number that clients are told stays what it is.
+func led(t *testing.T, s *corev1.Service, pod corev1.PodTemplateSpec) {
+	t.Helper()
+	for name, value := range s.Spec.Selector {
+		if pod.Labels[name] != value {
+			t.Errorf("service %s selects %s=%s, and the pod has %q", s.Name, name, value, pod.Labels[name])
+		}
+	}
+	for _, p := range s.Spec.Ports {
+		if p.Protocol == "" {
+			p.Protocol = corev1.ProtocolTCP
+		}
+		if !slices.ContainsFunc(pod.Spec.Containers[0].Ports, func(c corev1.ContainerPort) bool {
+			return c.Name == p.Name && c.Name == p.TargetPort.String() && c.Protocol == p.Protocol && (c.Protocol == corev1.ProtocolTCP || c.ContainerPort == p.Port)
+		}) {
+			t.Errorf("service %s: port %s %s %d leads to %s, which the pod does not have so", s.Name, p.Name, p.Protocol, p.Port, p.TargetPort.String())
+		}
 	}
 }
 
@@ -187,14 +238,20 @@ func restricted(t *testing.T, pod corev1.PodTemplateSpec) {
 // checked has the coordinator check the files of a ConfigMap.
 func checked(t *testing.T, data map[string]string) {
 	t.Helper()
+	dir := t.TempDir()
 	for name, text := range data {
-		file := filepath.Join(t.TempDir(), name)
-		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		args := []string{"run", "./coordinator", "check", file}
-		if name == "policy.yaml" {
+	}
+	for name, text := range data {
+		args := []string{"run", "./coordinator", "check", filepath.Join(dir, name)}
+		switch name {
+		case "culvert.yaml":
+		case "policy.yaml":
 			args = append(args, "--gateway-policy")
+		default: // a file that culvert.yaml speaks of
+			continue
 		}
 		cmd := exec.Command("go", args...)
 		cmd.Dir = "../../.."
@@ -219,6 +276,61 @@ func TestLint(t *testing.T) {
 	}
 }
 
+// written is the culvert.yaml that a chart's ConfigMap holds.
+func written(t *testing.T, values ...string) (config map[string]any) {
+	t.Helper()
+	docs, err := render(t, "culvert-coordinator", append([]string{coordinatorValues}, values...)...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, d := range docs {
+		if o, err := typed(d); err == nil {
+			if m, ok := o.(*corev1.ConfigMap); ok {
+				if err := yaml.Unmarshal([]byte(m.Data["culvert.yaml"]), &config); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+	}
+	return config
+}
+
+// TestUDPIsFoundWhereItIs: the UDP Service has an address of its own, so clients are told its name; of several coordinators none relays, because
+// both sides of a session would have to reach the same one.
+func TestUDPIsFoundWhereItIs(t *testing.T) {
+	stun := []any{"udp.example.com:3478", "udp.example.com:3479"}
+	one := written(t, udpValues)
+	own := []any{map[string]any{"name": "coordinator", "udp": "udp.example.com:3478", "url": "https://culvert.example.com"}}
+	if !reflect.DeepEqual(one["stun"], any(stun)) || !reflect.DeepEqual(one["relays"], any(own)) {
+		t.Errorf("one coordinator: stun %v, relays %v", one["stun"], one["relays"])
+	}
+	several := written(t, natsValues)
+	eu := []any{map[string]any{"name": "eu", "udp": "relay-eu.example.com:3478"}}
+	if !reflect.DeepEqual(several["stun"], any(stun)) || !reflect.DeepEqual(several["relays"], any(eu)) || several["relay"] != "off" {
+		t.Errorf("several: stun %v, relays %v, relay %v", several["stun"], several["relays"], several["relay"])
+	}
+}
+
+// TestGuide: the values that docs/kubernetes.md shows are taken, and give what the charts promise.
+func TestGuide(t *testing.T) {
+	page, err := os.ReadFile("../../../docs/kubernetes.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	shown := regexp.MustCompile("(?ms)^```yaml values (culvert-[a-z]+)\n(.*?)^```$").FindAllStringSubmatch(string(page), -1)
+	if len(shown) < 3 {
+		t.Fatalf("the guide shows %d files of values", len(shown))
+	}
+	for _, m := range shown {
+		docs, err := render(t, m[1], m[2])
+		if err != nil {
+			t.Errorf("%v\n%s", err, m[2])
+			continue
+		}
+		hold(t, docs)
+	}
+}
+
 // TestRefusals: values with which nothing could work are refused when they are given, not by a pod that does not start.
 func TestRefusals(t *testing.T) {
 	for _, c := range []struct{ chart, more, says string }{
@@ -229,6 +341,8 @@ func TestRefusals(t *testing.T) {
 		{"culvert-coordinator", "replicas: 2", "several replicas need state.nats"},
 		{"culvert-coordinator", "trustedProxies: []", "trustedProxies is needed"},
 		{"culvert-coordinator", "ingress: {enabled: true}", "ingress.host is needed"},
+		{"culvert-coordinator", "udp: {enabled: true}", "udp.host is needed"},
+		{"culvert-coordinator", "{state: {nats: [\"tls://n1:4222\"]}, replicas: 2}", "several replicas need config.relays"},
 	} {
 		if _, err := render(t, c.chart, base(c.chart), c.more); err == nil || !strings.Contains(err.Error(), c.says) {
 			t.Errorf("%s with %q: %v, want %q", c.chart, c.more, err, c.says)
@@ -280,12 +394,70 @@ func TestNetworkPolicyIsTheTable(t *testing.T) {
 			}
 		}
 	}
-	metadata := policy.Spec.Egress[1].To[0].IPBlock.Except
-	for _, denied := range []string{"169.254.0.0/16", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "168.63.129.16/32"} {
-		if !slices.Contains(metadata, denied) {
-			t.Errorf("%s is let out", denied)
+	if dns := policy.Spec.Egress[0].To; len(dns) != 1 || dns[0].PodSelector == nil || dns[0].NamespaceSelector == nil || dns[0].IPBlock != nil {
+		t.Errorf("port 53 is open to %v, which is not the cluster's resolver alone", dns)
+	}
+	for _, c := range reached {
+		if got := permits(t, policy, c.addr, c.protocol, c.port); got != c.want {
+			t.Errorf("%s %s:%d is let out: %v, want %v", c.protocol, c.addr, c.port, got, c.want)
 		}
 	}
+}
+
+// reached is what a gateway with the policy of gatewayValues gets to, and what it does not.
+var reached = []struct {
+	addr     string
+	protocol corev1.Protocol
+	port     int
+	want     bool
+}{
+	{"203.0.114.7", "TCP", 443, true}, // coordinator, relay, issuer
+	{"203.0.114.7", "UDP", 3478, true},
+	{"198.51.101.9", "UDP", 40000, true}, // a runner
+	{"10.20.0.5", "TCP", 5432, true},     // what is granted
+	{"10.20.0.5", "TCP", 22, false},
+	{"10.20.0.5", "TCP", 443, false},
+	{"10.20.0.6", "TCP", 5432, false},
+	{"10.96.0.1", "TCP", 443, false}, // the API server
+	{"203.0.114.7", "TCP", 80, false},
+	{"203.0.114.7", "TCP", 22, false},
+	{"203.0.114.7", "UDP", 53, false},
+	{"169.254.169.254", "TCP", 443, false},
+	{"169.254.169.254", "TCP", 80, false},
+	{"168.63.129.16", "TCP", 443, false},
+	{"100.100.100.200", "TCP", 443, false},
+	{"192.168.1.1", "UDP", 40000, false},
+	{"172.16.0.1", "TCP", 443, false},
+	{"127.0.0.1", "TCP", 443, false},
+	{"198.18.0.1", "TCP", 443, false},
+	{"224.0.0.1", "UDP", 40000, false},
+}
+
+// permits evaluates a NetworkPolicy as the API documents it, for an address outside the cluster.
+func permits(t *testing.T, p *networkingv1.NetworkPolicy, addr string, protocol corev1.Protocol, port int) bool {
+	t.Helper()
+	inside := func(cidr string) bool { return netip.MustParsePrefix(cidr).Contains(netip.MustParseAddr(addr)) }
+	for _, e := range p.Spec.Egress {
+		to := len(e.To) == 0 // none is everybody
+		for _, peer := range e.To {
+			to = to || peer.IPBlock != nil && inside(peer.IPBlock.CIDR) && !slices.ContainsFunc(peer.IPBlock.Except, inside)
+		}
+		through := len(e.Ports) == 0
+		for _, open := range e.Ports {
+			first, last, by := open.Port.IntValue(), open.Port.IntValue(), corev1.ProtocolTCP
+			if open.EndPort != nil {
+				last = int(*open.EndPort)
+			}
+			if open.Protocol != nil {
+				by = *open.Protocol
+			}
+			through = through || by == protocol && first <= port && port <= last
+		}
+		if to && through {
+			return true
+		}
+	}
+	return false
 }
 
 func key(i, j int) string { return fmt.Sprintf("%d.%d", i, j) }

@@ -30,5 +30,17 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- if .Values.state.natsCredentialsSecret }}{{ $_ := set $s "credentials" "/etc/culvert/nats/creds" }}{{ end }}
 {{- $_ := set $c "state" $s }}
 {{- else }}{{ $_ := set $c "state" (dict "dir" "/var/lib/culvert") }}{{ end }}
+{{- if gt (int .Values.replicas) 1 }}
+{{- if not $c.relays }}{{ fail "several replicas need config.relays: both sides of a session have to meet at one relay, and a Service leads them to any replica" }}{{ end }}
+{{- if not (hasKey $c "relay") }}{{ $_ := set $c "relay" "off" }}{{ end }}
+{{- end }}
+{{- if .Values.udp.enabled }}
+{{- $host := required "udp.host is needed: the name that leads to the UDP Service's address" .Values.udp.host }}
+{{- if not (hasKey $c "stun") }}{{ $_ := set $c "stun" (list (printf "%s:%v" $host .Values.udp.port) (printf "%s:%d" $host (add1 .Values.udp.port))) }}{{ end }}
+{{- if ne (toString $c.relay) "off" }}
+{{- $own := dict "name" (dig "relay" "name" "coordinator" $c) "udp" (printf "%s:%v" $host .Values.udp.port) "url" $c.url }}
+{{- $_ := set $c "relays" (prepend (default list $c.relays) $own) }}
+{{- end }}
+{{- end }}
 {{- toYaml $c }}
 {{- end }}

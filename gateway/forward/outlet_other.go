@@ -1,0 +1,14 @@
+//go:build !linux
+
+package forward
+
+import (
+	"errors"
+	"net/netip"
+)
+
+// setFragment leaves fragmenting to the system's defaults.
+func setFragment(int, bool, bool) error { return errors.ErrUnsupported }
+
+// pathMTU is not known here.
+func pathMTU(int, netip.Addr) int { return 0 }
