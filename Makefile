@@ -210,6 +210,7 @@ tools-test:
 	@$(call want,miniupnpd,miniupnpd-nftables)
 	@$(call want,dbus-daemon,dbus-daemon)
 	@$(call want,psql initdb,postgresql)
+	@$(call want,sudo,sudo)
 	@$(call want,podman runc busybox /usr/lib/podman/netavark /usr/lib/podman/aardvark-dns,podman runc netavark aardvark-dns busybox-static)
 	@$(unpack-resolved)
 	@$(call go-tool,act,$(ACT))
