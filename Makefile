@@ -89,9 +89,9 @@ matrix: tools-test build
 	CULVERT_E2E_BIN=$(CURDIR)/bin CULVERT_E2E_MATRIX=$(CURDIR)/bin/matrix.json \
 		$(GO) test -count=1 -timeout 60m -run '^TestMatrix' -v ./internal/e2e
 
-# Three coordinators on a cluster of three nats-servers, each in a namespace of its own; they are killed, frozen and cut off, one after the other: three minutes.
+# Three coordinators on a cluster of three nats-servers, each in a namespace of its own; they are killed, frozen and cut off, one after the other: six minutes.
 cluster: build
-	CULVERT_E2E_BIN=$(CURDIR)/bin CULVERT_E2E_CLUSTER=1 $(GO) test -count=1 -timeout 10m -run '^TestCluster' -v ./internal/e2e/scale
+	CULVERT_E2E_BIN=$(CURDIR)/bin CULVERT_E2E_CLUSTER=1 $(GO) test -count=1 -timeout 15m -run '^TestCluster' -v ./internal/e2e/scale
 
 # The last release's programs with these, in every mixture, and an upgrade while a job runs: three minutes. LAST names any commit in place of
 # the last release before this commit.
@@ -210,6 +210,7 @@ tools-test:
 	@$(call want,miniupnpd,miniupnpd-nftables)
 	@$(call want,dbus-daemon,dbus-daemon)
 	@$(call want,psql initdb,postgresql)
+	@$(call want,sudo,sudo)
 	@$(call want,podman runc busybox /usr/lib/podman/netavark /usr/lib/podman/aardvark-dns,podman runc netavark aardvark-dns busybox-static)
 	@$(unpack-resolved)
 	@$(call go-tool,act,$(ACT))
