@@ -144,13 +144,13 @@ func (s *session) takeOver(why string, cut bool) {
 	})
 }
 
-// take tells the gateway that it carries the session now.
+// take tells the gateway that it carries the session now, and what the job has heard of names.
 func (s *session) take(ctx context.Context) {
 	var pause backoff
 	var err error
 	for range takeTries {
 		var me wire.InsideSession
-		if err = s.post(ctx, wire.PathTake, struct{}{}, &me); err == nil || pause.wait(ctx) != nil {
+		if err = s.post(ctx, wire.PathTake, wire.InsideTake{Names: s.agent.granted.Heard()}, &me); err == nil || pause.wait(ctx) != nil {
 			return
 		}
 	}

@@ -47,7 +47,14 @@ func (s *session) use(ctx context.Context, waitFor []string) error {
 			return s.waitFor(ctx, target)
 		})
 	}
-	return group.Wait()
+	if err := group.Wait(); err != nil || len(s.agent.granted.Heard()) == 0 {
+		return err
+	}
+	s.start(func(ctx context.Context) error { // what the job has remembered of an earlier session
+		s.take(ctx)
+		return nil
+	})
+	return nil
 }
 
 // shake waits for the first path and for WireGuard's handshake.

@@ -26,19 +26,30 @@ type server struct {
 	wait  sync.WaitGroup
 }
 
+// listenBoth listens on UDP and TCP on one port, which somebody may have for one of them.
+func listenBoth(t *testing.T, address string) (net.PacketConn, net.Listener) {
+	t.Helper()
+	for try := 1; ; try++ {
+		packets, err := net.ListenPacket("udp", address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		stream, err := net.Listen("tcp", packets.LocalAddr().String())
+		if err == nil {
+			return packets, stream
+		}
+		packets.Close()
+		if try == 16 {
+			t.Fatal(err)
+		}
+	}
+}
+
 func newServer(t *testing.T, listen string, addr string) *server {
 	t.Helper()
 	s := &server{addr: netip.MustParseAddr(addr)}
-	packets, err := net.ListenPacket("udp", listen)
-	if err != nil {
-		t.Fatal(err)
-	}
+	packets, stream := listenBoth(t, listen)
 	s.listen = packets.LocalAddr().(*net.UDPAddr).AddrPort()
-	stream, err := net.Listen("tcp", s.listen.String())
-	if err != nil {
-		packets.Close()
-		t.Fatal(err)
-	}
 	s.wait.Go(func() {
 		buf := make([]byte, maxMessage)
 		for {

@@ -32,6 +32,7 @@ type Resolver struct {
 	mu    sync.Mutex
 	scope *scope // nil where nothing is granted
 	cache map[string]cached
+	heard []wire.NamedAddr // see [Resolver.Heard]
 }
 
 type cached struct {

@@ -44,6 +44,10 @@ func startRedirect(ctx context.Context, opts Options, s *scope, has func(string)
 	}
 	t := rules{port: f.port(), servers: s.servers, host: !has("systemd-resolved")}
 	made, err := nft.Create("culvert_"+opts.Interface, t.fill)
+	if errors.Is(err, nft.ErrUnsupported) { // as in kernels without nft_fib
+		t.all = true
+		made, err = nft.Create("culvert_"+opts.Interface, t.fill)
+	}
 	if err == nil {
 		return &redirect{forwarder: f, table: made}, nil
 	}
@@ -66,6 +70,7 @@ func markOwn(_, _ string, c syscall.RawConn) error {
 //	table inet culvert_IF {
 //	    flags owner
 //	    chain containers { type nat hook prerouting priority dstnat
+//	        fib daddr type local return                            # a server of this host's, as podman's networks have for their own names
 //	        meta iifkind "bridge" [daddr a server → return]  udp,tcp dport 53 redirect to :PORT }
 //	    chain host { type nat hook output priority -100         # only where nothing else serves the host
 //	        meta mark OWN return  [daddr a server → return]  udp,tcp dport 53 redirect to :PORT }
@@ -76,10 +81,14 @@ type rules struct {
 	port    uint16
 	servers []netip.Addr
 	host    bool
+	all     bool // take containers' queries to this host, too
 }
 
 func (t rules) fill(b *nft.Batch) {
 	b.Chain("containers", "nat", unix.NF_INET_PRE_ROUTING, -100)
+	if !t.all {
+		b.Rule("containers", toThisHost(), nft.Verdict(expr.VerdictReturn))
+	}
 	t.redirects(b, "containers", nft.Meta(metaIIFKind, nft.InterfaceName("bridge")))
 	if t.host {
 		b.Chain("host", "nat", unix.NF_INET_LOCAL_OUT, -100)
@@ -107,6 +116,11 @@ func (t rules) redirects(b *nft.Batch, chain string, where []expr.Any) {
 
 // metaIIFKind is NFT_META_IIFKIND of linux/netfilter/nf_tables.h: the kind of the interface that a packet came in on.
 const metaIIFKind = 26
+
+// toThisHost is for packets to an address of this host's. What a server here cannot answer itself it asks for as a program of the host.
+func toThisHost() []expr.Any {
+	return []expr.Any{&expr.Fib{Register: 1, FlagDADDR: true, ResultADDRTYPE: true}, nft.Equal(binaryutil.NativeEndian.PutUint32(unix.RTN_LOCAL))}
+}
 
 func toPort(proto byte, port uint16) []expr.Any {
 	return append(nft.Meta(expr.MetaKeyL4PROTO, []byte{proto}),

@@ -229,6 +229,9 @@ func (d *door) install(s *session, r reach) error {
 			"look at the gateway's log for the cause")
 	}
 	s.carrier = carrier
+	if s.standby {
+		carrier.AwaitNames()
+	}
 	late, ok := d.table.open(s)
 	if !ok {
 		return errOver // whoever ended it waits for s.mu and closes the carrier

@@ -233,6 +233,10 @@ type fakeCarrier struct {
 	closed     int
 }
 
+func (*fakeCarrier) AwaitNames() {}
+
+func (*fakeCarrier) Restore([]wire.NamedAddr) {}
+
 func (c *fakeCarrier) AddCandidates(more []wire.Candidate) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -80,8 +80,16 @@ func (g *Gateway) drained(since time.Duration) bool {
 	return true
 }
 
-// serveTake makes this gateway the one that carries the session that asks; until now it stood by.
+// serveTake makes this gateway the one that carries the session that asks; until now it stood by, unless the session is the successor of one
+// that has ended. What the job has remembered of names stays right.
 func (d *door) serveTake(r *http.Request, s *session) (any, error) {
+	var req wire.InsideTake
+	if r.ContentLength != 0 { // an earlier client's word is empty
+		if err := decode(r.Body, &req); err != nil {
+			return nil, err
+		}
+	}
+	s.carrier.Restore(req.Names)
 	if d.table.take(s) {
 		d.log.Info("session taken over", "session", s.id, "repository", s.repo, "run_id", s.who.run)
 		d.taken(wire.Taken{Session: s.id})

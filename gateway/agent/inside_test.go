@@ -122,10 +122,12 @@ func TestTriesOfTargetsAreLimited(t *testing.T) {
 func FuzzDecodeInside(f *testing.F) {
 	f.Add([]byte(`{"token":"x"}`))
 	f.Add([]byte(`{"target":"10.0.0.1:5432"}{}`))
+	f.Add([]byte(`{"names":[{"name":"api.svc.corp","addr":"198.19.0.7"},{"addr":""}]}`))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		var renew wire.InsideRenew
 		var reach wire.ReachRequest
-		for _, v := range []any{&renew, &reach} {
+		var take wire.InsideTake
+		for _, v := range []any{&renew, &reach, &take} {
 			if err := decode(bytes.NewReader(b), v); err != nil && problem.CodeOf(err) != problem.BadRequest {
 				t.Errorf("%q: %v", b, err)
 			}

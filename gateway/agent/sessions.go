@@ -25,6 +25,9 @@ type carrier interface {
 	// Connections counts open TCP connections; HoldIfQuiet keeps new flows from beginning for a while where there are none.
 	Connections() int
 	HoldIfQuiet(time.Duration) (connections int)
+	// AwaitNames and Restore are for service addresses that another gateway has given the job.
+	AwaitNames()
+	Restore([]wire.NamedAddr)
 	// Vitals tells of the tunnel: see [tunnel.Peer.Vitals].
 	Vitals() (handshake time.Time, way string)
 	// Leave tells the client that the gateway is about to stop.

@@ -1,10 +1,14 @@
 package forward
 
 import (
+	"net"
+	"net/netip"
 	"testing"
 	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip/header"
+
+	"github.com/culvertnet/culvert/internal/wire"
 )
 
 // TestHoldWaitsForConnections: while one is open nothing is held; once it is closed, a new one waits, without a word, until the hold
@@ -80,7 +84,8 @@ func TestHoldIsForAllProtocols(t *testing.T) {
 }
 
 // TestNamedFlowOfAnotherGateway: a job that has come over from another gateway brings the service address that it was given there, and has
-// not asked for the name here. Where the grant spells it out, it is good here too.
+// not asked for the name here. Where the grant spells it out, it is good here too. Below a wildcard it is once the client has told of it;
+// while that is awaited no word is said.
 func TestNamedFlowOfAnotherGateway(t *testing.T) {
 	target := server(t, "tcp4", echo)
 	first, second := newNamedEnv(t, Limits{}), newNamedEnv(t, Limits{})
@@ -97,5 +102,34 @@ func TestNamedFlowOfAnotherGateway(t *testing.T) {
 	if c, err := second.dial(first.at("api.svc.corp", port(t, target))); err == nil {
 		_ = c.Close()
 		t.Error("an address that no name here has")
+	}
+
+	second.up.Set(t, "api.svc.corp", "api.svc.corp. 1 IN A 127.0.0.1")
+	api := first.at("api.svc.corp", port(t, target))
+	addr := netip.MustParseAddrPort(api).Addr()
+	second.s.AwaitNames()
+	before, packets := second.s.Counts().Denied, second.gateway.Stats().WritePackets
+	dialed := make(chan error, 1)
+	go func() {
+		c, err := second.dial(api)
+		if err == nil {
+			c.Close()
+		}
+		dialed <- err
+	}()
+	eventually(t, "the flow has been asked for", func() bool { return second.gateway.Stats().WritePackets > packets })
+	second.s.Restore([]wire.NamedAddr{
+		{Name: "db.internal", Addr: addr}, {Name: "elsewhere.example", Addr: addr}, {Name: "far.svc.corp", Addr: loopback}, {Name: "not a name", Addr: addr},
+		{Name: "API.svc.corp.", Addr: addr},
+	})
+	if err := <-dialed; err != nil {
+		t.Errorf("after word of its name: %v", err)
+	}
+	if name, ok := second.s.Book().Name(addr); name != "api.svc.corp" || !ok || second.s.Counts().Denied != before {
+		t.Errorf("the address is %q's, and %d flows were turned away", name, second.s.Counts().Denied-before)
+	}
+	if c, err := second.dial(net.JoinHostPort(addr.Next().String(), port(t, target))); err == nil {
+		_ = c.Close()
+		t.Error("an address that no name has, when all names are known")
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/culvertnet/culvert/gateway/names"
+	"github.com/culvertnet/culvert/internal/policy"
 	"github.com/culvertnet/culvert/internal/wire"
 )
 
@@ -41,6 +42,20 @@ func (s *Session) serviceAddr(name string) (netip.Addr, bool) {
 	}
 	four, _, ok := s.Book().Lease(name, s.ExactName(name))
 	return four, ok
+}
+
+// AwaitNames says that the job may bring service addresses of another gateway, of which [Session.Restore] will tell. Until then no word
+// is said about those that are not known: the job asks again.
+func (s *Session) AwaitNames() { s.awaits.Store(true) }
+
+// Restore takes the names under wildcards that another gateway has given the job addresses for.
+func (s *Session) Restore(named []wire.NamedAddr) {
+	defer s.awaits.Store(false)
+	for _, n := range named[:min(len(named), wire.MaxTakenNames)] {
+		if name, ok := policy.CanonicalName(n.Name); ok && s.KnowsName(name) && !s.ExactName(name) {
+			s.Book().Restore(name, n.Addr)
+		}
+	}
 }
 
 // TakeQuery takes a DNS question from the session's allowance.

@@ -56,6 +56,11 @@ type Session struct {
 	suppressed atomic.Uint64 // denials since the last log line
 	scope      atomic.Pointer[policy.Scope]
 	lane       atomic.Pointer[netstack.Lane]
+	awaits     atomic.Bool // see [Session.AwaitNames]
+
+	// carrying is held by the one of the session's UDP flows that carries some, so that a session with many flows keeps a gateway no
+	// busier than one with one.
+	carrying sync.Mutex
 
 	hungry      int64  // of Forwarder.hungry
 	hungryFlows census // those that want to send faster
@@ -124,6 +129,9 @@ func (s *Session) judge(key flowKey) judgement {
 	}
 	if name, ok := s.theBook().Name(key.dst.Addr()); ok {
 		return judgement{Verdict: scope.OffersName(name, key.proto, key.dst.Port()), name: name}
+	}
+	if s.awaits.Load() {
+		return judgement{Verdict: policy.Verdict{Reason: reasonHeld}}
 	}
 	return judgement{Verdict: policy.Verdict{Reason: reasonNoName}}
 }

@@ -135,6 +135,25 @@ func (b *Book) Lease(name string, exact bool) (four, six netip.Addr, ok bool) {
 	return four, six, true
 }
 
+// Restore gives a name that no grant spells out the address that another gateway has given it, as far as it is free, and counts it as
+// [Book.Lease] does. False says that it cannot have that address.
+func (b *Book) Restore(name string, a netip.Addr) bool {
+	index, ok := b.ranges.index(a)
+	if !ok {
+		return false
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if has, known := b.byName[name]; known {
+		return has == index
+	}
+	if _, taken := b.byIndex[index]; taken || !b.count(name) {
+		return false
+	}
+	b.byName[name], b.byIndex[index] = index, name
+	return true
+}
+
 // Count takes a name that no grant spells out from the session's allowance, without an address for it: it is about to be
 // asked for upstream. A name counts once.
 func (b *Book) Count(name string) bool {

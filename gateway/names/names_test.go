@@ -118,6 +118,39 @@ func TestBooksAgree(t *testing.T) {
 	}
 }
 
+// TestBookRestores: a name gets the address that it had elsewhere, unless that is another's or none of this range; it counts.
+func TestBookRestores(t *testing.T) {
+	there, here := NewBook(ranges(t, "198.19.0.0/24"), 100), NewBook(ranges(t, "198.19.0.0/24"), 3)
+	here.Fix([]string{"db.internal"})
+	four, six, _ := there.Lease("a.wild", false)
+	taken, _, _ := here.Lease("db.internal", true)
+	for _, c := range []struct {
+		name string
+		addr netip.Addr
+		want bool
+	}{
+		{"a.wild", four, true},
+		{"a.wild", six, true},
+		{"a.wild", four.Next(), false},
+		{"b.wild", four, false},
+		{"b.wild", taken, false},
+		{"b.wild", netip.MustParseAddr("10.0.0.1"), false},
+		{"b.wild", netip.MustParseAddr("198.19.0.0"), false},
+		{"b.wild", netip.MustParseAddr("198.19.0.255"), false},
+		{"b.wild", netip.Addr{}, false},
+		{"b.wild", netip.MustParseAddr("198.19.0.254"), true},
+		{"c.wild", netip.MustParseAddr("198.19.0.253"), true},
+		{"d.wild", netip.MustParseAddr("198.19.0.252"), false}, // over the limit
+	} {
+		if got := here.Restore(c.name, c.addr); got != c.want {
+			t.Errorf("%s at %v: %v", c.name, c.addr, got)
+		}
+	}
+	if again, _, ok := here.Lease("a.wild", false); !ok || again != four {
+		t.Errorf("asked for, it has %v", again)
+	}
+}
+
 func TestBookIsBounded(t *testing.T) {
 	b := NewBook(ranges(t, "198.19.0.0/16"), 10)
 	for i := range 100 {

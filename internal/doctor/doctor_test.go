@@ -162,7 +162,7 @@ func TestFailuresAreTold(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, want := range []string{"what answers is no issuer: 404", "the name does not resolve", "no answer: UDP to this port", "what answers is no relay",
-		"Without this nothing works: gateway/issuer, gateway/dns,"} {
+		"\nWithout this nothing works: gateway/issuer.\n", "\nThis does not work either, and is worth having: gateway/dns, gateway/stun, gateway/relay-https, gateway/relay-udp.\n"} {
 		if !strings.Contains(text.String(), want) {
 			t.Errorf("no %q in\n%s", want, text.String())
 		}
@@ -186,6 +186,10 @@ func TestNoCoordinator(t *testing.T) {
 		if status != Untested {
 			t.Errorf("%s: %s, though nothing is known", id, status)
 		}
+	}
+	var text bytes.Buffer
+	if err := empty.WriteText(&text); err != nil || !strings.HasSuffix(text.String(), "\nThis is required, and could not be tested from here: runner/coordinator, runner/token.\n") {
+		t.Errorf("%v\n%s", err, text.String())
 	}
 	if !empty.OK {
 		t.Error("what was not tested has failed")

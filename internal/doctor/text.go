@@ -3,8 +3,11 @@ package doctor
 import (
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"text/tabwriter"
+
+	"github.com/culvertnet/culvert/internal/requirements"
 )
 
 // WriteText writes the table as people and firewall teams read it: a line for each name and port.
@@ -62,11 +65,13 @@ func (r *Row) lines() (out [][]string) {
 	return out
 }
 
-// summary says what the failures come to.
+// summary says what the failures come to, and what nobody could tell from here though it is always required.
 func (r *Report) summary() string {
-	var required, other []string
+	var required, other, unknown []string
 	for _, row := range r.Rows {
 		switch {
+		case row.Status == Untested && row.Required && row.When == requirements.Always:
+			unknown = append(unknown, row.ID)
 		case row.Status != Failed:
 		case row.Required:
 			required = append(required, row.ID)
@@ -74,11 +79,25 @@ func (r *Report) summary() string {
 			other = append(other, row.ID)
 		}
 	}
+	var said []string
 	switch {
 	case len(required) > 0:
-		return fmt.Sprintf("Without this nothing works: %s.", strings.Join(append(required, other...), ", "))
+		said = append(said, listed("Without this nothing works: %s.", required), listed("This does not work either, and is worth having: %s.", other))
+	case len(other) > 0 && len(unknown) > 0:
+		said = append(said, listed("This does not work, and is worth having: %s.", other))
 	case len(other) > 0:
-		return fmt.Sprintf("Everything that is required works. What does not, and is worth having: %s.", strings.Join(other, ", "))
+		said = append(said, listed("Everything that is required works. What does not, and is worth having: %s.", other))
+	default:
+		said = append(said, "Everything that could be tested works.")
 	}
-	return "Everything that could be tested works."
+	said = append(said, listed("This is required, and could not be tested from here: %s.", unknown))
+	return strings.Join(slices.DeleteFunc(said, func(s string) bool { return s == "" }), "\n")
+}
+
+// listed puts the ids into a sentence; without any there is none.
+func listed(sentence string, ids []string) string {
+	if len(ids) == 0 {
+		return ""
+	}
+	return fmt.Sprintf(sentence, strings.Join(ids, ", "))
 }

@@ -165,31 +165,62 @@ func slowestSecond(b *testing.B, report []byte, allowed []span) float64 {
 	return slowest
 }
 
-// BenchmarkFirstByteEverywhere measures the time to the first byte from networks of each kind, runner's and gateway's alike, in
-// turns with the open pair, 80 ms away from each other. ratio is the median of that to the open pair's. The relay is in the middle,
-// where the way through it is as long as the direct one, or aside, where each of its round trips takes twice as long.
+// BenchmarkFirstByteEverywhere measures the time to the first byte between networks of each kind, 80 ms away from each other, in turns
+// with the open pair. ratio is the median of that to the open pair's. The relay is in the middle, where the way through it is as long as
+// the direct one, or aside, where each of its round trips takes twice as long and both sides are of the same kind. It takes five minutes; a
+// pair is picked by -bench 'Everywhere/middle/runner=easy/gateway=open$'.
 func BenchmarkFirstByteEverywhere(b *testing.B) {
 	program(b, stage.ProxyProgram)
 	for _, middle := range []bool{true, false} {
-		at := func(kind lab.Kind) *stage.Stage {
-			nat := lab.NATOptions{Kind: kind}
-			return setup(b, stage.Options{Link: lab.Link{Delay: 20 * time.Millisecond}, Middle: middle, Runner: nat, Gateway: nat})
-		}
-		open := at(lab.Open)
-		for _, kind := range lab.Kinds() {
-			name := fmt.Sprintf("relay=%s/%s", map[bool]string{true: "middle", false: "aside"}[middle], strings.ReplaceAll(kind.String(), " ", "-"))
-			b.Run(name, func(b *testing.B) {
-				s := at(kind)
-				var times, bases []time.Duration
-				for range 5 {
-					base, _ := firstByte(b, open, "tun")
-					took, _ := firstByte(b, s, "tun")
-					times, bases = append(times, took), append(bases, base)
-				}
-				b.ReportMetric(0, "ns/op")
-				b.ReportMetric(float64(median(times).Microseconds())/1000, "first-byte-ms")
-				b.ReportMetric(float64(median(times))/float64(median(bases)), "ratio")
-			})
+		b.Run("relay="+map[bool]string{true: "middle", false: "aside"}[middle], func(b *testing.B) {
+			at := func(runner, gateway lab.Kind) *stage.Stage {
+				return setup(b, stage.Options{
+					Link: lab.Link{Delay: 20 * time.Millisecond}, Middle: middle,
+					Runner: lab.NATOptions{Kind: runner}, Gateway: lab.NATOptions{Kind: gateway},
+				})
+			}
+			open := at(lab.Open, lab.Open)
+			for _, runner := range lab.Kinds() {
+				b.Run("runner="+dashed(runner), func(b *testing.B) {
+					for _, gateway := range gatewaysFor(runner, middle) {
+						b.Run("gateway="+dashed(gateway), func(b *testing.B) {
+							compareFirstBytes(b, at(runner, gateway), open)
+						})
+					}
+				})
+			}
+		})
+	}
+}
+
+// gatewaysFor are the kinds of network that gateways are in while the runner is in one of this kind: the same, and with the relay in the
+// middle others.
+func gatewaysFor(runner lab.Kind, middle bool) []lab.Kind {
+	kinds := []lab.Kind{runner}
+	others := []lab.Kind{lab.Open, lab.Easy, lab.Hard, lab.NoUDP, lab.OnlyProxy}
+	if !middle || !slices.ContainsFunc(append(others, lab.OnlyHTTPS), runner.Is) { // what is left does as open, easy or hard do
+		return kinds
+	}
+	for _, k := range others {
+		if !k.Is(runner) {
+			kinds = append(kinds, k)
 		}
 	}
+	return kinds
+}
+
+func dashed(k lab.Kind) string { return strings.ReplaceAll(k.String(), " ", "-") }
+
+// compareFirstBytes measures both in turns, so that what the machine does besides falls on both.
+func compareFirstBytes(b *testing.B, s, base *stage.Stage) {
+	b.Helper()
+	var times, bases []time.Duration
+	for range 3 {
+		there, _ := firstByte(b, base, "tun")
+		took, _ := firstByte(b, s, "tun")
+		times, bases = append(times, took), append(bases, there)
+	}
+	b.ReportMetric(0, "ns/op")
+	b.ReportMetric(float64(median(times).Microseconds())/1000, "first-byte-ms")
+	b.ReportMetric(float64(median(times))/float64(median(bases)), "ratio")
 }

@@ -9,11 +9,14 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/miekg/dns"
 
 	"github.com/culvertnet/culvert/internal/lab"
 	"github.com/culvertnet/culvert/internal/stage"
@@ -97,14 +100,24 @@ func sockets(t testing.TB, pid int) (n int) {
 }
 
 // A gateway dies under load: a flow that begins at that moment gets through the other one within seconds, the session is the
-// same, what was open is reset and does not hang, and nothing of it is left.
+// same, what was open is reset and does not hang, and nothing of it is left. A name under a wildcard leads on to where it led, though
+// the job does not look it up again.
 func TestGatewayKilledUnderLoad(t *testing.T) {
-	s, job, before := pairUp(t, stage.Options{})
+	const name = "api.svc.corp"
+	s, job, before := pairUp(t, stage.Options{Names: []string{name}, Rules: func(s *stage.Stage) string {
+		return s.DefaultRules() + fmt.Sprintf("- {name: names, network: %s, match: {repository_owner_id: %q}, allow: [\"tcp *.svc.corp:%d\"]}\n",
+			stage.Network, stage.OwnerID, stage.PortHTTP)
+	}})
 	dying, other := carriers(s, before)
 	service := "http://" + s.Target(stage.PortHTTP)
+	remembered := serviceAddress(t, s, name)
+	if got, err := get(t, s, "http://"+remembered.String()); err != nil || got != stage.Greeting {
+		t.Fatalf("by name: %q, %v", got, err)
+	}
 	if _, err := get(t, s, service); err != nil {
 		t.Fatal(err)
 	}
+	calm := goroutines(t, s, before.Gateway != "second")
 	atRest := map[int]int{other.Pid(): sockets(t, other.Pid()), before.PID: sockets(t, before.PID)}
 
 	quiet := many(t, s, 40) // they would hang for ever if nobody said a word
@@ -140,6 +153,9 @@ func TestGatewayKilledUnderLoad(t *testing.T) {
 	if took > 10*time.Second { // 3 s: TCP's second retry; on a machine that is too busy for that, the third, after 7 s
 		t.Errorf("a new flow took %v", took)
 	}
+	if got, err := get(t, s, "http://"+remembered.String()); err != nil || got != stage.Greeting {
+		t.Errorf("by the name's address at the gateway that has died: %q, %v", got, err)
+	}
 	if got, err := get(t, s, service); err != nil || got != stage.Greeting {
 		t.Errorf("the service: %q, %v", got, err)
 	}
@@ -173,8 +189,40 @@ func TestGatewayKilledUnderLoad(t *testing.T) {
 				return fmt.Errorf("process %d has %d sockets, and had %d", pid, now, rest)
 			}
 		}
+		if now := goroutines(t, s, before.Gateway != "second"); calm > 0 && now > calm+20 { // of 40 flows each has two at least; and it carries the session now
+			return fmt.Errorf("the gateway has %d goroutines, and had %d", now, calm)
+		}
 		return nil
 	})
+}
+
+// goroutines counts those of one of two gateways; 0 where it cannot be asked.
+func goroutines(t *testing.T, s *stage.Stage, second bool) int {
+	t.Helper()
+	if os.Getenv(gatewayEnv) == "image" {
+		return 0
+	}
+	n, err := s.GatewayMetric(second, "go_goroutines")
+	must(t, err)
+	return int(n)
+}
+
+// serviceAddress asks the gateway for a name, as a runner's resolver would.
+func serviceAddress(t *testing.T, s *stage.Stage, name string) netip.Addr {
+	t.Helper()
+	conn, err := s.Runner.Dial(timeout(t, 20*time.Second), "udp", "198.18.0.1:53")
+	must(t, err)
+	defer conn.Close()
+	var got netip.Addr
+	eventually(t, 30*time.Second, "the name's address", func() error {
+		answer, _, err := new(dns.Client).ExchangeWithConn(new(dns.Msg).SetQuestion(name+".", dns.TypeA), &dns.Conn{Conn: conn})
+		if err != nil || len(answer.Answer) == 0 {
+			return fmt.Errorf("the answer is %v, %w", answer, err)
+		}
+		got, _ = netip.AddrFromSlice(answer.Answer[0].(*dns.A).A.To4())
+		return nil
+	})
+	return got
 }
 
 // many opens connections to the service, on which nothing is said.

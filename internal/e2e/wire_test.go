@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -191,13 +193,13 @@ var seenElsewhere = map[string]string{
 	"runner/dns":            "client/names: here hosts know each other by address",
 	"runner/release":        "TestWorkflows, with a release of its own",
 	"runner/relay-udp":      "TestRelaysElsewhere",
-	"gateway/dns":           "TestTunMode, by --resolver",
+	"gateway/dns":           "TestOverlappingNetworks, by --resolver",
 	"gateway/relay-https":   "TestEveryNetworkConnects, of gateways without UDP",
 	"gateway/listen":        "TestEveryNetworkConnects, of gateways without a NAT",
 	"gateway/router":        "internal/portmap, against miniupnpd",
 	"gateway/metrics":       "TestImages, by the health check",
 	"coordinator/filter":    "internal/netcheck",
-	"coordinator/dns":       "as runner/dns",
+	"coordinator/dns":       "client/names, as for runner/dns",
 	"coordinator/nats":      "internal/e2e/scale",
 	"coordinator/acme":      "coordinator/server, against Pebble",
 	"coordinator/challenge": "coordinator/server, against Pebble",
@@ -217,6 +219,29 @@ func TestNothingUndocumented(t *testing.T) {
 	for _, r := range requirements.All() {
 		if _, other := seenElsewhere[r.ID]; slices.Contains(used, r.ID) == other {
 			t.Errorf("%s is in the table: either a watched job uses it, or another test, which is named", r.ID)
+		}
+	}
+}
+
+// TestSeenElsewhere: the tests that the list above names are there.
+func TestSeenElsewhere(t *testing.T) {
+	files, err := filepath.Glob("*_test.go")
+	must(t, err)
+	var source strings.Builder
+	for _, f := range files {
+		text, err := os.ReadFile(f)
+		must(t, err)
+		source.Write(text)
+	}
+	for id, where := range seenElsewhere {
+		where, _, _ = strings.Cut(strings.ReplaceAll(where, ":", ","), ",")
+		found := strings.Contains(source.String(), "\nfunc "+where+"(t *testing.T)")
+		if !strings.HasPrefix(where, "Test") {
+			tests, err := filepath.Glob("../../" + where + "/*_test.go")
+			found = err == nil && len(tests) > 0
+		}
+		if !found {
+			t.Errorf("%s is said to be seen in %s, which is not there", id, where)
 		}
 	}
 }

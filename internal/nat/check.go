@@ -24,6 +24,9 @@ type Check struct {
 	Call bool
 	// Leave tells the other side that the sender is about to go away.
 	Leave bool
+	// Stream tells the other side that the sender is on a stream to the relay through which the check goes: large answers would hold
+	// up there what follows them.
+	Stream bool
 	// Behind says what the sender is behind, where it wants to try the birthday method; else zero.
 	Behind Behind
 	// Tally says how many of the packets sent to the sender have come, where it knows of tallies.
@@ -43,6 +46,7 @@ type Asked struct {
 	MTU      uint16
 	Call     bool
 	Leave    bool
+	Stream   bool
 	Behind   Behind
 	Tally    Tally
 	Size     int // of the whole check, where it is padded; 0 for a plain one
@@ -81,9 +85,10 @@ func AppendCheck(dst []byte, c Check, key []byte, size int) ([]byte, error) {
 
 // pathSize is the length of PATH: sequence number, MTU, flags.
 const (
-	pathSize  = 8 + 2 + 2
-	pathCall  = 1 // the flag that is [Check.Call]
-	pathLeave = 2 // and [Check.Leave]
+	pathSize   = 8 + 2 + 2
+	pathCall   = 1 // the flag that is [Check.Call]
+	pathLeave  = 2 // [Check.Leave]
+	pathStream = 4 // and [Check.Stream]
 )
 
 // appendPath appends what a check says about the session's paths.
@@ -96,6 +101,9 @@ func appendPath(dst []byte, c Check) []byte {
 	}
 	if c.Leave {
 		v[11] |= pathLeave
+	}
+	if c.Stream {
+		v[11] |= pathStream
 	}
 	return AppendAttr(dst, attrPath, v[:])
 }
@@ -168,6 +176,7 @@ func PeekAsked(b []byte) (asked Asked) {
 			asked.MTU = binary.BigEndian.Uint16(a.Value[8:])
 			asked.Call = a.Value[11]&pathCall != 0
 			asked.Leave = a.Value[11]&pathLeave != 0
+			asked.Stream = a.Value[11]&pathStream != 0
 		case a.Type == attrBehind:
 			asked.Behind = readBehind(a.Value)
 		case a.Type == attrTally:

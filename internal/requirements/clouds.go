@@ -87,7 +87,7 @@ func Rules(p Party) []Rule {
 		from, to := ports(r)
 		when := r.When
 		if r.Required && !strings.HasPrefix(r.When, "with") {
-			when = always
+			when = Always
 		}
 		i := slices.IndexFunc(all, func(o Rule) bool {
 			return o.Direction == r.Direction && o.Protocol == r.Protocol && o.From == from && o.To == to
@@ -101,8 +101,8 @@ func Rules(p Party) []Rule {
 		if !slices.Contains(rule.Peers, peer(r)) {
 			rule.Peers = append(rule.Peers, peer(r))
 		}
-		if when == always {
-			rule.When = always
+		if when == Always {
+			rule.When = Always
 		}
 	}
 	return all

@@ -3,9 +3,11 @@ package requirements
 // releaseHosts are where the action gets the client from: GitHub's release page sends on to one of the others.
 var releaseHosts = []string{"github.com", "release-assets.githubusercontent.com", "objects.githubusercontent.com"}
 
+// Always is the When of a row that is needed whatever is configured.
+const Always = "always"
+
 // What several rows say alike.
 const (
-	always      = "always"
 	whereRelays = "where the coordinator lists relays elsewhere (`relays`)"
 	forDirect   = "for direct paths; without it packets go through a relay"
 	stunPort    = "3478 (`udp`)"
@@ -27,12 +29,12 @@ func runner() []Row {
 		{
 			ID: "runner/coordinator", Party: Runner, Direction: Out, Peer: "the coordinator (`url`)", Protocol: "TCP", Port: "443",
 			Carries: "HTTPS, WebSocket", Purpose: "joining and leaving; its relay over WebSocket, where UDP does not get out",
-			When: always, Required: true, targets: coordinatorAPI,
+			When: Always, Required: true, targets: coordinatorAPI,
 		},
 		{
 			ID: "runner/token", Party: Runner, Direction: Out, Peer: "`*.actions.githubusercontent.com`, or the GitHub Enterprise server", Protocol: "TCP", Port: "443",
 			Carries: "HTTPS", Purpose: "the job's identity token",
-			When: always, Required: true, targets: tokenEndpoint,
+			When: Always, Required: true, targets: tokenEndpoint,
 		},
 		{
 			ID: "runner/dns", Party: Runner, Direction: Out, Peer: ownDNS, Protocol: "UDP, TCP", Port: "53",
@@ -77,7 +79,7 @@ func gateway() []Row {
 		{
 			ID: "gateway/coordinator", Party: Gateway, Direction: Out, Peer: "the coordinator (`--coordinator`)", Protocol: "TCP", Port: "443",
 			Carries: "WebSocket", Purpose: "the control stream, over which jobs are offered; its relay, where UDP does not get out",
-			When: always, Required: true, targets: coordinatorAPI,
+			When: Always, Required: true, targets: coordinatorAPI,
 		},
 		{
 			ID: "gateway/issuer", Party: Gateway, Direction: Out, Peer: "`token.actions.githubusercontent.com`, or each `--issuer`", Protocol: "TCP", Port: "443",
@@ -92,7 +94,7 @@ func gateway() []Row {
 		{
 			ID: "gateway/targets", Party: Gateway, Direction: Out, Peer: "what rules grant", Protocol: "TCP, UDP, ICMP", Port: "as granted",
 			Carries: "the jobs' connections", Purpose: "what all this is for; nothing else in the private network needs to be reachable",
-			When: always,
+			When: Always,
 		},
 		{
 			ID: "gateway/stun", Party: Gateway, Direction: Out, Peer: "the coordinator", Protocol: "UDP", Port: stunPort,
@@ -142,7 +144,7 @@ func coordinator() []Row {
 		{
 			ID: "coordinator/https", Party: Coordinator, Direction: In, Peer: "runners and gateways, or the proxy in front", Protocol: "TCP", Port: "443 (`listen`)",
 			Carries: "HTTPS, WebSocket", Purpose: "joins, the gateways' control streams, its relay over WebSocket",
-			When: always, Required: true, targets: coordinatorAPI,
+			When: Always, Required: true, targets: coordinatorAPI,
 		},
 		{
 			ID: "coordinator/stun", Party: Coordinator, Direction: In, Peer: "runners and gateways", Protocol: "UDP", Port: stunPort,
@@ -207,7 +209,7 @@ func relay() []Row {
 		{
 			ID: "relay/https", Party: Relay, Direction: In, Peer: "runners and gateways", Protocol: "TCP", Port: "443 (`listen`)",
 			Carries: "WebSocket", Purpose: "relayed packets of networks that let no UDP out",
-			When: always,
+			When: Always,
 		},
 		{
 			ID: "relay/metrics", Party: Relay, Direction: In, Peer: "monitoring", Protocol: "TCP", Port: "as `metrics` says, usually 9092 on loopback",

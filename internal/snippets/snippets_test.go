@@ -4,6 +4,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -99,5 +100,28 @@ func TestActionlint(t *testing.T) {
 	}
 	if out, err := lint(strings.Replace(all[0].Text, "coordinator:", "cordinator:", 1)); err == nil {
 		t.Errorf("actionlint takes an input that the action does not have: %s", out)
+	}
+}
+
+// Our own workflows trust nothing that can be moved, and begin with no permission at all.
+func TestWorkflowsTrustNothingThatMoves(t *testing.T) {
+	files, err := filepath.Glob(filepath.Join(root, ".github", "workflows", "*.yml"))
+	if err != nil || len(files) < 2 {
+		t.Fatalf("%d workflows, %v", len(files), err)
+	}
+	pinned := regexp.MustCompile(`^[a-z-]+/[a-z-]+@[0-9a-f]{40} # v[0-9]+\.[0-9]+\.[0-9]+$`)
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !strings.Contains(string(text), "\npermissions: {}\n") {
+			t.Errorf("%s gives its jobs permissions by default", file)
+		}
+		for _, m := range regexp.MustCompile(`(?m)^ *(?:- )?uses: (.*)$`).FindAllStringSubmatch(string(text), -1) {
+			if !pinned.MatchString(m[1]) {
+				t.Errorf("%s uses %q, which is no commit with its version beside it", file, m[1])
+			}
+		}
 	}
 }

@@ -70,7 +70,7 @@ func (p *Peer) messages(now time.Time) []outgoing {
 		p.seq++
 		c := nat.Check{
 			ID: p.newID(), Username: p.name, Nominate: p.opts.Initiate && o.path == p.engine.chosen,
-			Seq: p.seq, Call: o.call, Leave: p.engine.leaving, Behind: o.behind,
+			Seq: p.seq, Call: o.call, Leave: p.engine.leaving, Stream: o.spot.stream(), Behind: o.behind,
 			Tally: p.tally.tell(),
 		}
 		// Where there is a path it goes by itself: checks of candidates that never answer would put its repetition off.
@@ -205,7 +205,7 @@ func (p *Peer) requested(from *route, id nat.TxID, asked nat.Asked) (answer bool
 		if s, ok := from.via.(*spare); ok {
 			s.hit.Store(true)
 		}
-		answer = true
+		answer = known.owes(asked, now)
 		if asked.Leave && p.opts.Initiate && !p.left {
 			p.left, p.leaving = true, true
 		}

@@ -14,6 +14,7 @@ const (
 	firstRetry   = 20 * time.Millisecond   // doubled with every try …
 	slowestRetry = 1280 * time.Millisecond // … up to this
 	streamRetry  = 320 * time.Millisecond  // and not below this where nothing gets lost on the way
+	streamAgain  = 150 * time.Millisecond  // nor is a check that repeats another answered there before
 	leadTries    = 11                      // checks before a candidate rests, leading side: 7.7 s
 	followTries  = 8                       // the same, following side: 3.8 s
 	answerTries  = 3                       // checks that one check from an unknown address, or a call, draws
@@ -313,13 +314,13 @@ func (e *engine) answered(p *path, id nat.TxID, r *route, now time.Time) bool {
 // requested handles an authentic check from the peer, which asks for something. A path that is not validated is checked
 // back at once.
 func (e *engine) requested(p *path, asked nat.Asked, now time.Time) {
-	p.heard = now
+	p.heard, p.far = now, asked.Stream
 	if !p.valid {
 		p.tries = min(p.tries, 2) // the other side is alive: quick retries again
 		if p.kind == wire.Observed {
 			p.tries = 0
 		}
-		p.next = now
+		p.next = p.again(now)
 	}
 	if e.lead || asked.Seq <= e.nominated {
 		return // a word that a later one has overtaken
@@ -371,6 +372,7 @@ func (e *engine) refresh(now time.Time) {
 // takes nothing from the old place any more. The way behind the relay has not changed.
 func (e *engine) moved(from, to *path, now time.Time) {
 	to.valid, to.since, to.heard, to.answered, to.srtt = true, now, now, now, from.srtt
+	to.far = from.far
 	to.route = &route{spot: to.spot}
 	to.tries, to.next = 0, now
 	to.open.Store(true)

@@ -94,6 +94,9 @@ func (r *relays) join(one Relay, l *leg, now time.Time) *node {
 	defer r.mu.Unlock()
 	n := r.node(one)
 	n.legs[l] = struct{}{}
+	if soon := n.lost.Add(redialFirst); soon.Before(n.redial) {
+		n.redial = soon // somebody waits now
+	}
 	r.early = time.Time{}
 	if n.state != udpUp {
 		n.ask(now)
@@ -283,7 +286,7 @@ func (l *leg) due(now time.Time) *outgoing {
 			r.doubt(l, now)
 		}
 	} else {
-		l.next = now.Add(bindRetry << (l.tries - 1))
+		l.next = now.Add(l.patience())
 	}
 	if l.keyFor != l.at.offer.Key {
 		key, err := l.peer.tunnel.bindKey(l.at.offer.Key)
@@ -298,6 +301,15 @@ func (l *leg) due(now time.Time) *outgoing {
 	l.id = id
 	pkt := relay.AppendBind(nil, relay.Bind{ID: id, Nonce: l.at.offer.Nonce, Ticket: l.ticket}, &l.key)
 	return &outgoing{pkt: pkt, to: &route{spot: l.relay()}}
+}
+
+// patience is how long the answer to a BIND may take. On a WebSocket nothing gets lost, and a second one would only be in the way.
+func (l *leg) patience() time.Duration {
+	wait := bindRetry << (l.tries - 1)
+	if l.mode == WebSocket {
+		wait = max(wait, streamRetry)
+	}
+	return wait
 }
 
 // relay is where the relay itself is spoken to.

@@ -41,7 +41,7 @@ const (
 	sizeSlack    = 5 * time.Millisecond   // for packets that overtake each other, at least
 	sizeRounds   = 4                      // rounds before what has been found stands
 	sizeRaise    = 10 * time.Minute       // a path that takes less than the most is tried anew after this
-	streamSearch = 500 * time.Millisecond // on a WebSocket a search waits so long: there the first packets would wait for it
+	streamSearch = 500 * time.Millisecond // where either side is on a WebSocket a search waits so long: there the first packets would wait for it
 	sizeMissing  = 2                      // full-sized checks in a row that go missing where small ones come back
 )
 
@@ -143,7 +143,7 @@ func (s *sizer) searching(now time.Time) bool {
 
 // search begins to look for the sizes that a path takes.
 func (e *engine) search(p *path, now time.Time) {
-	if p.spot.stream() {
+	if p.spot.stream() || p.far {
 		now = now.Add(streamSearch)
 	}
 	p.size.search(e.most, now)

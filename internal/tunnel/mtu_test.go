@@ -6,6 +6,7 @@ import (
 
 	"pgregory.net/rapid"
 
+	"github.com/culvertnet/culvert/internal/nat"
 	"github.com/culvertnet/culvert/internal/wire"
 )
 
@@ -76,18 +77,41 @@ func TestStreamsAreNotSearchedAtOnce(t *testing.T) {
 	d.narrow = 1420
 	p := d.relayed(0)
 	links := map[*path]*link{p: {rtt: 40 * time.Millisecond}}
-	d.live(streamSearch, links, bulk, never)
-	for _, o := range d.orders {
-		if o.mtu > 0 {
-			t.Fatalf("a check of %d bytes within %v", o.mtu, streamSearch)
-		}
-	}
+	d.smallChecksFor(t, streamSearch, links)
 	if len(d.orders) > 4 || d.fit() != DefaultMTU || d.told() != 0 {
 		t.Errorf("%d checks, %d are sent, %d told", len(d.orders), d.fit(), d.told())
 	}
 	d.live(time.Second, links, bulk, never)
 	if d.told() != 1420 {
 		t.Errorf("%d told later", d.told())
+	}
+}
+
+// Nor is the other side's, where that has said that it is on one. What is sent meanwhile fits every path.
+func TestTheOtherSidesStreamIsNotSearchedAtOnce(t *testing.T) {
+	d := newDrive(true)
+	d.narrow = 1420
+	p := d.relayed(1)
+	links := map[*path]*link{p: {rtt: 40 * time.Millisecond}}
+	d.requested(p, nat.Asked{Seq: 1, Stream: true}, d.now)
+	d.smallChecksFor(t, streamSearch, links)
+	if !p.valid || d.fit() != StartMTU {
+		t.Errorf("validated: %t, %d are sent", p.valid, d.fit())
+	}
+	d.live(time.Second, links, bulk, never)
+	if d.fit() != 1420 || d.told() != 1420 {
+		t.Errorf("%d are sent later, %d told", d.fit(), d.told())
+	}
+}
+
+// smallChecksFor lets time pass in which no check is padded.
+func (d *drive) smallChecksFor(t *testing.T, dur time.Duration, links map[*path]*link) {
+	t.Helper()
+	d.live(dur, links, bulk, never)
+	for _, o := range d.orders {
+		if o.mtu > 0 {
+			t.Fatalf("a check of %d bytes within %v", o.mtu, dur)
+		}
 	}
 }
 

@@ -52,6 +52,7 @@ type path struct {
 	valid     bool          // our own check has come back
 	heard     time.Time     // last authentic check or answer from there
 	answered  time.Time     // last answer to a check of ours
+	replied   time.Time     // when a check from there was last answered
 	srtt      time.Duration // smoothed as in RFC 6298, section 2, with alpha 1/4
 	tries     int           // checks sent since the last answer
 	limit     int           // the following side: checks before the path rests
@@ -60,6 +61,7 @@ type path struct {
 	outgoing  []sent        // unanswered checks, oldest first
 	parked    []byte        // a handshake message that came before the path was validated
 	size      sizer         // which packets fit
+	far       bool          // the other side is on a stream to the relay
 
 	since  time.Time // when it was validated
 	lostAt time.Time // when it was last lost; zero if never
@@ -130,6 +132,25 @@ func (p *path) took(id nat.TxID) (sent, bool) {
 		}
 	}
 	return sent{}, false
+}
+
+// again is when a check that is to be repeated at once is due: over a stream not while the last one is on its way. It may be over already.
+func (p *path) again(now time.Time) time.Time {
+	if n := len(p.outgoing); n > 0 && p.spot.stream() {
+		return p.outgoing[n-1].at.Add(streamRetry)
+	}
+	return now
+}
+
+// owes reports whether a check from the other side is to be answered, and notes that it is. Over a stream a mere repetition is not: the
+// answer to the check before is on its way, and a proxy would hold back what follows a second one.
+func (p *path) owes(asked nat.Asked, now time.Time) bool {
+	asked.Seq, asked.MTU, asked.Tally, asked.Stream = 0, 0, nat.Tally{}, false
+	if p.spot.stream() && asked == (nat.Asked{}) && now.Sub(p.replied) < streamAgain {
+		return false
+	}
+	p.replied = now
+	return true
 }
 
 func (p *path) measure(rtt time.Duration) {

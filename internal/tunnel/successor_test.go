@@ -166,13 +166,13 @@ func TestPeerMovesToItsSuccessor(t *testing.T) {
 
 // TestLeaveFlag: it crosses the wire, beside the others.
 func TestLeaveFlag(t *testing.T) {
-	for _, c := range []nat.Check{{}, {Call: true}, {Leave: true}, {Call: true, Leave: true}} {
+	for _, c := range []nat.Check{{}, {Call: true}, {Leave: true}, {Stream: true}, {Call: true, Leave: true, Stream: true}} {
 		c.Username, c.Seq = "session:key", 7
 		pkt, err := nat.AppendCheck(nil, c, []byte("key"), 0)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got := nat.PeekAsked(pkt); got.Call != c.Call || got.Leave != c.Leave || got.Seq != 7 {
+		if got := nat.PeekAsked(pkt); got.Call != c.Call || got.Leave != c.Leave || got.Stream != c.Stream || got.Seq != 7 {
 			t.Errorf("%+v became %+v", c, got)
 		}
 	}

@@ -3,6 +3,7 @@ package wire
 import (
 	"crypto/sha256"
 	"encoding/base64"
+	"net/netip"
 )
 
 // PathStandby stands behind a session's path: POST PathSessions/{id}/standby [StandbyRequest] → [Standby], with the session
@@ -11,9 +12,23 @@ const PathStandby = "/standby"
 
 // A session's word to a gateway inside the tunnel, when it moves from one to the other.
 const (
-	PathTake  = "/v1/take"  // POST, empty: this gateway carries the session from now on; answered with [InsideSession]
+	PathTake  = "/v1/take"  // POST [InsideTake], or empty: this gateway carries the session from now on; answered with [InsideSession]
 	PathLeave = "/v1/leave" // POST, empty, to a gateway that is draining: answered with [Left] once no connection would be cut, or a while later
 )
+
+// MaxTakenNames bounds the names of an [InsideTake].
+const MaxTakenNames = 256
+
+// InsideTake tells a gateway which names under wildcards the job has heard of from another one, so that what it has remembered stays right.
+type InsideTake struct {
+	Names []NamedAddr `json:"names,omitempty"` // at most [MaxTakenNames]
+}
+
+// NamedAddr is a name with its service address, of either family.
+type NamedAddr struct {
+	Name string     `json:"name"`
+	Addr netip.Addr `json:"addr"`
+}
 
 // FrameTaken says that a session uses its standby from now on: gateway → coordinator, [Taken].
 const FrameTaken FrameType = "taken"

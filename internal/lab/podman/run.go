@@ -60,6 +60,11 @@ func (e *Engine) Program(c Container) (lab.Program, error) {
 	return lab.Program{Path: e.podman, Args: args, Env: env, PidFile: pid}, nil
 }
 
+// Command gives what runs podman as a job's step does.
+func (e *Engine) Command(args ...string) lab.Program {
+	return lab.Program{Path: e.podman, Args: append(e.global(), args...), Env: e.environ()}
+}
+
 func (e *Engine) pidFile(c Container) string { return filepath.Join(c.Dir, c.Name+".pid") }
 func (e *Engine) idFile(c Container) string  { return filepath.Join(c.Dir, c.Name+".cid") }
 
