@@ -153,8 +153,20 @@ func (r *relay) run() {
 		r.fl.reset(wire.CauseReset)
 	}
 	up.Wait()
-	_ = r.conn.Close()
-	r.settle()
+	r.end()
+}
+
+// end closes both sides. A flow that is reset must not look to either as if all had been said, though whoever resets it may have
+// come to one side only so far.
+func (r *relay) end() {
+	if !r.fl.isDead() {
+		_ = r.conn.Close()
+		r.settle()
+	}
+	if r.fl.isDead() {
+		resetConn(r.conn)
+		r.ep.Abort()
+	}
 	r.ep.Close()
 }
 
