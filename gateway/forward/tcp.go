@@ -218,7 +218,7 @@ func (r *relay) up() error {
 
 // took notes that n bytes have gone to the target.
 func (r *relay) took(n int) {
-	r.window.took(n, r.fl.share)
+	r.window.took(n, r.fl.readShare)
 	r.fl.carry(n, 0)
 }
 
