@@ -89,21 +89,21 @@ matrix: tools-test build
 	CULVERT_E2E_BIN=$(CURDIR)/bin CULVERT_E2E_MATRIX=$(CURDIR)/bin/matrix.json \
 		$(GO) test -count=1 -timeout 60m -run '^TestMatrix' -v ./internal/e2e
 
-# Three coordinators on a cluster of three nats-servers, each in a namespace of its own; they are killed, frozen and cut off, one after the other: three minutes.
+# Three coordinators on a cluster of three nats-servers, each in a namespace of its own; they are killed, frozen and cut off, one after the other: six minutes.
 cluster: build
-	CULVERT_E2E_BIN=$(CURDIR)/bin CULVERT_E2E_CLUSTER=1 $(GO) test -count=1 -timeout 10m -run '^TestCluster' -v ./internal/e2e/scale
+	CULVERT_E2E_BIN=$(CURDIR)/bin CULVERT_E2E_CLUSTER=1 $(GO) test -count=1 -timeout 15m -run '^TestCluster' -v ./internal/e2e/scale
 
-# The last release's programs with these, in every mixture, and an upgrade while a job runs: three minutes. RELEASE names any commit in place of
+# The last release's programs with these, in every mixture, and an upgrade while a job runs: three minutes. LAST names any commit in place of
 # the last release before this commit.
-RELEASE ?= $(shell git describe --tags --abbrev=0 --match 'v[0-9]*.[0-9]*.[0-9]*' HEAD^ 2>/dev/null)
+LAST ?= $(shell git describe --tags --abbrev=0 --match 'v[0-9]*.[0-9]*.[0-9]*' HEAD^ 2>/dev/null)
 neighbours: tools-test build
 	@if [ "$$(git rev-parse --is-shallow-repository)" = true ]; then echo "the last release is not to be found in a shallow clone: git fetch --unshallow --tags"; exit 1; fi
-	@if [ -z "$(RELEASE)" ]; then echo "there has been no release: nothing to run these programs against"; exit 0; fi; \
+	@if [ -z "$(LAST)" ]; then echo "there has been no release: nothing to run these programs against"; exit 0; fi; \
 	set -e; dir="$$(mktemp -d)"; trap 'rm -rf "$$dir"' EXIT; chmod 755 "$$dir"; mkdir "$$dir/src" "$$dir/bin"; \
-	echo "$(RELEASE), $$(git rev-parse --short '$(RELEASE)^{commit}'), with this tree"; \
-	git archive '$(RELEASE)' | tar -x -C "$$dir/src"; \
+	echo "$(LAST), $$(git rev-parse --short '$(LAST)^{commit}'), with this tree"; \
+	git archive '$(LAST)' | tar -x -C "$$dir/src"; \
 	for p in coordinator:culvert-coordinator gateway:culvert-gateway client:culvert; do \
-		(cd "$$dir/src" && $(GO) build -trimpath -buildvcs=false -ldflags "-X main.version=$(RELEASE)" -o "$$dir/bin/$${p#*:}" "./$${p%:*}"); done; \
+		(cd "$$dir/src" && $(GO) build -trimpath -buildvcs=false -ldflags "-X main.version=$(LAST)" -o "$$dir/bin/$${p#*:}" "./$${p%:*}"); done; \
 	CULVERT_E2E_BIN=$(CURDIR)/bin CULVERT_E2E_NEIGHBOUR="$$dir/bin" \
 		$(GO) test -count=1 -timeout 15m -run '^Test(Neighbours|Upgrade)$$' -v ./internal/e2e
 
@@ -112,6 +112,7 @@ neighbours: tools-test build
 KERNEL := bin/tools/kernel
 kernel: build
 	@$(call want,qemu-system-x86_64 depmod wg,qemu-system-x86 kmod wireguard-tools)
+	@$(get-node)
 	@$(unpack-kernel)
 	@$(GOBUILD) -o $(KERNEL)/guest ./internal/e2e/guest
 	@$(GO) test -c -o $(KERNEL)/kernel.test ./client/kernel
@@ -210,6 +211,7 @@ tools-test:
 	@$(call want,miniupnpd,miniupnpd-nftables)
 	@$(call want,dbus-daemon,dbus-daemon)
 	@$(call want,psql initdb,postgresql)
+	@$(call want,sudo,sudo)
 	@$(call want,podman runc busybox /usr/lib/podman/netavark /usr/lib/podman/aardvark-dns,podman runc netavark aardvark-dns busybox-static)
 	@$(unpack-resolved)
 	@$(call go-tool,act,$(ACT))

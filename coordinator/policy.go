@@ -10,7 +10,7 @@ import (
 )
 
 type checkCmd struct {
-	File          string `arg:"" help:"The configuration, culvert.yaml."`
+	File          string `arg:"" help:"The configuration, culvert.yaml or a relay's relay.yaml."`
 	GatewayPolicy bool   `help:"The file is a gateway's own policy: rules, targets and groups alone."`
 	Strict        bool   `help:"Fail on warnings as well."`
 	JSON          bool   `name:"json" help:"Print the report as JSON."`

@@ -203,7 +203,9 @@ type Agent struct {
 	history []control.Event
 	problem *problem.Error
 	marks   marks
-	routes  routes
+	// unreached is why there is no connection to the coordinator; guarded by marks.mu.
+	unreached error
+	routes    routes
 
 	resolving resolving
 }

@@ -7,10 +7,12 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
+	"net/url"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/culvertnet/culvert/client/agent/agenttest"
 	"github.com/culvertnet/culvert/internal/problem"
 	"github.com/culvertnet/culvert/internal/wire"
 )
@@ -201,7 +203,7 @@ func TestEchoSurvivesLossAndForgery(t *testing.T) {
 		}
 	}()
 	var d net.Dialer
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	if err := echo(ctx, d.DialContext, netip.MustParseAddrPort(server.LocalAddr().String()), 0); err != nil {
 		t.Error(err)
@@ -210,5 +212,49 @@ func TestEchoSurvivesLossAndForgery(t *testing.T) {
 	defer stop()
 	if err := echo(gone, d.DialContext, netip.MustParseAddrPort("127.0.0.1:1"), 0); err == nil {
 		t.Error("a closed port echoes")
+	}
+}
+
+// tokensByProxy gives no token, and says what it would go through.
+type tokensByProxy struct{ proxy string }
+
+func (b tokensByProxy) Token(ctx context.Context, _ string) (wire.Secret, error) {
+	<-ctx.Done()
+	return "", context.Cause(ctx)
+}
+
+func (b tokensByProxy) Proxy() *url.URL { return &url.URL{Scheme: "http", Host: b.proxy} }
+
+// Where a proxy does not answer, the error names it and how it fails, also where only the token goes through it.
+func TestDeadProxyIsNamed(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dead := l.Addr().String()
+	l.Close()
+	t.Setenv("HTTPS_PROXY", "http://user:secret@"+dead)
+	w := agenttest.New(t)
+	for name, tc := range map[string]struct {
+		coordinator string
+		want        []string
+	}{
+		"both":           {"https://culvert.example.com", []string{"neither culvert.example.com nor GitHub's token service answers through the proxy " + dead, "refused"}},
+		"only the token": {w.URL, []string{"GitHub's token service does not answer through the proxy " + dead}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			opts := options(t, w)
+			opts.Coordinator, opts.Timeout = tc.coordinator, 2*time.Second
+			opts.Tokens = func(*http.Client) (TokenSource, error) { return tokensByProxy{dead}, nil }
+			p := start(t, opts).failure(t)
+			for _, want := range tc.want {
+				if !strings.Contains(p.Message, want) {
+					t.Errorf("it says %q, not %q", p.Message, want)
+				}
+			}
+			if p.Code != problem.Timeout || !strings.Contains(p.Next, "HTTPS_PROXY") || strings.Contains(p.Message+p.Next, "secret") {
+				t.Errorf("code %s, next %q", p.Code, p.Next)
+			}
+		})
 	}
 }

@@ -7,8 +7,10 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"net"
 	"net/http"
 	"net/netip"
+	"net/url"
 	"strings"
 	"time"
 	"unicode"
@@ -83,18 +85,48 @@ func (a *Agent) missing() (what, next string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	const ask = "`culvert doctor` tells what this network lets through and what it does not"
-	host := a.opts.url.Host
+	host, proxy, reason := a.opts.url.Host, a.api.proxy(), ""
+	if m.connect.IsZero() && a.unreached != nil {
+		reason = ": " + a.unreached.Error()
+	}
 	switch {
 	case m.connect.IsZero() && m.token.IsZero():
-		return fmt.Sprintf(": neither %s nor GitHub's token service answers", host), ask
+		what, next = fmt.Sprintf(": neither %s nor GitHub's token service answers", host), ask
 	case m.connect.IsZero():
-		return fmt.Sprintf(": no connection to the coordinator at %s", host), ask
+		what, next = fmt.Sprintf(": no connection to the coordinator at %s", host), ask
 	case m.token.IsZero():
-		return ": GitHub's token service does not answer", ask
+		what, next = ": GitHub's token service does not answer", ask
+		if s, ok := a.tokens.(proxiedTokens); ok {
+			proxy = s.Proxy()
+		}
 	case m.join.IsZero():
-		return fmt.Sprintf(": the coordinator at %s does not answer", host), "try again, or look at the coordinator's log"
+		what, next = fmt.Sprintf(": the coordinator at %s does not answer", host), "try again, or look at the coordinator's log"
+	default:
+		return "", "try again, or give it more time with --timeout"
 	}
-	return "", "try again, or give it more time with --timeout"
+	if proxy != nil {
+		what, next = what+" through the proxy "+proxy.Host, "check HTTPS_PROXY, and that the proxy runs and lets this runner through; "+ask
+	}
+	return what + reason, next
+}
+
+// proxiedTokens is a source of tokens that may be behind a proxy.
+type proxiedTokens interface {
+	// Proxy is the one in between, nil for none.
+	Proxy() *url.URL
+}
+
+// notReached remembers why the coordinator could not be connected to; nobody else does while the token is waited for.
+func (a *Agent) notReached(err error) {
+	for inner := errors.Unwrap(err); inner != nil; inner = errors.Unwrap(inner) {
+		err = inner
+		if _, ok := inner.(*net.OpError); ok {
+			break
+		}
+	}
+	a.marks.mu.Lock()
+	defer a.marks.mu.Unlock()
+	a.unreached = err
 }
 
 // attempt is one try to get from nothing to bytes through the tunnel. Until the session is there, nothing waits for

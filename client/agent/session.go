@@ -145,6 +145,9 @@ func (s *session) preconnect(ctx context.Context, connected chan struct{}) error
 	})
 	if err != nil {
 		a.log.Debug("the coordinator did not introduce itself", "err", err)
+		if ctx.Err() == nil {
+			a.notReached(err)
+		}
 		return nil
 	}
 	if info.Version != wire.Version {

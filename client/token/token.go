@@ -67,6 +67,16 @@ func FromEnv(getenv func(string) string, client *http.Client) (*Source, error) {
 	return &Source{url: address, bearer: wire.Secret(bearer), client: &own}, nil
 }
 
+// Proxy is what stands between this host and GitHub's token service, nil for nothing. Its credentials are left out.
+func (s *Source) Proxy() *url.URL {
+	t, ok := s.client.Transport.(interface{ ProxyFor(*url.URL) *url.URL })
+	u, err := url.Parse(s.url)
+	if !ok || err != nil {
+		return nil
+	}
+	return t.ProxyFor(u)
+}
+
 // workflowLines is the next step for a job without the permission. `contents: read` stands there because a job's
 // permissions block takes away whatever it does not list, and with it what actions/checkout needs.
 const workflowLines = "add these lines to the job in the workflow file (a job's own permissions block replaces the workflow's): " +

@@ -103,6 +103,10 @@ type Log struct {
 	at     head       // the chain's head; changed by the writer alone
 	after  uint64     // the store's last message; the writer's
 	rival  time.Time  // when another node's block was last met; the writer's
+	gone   struct {   // a message that ought to be there, and since when it is missed; the writer's
+		seq   uint64
+		since time.Time
+	}
 }
 
 // entry is a record on its way into the log.

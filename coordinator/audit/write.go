@@ -24,7 +24,8 @@ const (
 	maxAhead   = 64                   // blocks that are read at a time
 	rivalry    = time.Second          // how long after another node's block it counts as a rival for the log's end
 	maxYield   = 20 * time.Millisecond
-	maxForeign = 1000 // blocks at the log's end that are not ours before it is given up
+	goneLong   = 10 * time.Second // for a message that ought to be there: a server that leads no longer, and does not know yet, has not got it
+	maxForeign = 1000             // blocks at the log's end that are not ours before it is given up
 )
 
 // write stores blocks until the queue is closed and empty, or the log's life is over.
@@ -267,34 +268,48 @@ func (l *Log) readAhead(n int) ([][]byte, error) {
 	return found, err
 }
 
-// skip goes over messages that were dropped by age or size meanwhile, or taken out. Where there is none at all behind the head yet,
-// one is coming.
+// skip goes over messages that were dropped by age or size meanwhile, and, after a while, over one that was taken out. Where there is
+// none at all behind the head yet, one is coming. That a message is not there is not believed at once: two servers of a cluster can both take
+// themselves for the leader for a moment, and whoever goes by the one that is behind would leave out what was stored and make a chain of its own.
 func (l *Log) skip() error {
 	info, err := l.opts.Store.Info(l.life)
 	switch {
 	case err != nil:
 		return err
+	case info.First > l.after+1:
+		l.after = info.First - 1
+		return state.ErrConflict // the next try takes in what follows
 	case info.Last <= l.after:
 		return errComing
+	case l.gone.seq != l.after+1:
+		l.gone.seq, l.gone.since = l.after+1, time.Now()
 	}
-	for ; l.after < info.Last; l.after++ {
-		if _, err := l.opts.Store.Get(l.life, l.after+1); !errors.Is(err, state.ErrNotFound) {
-			if err == nil {
-				err = state.ErrConflict // the next try takes it in
-			}
-			return err
-		}
+	_, err = l.opts.Store.Get(l.life, l.after+1)
+	switch {
+	case err == nil:
+		return state.ErrConflict
+	case !errors.Is(err, state.ErrNotFound):
+		return err
+	case time.Since(l.gone.since) < goneLong:
+		return errComing
 	}
+	l.after++
 	return state.ErrConflict
 }
 
 // takeIn moves the head behind a block that another node wrote. One that is not of this chain is left aside, and a record
-// says so.
+// says so. Where a coordinator wrote it, and it is ahead of us, we have missed something, and go on from there.
 func (l *Log) takeIn(seq uint64, block []byte) {
 	l.rival = time.Now()
 	at, err := checkBlock(block, &l.at, l.keys)
 	if err == nil {
 		l.move(at, seq)
+		return
+	}
+	if at, err = checkBlock(block, nil, l.keys); err == nil && at.seq > l.at.seq {
+		l.opts.Logger.Error("the audit log goes on behind something that this coordinator has not seen", "message", seq, "missed", at.seq-l.at.seq)
+		l.move(at, seq)
+		l.Note(l.foreign(seq, block))
 		return
 	}
 	l.after = seq

@@ -78,8 +78,11 @@ type State struct {
 	Dir string `yaml:"dir"`
 	// NATS are the URLs of a cluster's servers, such as tls://n1:4222.
 	NATS []string `yaml:"nats"`
-	// Credentials is a file with the cluster's credentials.
+	// Credentials is a file with the cluster's credentials: a user's JWT and seed, or the seed of an nkey alone.
 	Credentials string `yaml:"credentials"`
+	// Elections is a file like it, of a user of the cluster's system account that may ask for elections: without one, joins wait up to 9 s
+	// when a server dies that leads.
+	Elections string `yaml:"elections"`
 }
 
 // Network is one private network and who may be its gateway.

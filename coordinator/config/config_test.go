@@ -152,6 +152,7 @@ func TestRefused(t *testing.T) {
 		{"no state", "state: {dir: data}\n", "", "", "state has no place"},
 		{"two states", "{dir: data}", "{dir: data, nats: [\"tls://n:4222\"]}", "7:", "both dir and nats"},
 		{"credentials for nothing", "{dir: data}", "{dir: data, credentials: f}", "7:", "credentials without nats"},
+		{"elections of nobody", "{dir: data}", "{dir: data, elections: f}", "7:", "elections without nats"},
 		{"secret in nats url", "{dir: data}", "{nats: ['tls://u:p@n:4222']}", "7:", "credentials in it"},
 		{"issuer over http", "https://ghes.example.com", "http://ghes.example.com", "10:", "loopback only"},
 		{"GitHub itself as issuer", "https://ghes.example.com/_services/token", "https://github.com", "10:", "token.actions.githubusercontent.com"},

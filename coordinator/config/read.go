@@ -246,13 +246,15 @@ func (r *reader) state(s State) State {
 		r.fail("$.state", "state has both dir and nats", "keep one: dir for the embedded store, nats for an existing cluster")
 	case s.Credentials != "" && len(s.NATS) == 0:
 		r.fail("$.state.credentials", "credentials without nats", "credentials belong to an existing cluster; remove them")
+	case s.Elections != "" && len(s.NATS) == 0:
+		r.fail("$.state.elections", "elections without nats", "they are an existing cluster's; remove it")
 	}
 	for i, u := range s.NATS {
 		if parsed, err := url.Parse(u); err != nil || parsed.Host == "" || parsed.User != nil {
 			r.fail(fmt.Sprintf("$.state.nats[%d]", i), "not a NATS URL, or one with credentials in it", "write it like tls://n1:4222, and keep credentials in their own file")
 		}
 	}
-	return State{Dir: r.path(s.Dir), NATS: s.NATS, Credentials: r.path(s.Credentials)}
+	return State{Dir: r.path(s.Dir), NATS: s.NATS, Credentials: r.path(s.Credentials), Elections: r.path(s.Elections)}
 }
 
 func (r *reader) issuers(list []issuerDoc, insecure bool) []claims.Issuer {

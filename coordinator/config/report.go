@@ -17,13 +17,17 @@ type Report struct {
 	OK       bool             `json:"ok"` // the file can be used
 	Errors   int              `json:"errors"`
 	Warnings int              `json:"warnings"`
+	Relay    bool             `json:"relay,omitempty"` // it is a relay's own
 	Networks int              `json:"networks"`
 	Rules    int              `json:"rules"`
 	Findings []policy.Finding `json:"findings"`
 }
 
-// CheckReport checks a configuration.
+// CheckReport checks a configuration: a coordinator's, or that of a relay by itself, which is told by its ticket_keys.
 func CheckReport(file string) Report {
+	if data, err := readBounded(file); err == nil && relayKey.Match(data) {
+		return CheckRelay(file)
+	}
 	c, findings := Check(file)
 	r := reportOf(file, findings)
 	if c != nil {
@@ -36,14 +40,16 @@ func CheckReport(file string) Report {
 func CheckRules(file string) Report {
 	data, err := readBounded(file)
 	if err != nil {
-		return reportOf(file, []policy.Finding{{
-			Severity: policy.Mistake, File: file, Message: "cannot be read: " + cause(err).Error(), Next: "give the path of a readable file of rules",
-		}})
+		return reportOf(file, []policy.Finding{unreadable(file, err)})
 	}
 	rules, findings := policy.LintFile(file, data, policy.Options{}, time.Now())
 	r := reportOf(file, findings)
 	r.Rules = rules
 	return r
+}
+
+func unreadable(file string, err error) policy.Finding {
+	return policy.Finding{Severity: policy.Mistake, File: file, Message: "cannot be read: " + cause(err).Error(), Next: "give the path of a readable file"}
 }
 
 func reportOf(file string, findings []policy.Finding) Report {
@@ -91,7 +97,11 @@ func (r *Report) WriteText(w io.Writer) {
 		if r.Networks > 0 {
 			parts = append(parts, count(r.Networks, "network"))
 		}
-		parts = append(parts, count(r.Rules, "rule"))
+		if r.Relay {
+			parts = append(parts, "a relay's")
+		} else {
+			parts = append(parts, count(r.Rules, "rule"))
+		}
 	}
 	if r.Errors > 0 {
 		parts = append(parts, count(r.Errors, "error"))

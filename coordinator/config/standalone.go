@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"path/filepath"
+	"regexp"
 	"strconv"
 
 	"github.com/culvertnet/culvert/internal/policy"
@@ -79,21 +80,46 @@ func LoadStandalone(file string) (*Standalone, error) {
 
 // ParseStandalone checks the content of relay.yaml; file names it in errors, and paths in it are relative to its folder.
 func ParseStandalone(file string, data []byte) (*Standalone, error) {
-	parsed, err := yamlfile.Parse(file, data)
+	s, findings, err := checkStandalone(file, data)
 	if err != nil {
 		return nil, err
 	}
-	var d standaloneDoc
-	r := &reader{locators: []*policy.Locator{{File: file, Document: parsed}}, dir: filepath.Dir(file)}
-	r.locators[0].Decode(&d)
-	s := r.standalone(&d)
-	findings := r.findings()
 	for i := range findings {
 		if findings[i].Severity == policy.Mistake {
 			return nil, findings[i].Problem()
 		}
 	}
 	return s, nil
+}
+
+func checkStandalone(file string, data []byte) (*Standalone, []policy.Finding, error) {
+	parsed, err := yamlfile.Parse(file, data)
+	if err != nil {
+		return nil, nil, err
+	}
+	var d standaloneDoc
+	r := &reader{locators: []*policy.Locator{{File: file, Document: parsed}}, dir: filepath.Dir(file)}
+	r.locators[0].Decode(&d)
+	s := r.standalone(&d)
+	return s, r.findings(), nil
+}
+
+// relayKey is what every relay's file has at its outermost level, and no coordinator's.
+var relayKey = regexp.MustCompile(`(?m)^["']?ticket_keys["']?[ \t]*:`)
+
+// CheckRelay checks the file of a relay that runs by itself.
+func CheckRelay(file string) Report {
+	data, err := readBounded(file)
+	if err != nil {
+		return reportOf(file, []policy.Finding{unreadable(file, err)})
+	}
+	_, findings, err := checkStandalone(file, data)
+	if err != nil {
+		findings = []policy.Finding{policy.FromProblem(file, err)}
+	}
+	r := reportOf(file, findings)
+	r.Relay = true
+	return r
 }
 
 func (r *reader) standalone(d *standaloneDoc) *Standalone {

@@ -1,6 +1,7 @@
 package config
 
 import (
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -88,5 +89,29 @@ func TestStandaloneSchema(t *testing.T) {
 		if s.Validate(asJSON(t, text)) == nil {
 			t.Errorf("taken: %s", text)
 		}
+	}
+}
+
+// TestCheckKnowsARelaysFile: check judges a relay's file as one, with its own mistakes.
+func TestCheckKnowsARelaysFile(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "relay.yaml")
+	for content, want := range map[string]string{
+		minimalRelay:                        "ok, a relay's",
+		minimalRelay + "rules: []\n":        `unknown key "rules"`,
+		minimalRelay + "metrics: nowhere\n": "is not an address to listen on",
+		"ticket_keys: [x]\n":                "is not a public key",
+	} {
+		if err := os.WriteFile(file, []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		var out strings.Builder
+		r := CheckReport(file)
+		r.WriteText(&out)
+		if !strings.Contains(out.String(), want) || !r.Relay || r.OK != strings.HasPrefix(want, "ok") {
+			t.Errorf("%q: %+v\n%s", content, r, out.String())
+		}
+	}
+	if r := CheckRelay(filepath.Join(t.TempDir(), "none")); r.OK || r.Errors != 1 {
+		t.Errorf("%+v", r)
 	}
 }

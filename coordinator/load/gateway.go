@@ -185,7 +185,7 @@ func (g *gateway) greet(ctx context.Context, conn *websocket.Conn) error {
 	g.conn, g.welcome = conn, w
 	for _, id := range w.End {
 		delete(g.held, id)
-		g.p.live.lose(id)
+		g.p.live.lose(id, g.hello.Key)
 	}
 	return nil
 }

@@ -5,6 +5,8 @@ import (
 	"net/netip"
 	"sync"
 	"time"
+
+	"github.com/culvertnet/culvert/internal/wire"
 )
 
 // live is the sessions that stand, in the order in which they renew.
@@ -63,11 +65,12 @@ func (l *live) forget(id string) bool {
 	return ok
 }
 
-// lose notes that a session was ended that its job had not ended.
-func (l *live) lose(id string) {
+// lose notes that a session was ended that its job had not ended, by the gateway that carries it. One that was asked before another one
+// was, in a join that was tried again, is told to let go of it as well.
+func (l *live) lose(id string, gateway wire.Key) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.forget(id) {
+	if s, ok := l.byID[id]; ok && s.gateway == gateway && l.forget(id) {
 		l.lost++
 	}
 }

@@ -24,7 +24,7 @@ const closeAudit = 5 * time.Second
 func (s *Server) openAudit(ctx context.Context) (err error) {
 	c, a := s.config.State, s.config.Audit
 	s.auditStore, err = state.OpenLog(ctx, state.LogOptions{
-		Options: state.Options{Dir: c.Dir, NATS: c.NATS, Credentials: c.Credentials, Logger: s.log}, MaxAge: a.Keep, MaxBytes: a.MaxSize,
+		Options: state.Options{Dir: c.Dir, NATS: c.NATS, Credentials: c.Credentials, Elections: c.Elections, Logger: s.log}, MaxAge: a.Keep, MaxBytes: a.MaxSize,
 	})
 	if err != nil && problem.CodeOf(err) == problem.Failed {
 		err = problem.Wrap(err, problem.Failed, fmt.Sprintf("cannot open the audit log: %v", err), "check that the folder is writable and that the disk has room")

@@ -197,7 +197,7 @@ func asIdentities(v *claims.Verifier) api.Identities {
 
 func (s *Server) openState(ctx context.Context) (err error) {
 	c := s.config.State
-	s.store, err = state.Open(ctx, state.Options{Dir: c.Dir, NATS: c.NATS, Credentials: c.Credentials, Logger: s.log})
+	s.store, err = state.Open(ctx, state.Options{Dir: c.Dir, NATS: c.NATS, Credentials: c.Credentials, Elections: c.Elections, Logger: s.log})
 	if err != nil && problem.CodeOf(err) == problem.Failed {
 		return problem.Wrap(err, problem.Failed, fmt.Sprintf("cannot open the state: %v", err),
 			"check that the folder is writable and that the disk has room")

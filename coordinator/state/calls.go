@@ -23,6 +23,7 @@ const (
 	// escapeAfter is how long a server may be without a leader of our streams before another one is asked: longer than an election
 	// takes, because then it is the server that is cut off from the others.
 	escapeAfter = 10 * time.Second
+	escapeAgain = 5 * time.Second // where it says itself that it is cut off, but not more often
 
 	callPatience  = 12 * time.Second // all tries of a call, where its caller has less time to spare: a server's death, noticed late, and an election
 	startPatience = time.Minute      // at the start: for a cluster that was started together with us, or has just lost a server
@@ -57,21 +58,38 @@ func once(ctx context.Context, limit time.Duration, f func(ctx context.Context) 
 // escape leaves a server that has no leader of our streams for long, though the connection to it is in order: it is cut off from the
 // other servers, and they may have one.
 type escape struct {
-	leave func() error
+	leave    func() error
+	election *election // nil where there is no cluster
 
 	mu    sync.Mutex
 	since time.Time // the first failure after the last call that worked; zero: none
+	left  time.Time // when a server was left that was cut off
 }
 
 // tries is the function of that name, for calls that a leader answers.
 func (e *escape) tries(ctx context.Context, f func(ctx context.Context) error) error {
-	return tries(ctx, callPatience, func(ctx context.Context) error { return e.note(f(ctx)) })
+	return tries(ctx, callPatience, func(ctx context.Context) error { return e.call(ctx, f) })
+}
+
+// call makes one call that a leader answers.
+func (e *escape) call(ctx context.Context, f func(ctx context.Context) error) error {
+	return e.note(e.election.during(ctx, f))
+}
+
+// cutOff leaves a server that most of the others are lost to.
+func (e *escape) cutOff() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if now := time.Now(); e.leave != nil && now.Sub(e.left) >= escapeAgain {
+		e.left = now
+		_ = e.leave() // as in failed
+	}
 }
 
 // note takes how a call to a leader ended, and gives it back.
 func (e *escape) note(err error) error {
 	switch {
-	case errors.Is(err, context.Canceled): // by whoever asked: it tells nothing
+	case errors.Is(err, errNewLeader), errors.Is(err, context.Canceled): // by whoever asked: it tells nothing
 	case leaderless(err) && !errors.Is(err, errComing):
 		e.failed(time.Now())
 	default:
@@ -124,7 +142,7 @@ func leaderless(err error) bool {
 	if apiErr, ok := errors.AsType[*jetstream.APIError](err); ok {
 		return apiErr.Code == http.StatusServiceUnavailable
 	}
-	for _, passing := range []error{errComing, context.DeadlineExceeded, nats.ErrTimeout, nats.ErrNoResponders, nats.ErrDisconnected, nats.ErrConnectionReconnecting,
+	for _, passing := range []error{errComing, errNewLeader, context.DeadlineExceeded, nats.ErrTimeout, nats.ErrNoResponders, nats.ErrDisconnected, nats.ErrConnectionReconnecting,
 		nats.ErrStaleConnection, jetstream.ErrNoStreamResponse} {
 		if errors.Is(err, passing) {
 			return true

@@ -1,6 +1,7 @@
 package state
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"os"
@@ -53,11 +54,11 @@ func connect(opts Options, in *embedded, reconnected chan<- struct{}) (*nats.Con
 	}
 	with = append(with, nats.Timeout(redialTimeout), nats.PingInterval(pingInterval), nats.MaxPingsOutstanding(pingsMissed))
 	if opts.Credentials != "" {
-		if _, err := os.Stat(opts.Credentials); err != nil {
-			return nil, problem.Wrap(err, problem.BadConfig, "the nats credentials file of state cannot be read",
-				"check that it exists and that this program may read it")
+		who, err := identity(opts.Credentials)
+		if err != nil {
+			return nil, err
 		}
-		with = append(with, nats.UserCredentials(opts.Credentials))
+		with = append(with, who)
 	}
 	conn, err := nats.Connect(strings.Join(opts.NATS, ","), with...)
 	switch {
@@ -69,4 +70,21 @@ func connect(opts Options, in *embedded, reconnected chan<- struct{}) (*nats.Con
 		return nil, problem.Wrap(err, problem.Unreachable, "no nats server of state answers",
 			"check that one of the URLs is up and can be reached from here")
 	}
+}
+
+// identity says who we are to nats by a file with a user's JWT and seed, or with the seed of an nkey alone.
+func identity(file string) (nats.Option, error) {
+	data, err := os.ReadFile(file)
+	if err == nil && !bytes.Contains(data, []byte("NATS USER JWT")) {
+		var who nats.Option
+		if who, err = nats.NkeyOptionFromSeed(file); err == nil {
+			return who, nil
+		}
+	}
+	clear(data)
+	if err != nil {
+		return nil, problem.Wrap(err, problem.BadConfig, "a nats credentials file of state cannot be read",
+			"check that it exists, that this program may read it, and that it holds a user's credentials or an nkey's seed")
+	}
+	return nats.UserCredentials(file), nil
 }

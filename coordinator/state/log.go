@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -48,6 +49,10 @@ type Log struct {
 	marks    jetstream.Stream // nil where a log that is only read has none
 	log      *slog.Logger
 	escape   escape
+
+	life  context.Context // ends with Close
+	end   context.CancelFunc
+	tasks sync.WaitGroup // the look after the leader
 }
 
 // LogInfo says what a [Log] holds. Sequences of messages count from 1; First is Last+1 in an empty one.
@@ -76,6 +81,7 @@ func OpenLog(ctx context.Context, opts LogOptions) (*Log, error) {
 		return nil, err
 	}
 	l := &Log{log: opts.Logger}
+	l.life, l.end = context.WithCancel(context.WithoutCancel(ctx))
 	if err := l.open(ctx, opts); err != nil {
 		return nil, errors.Join(err, l.Close())
 	}
@@ -114,7 +120,13 @@ func (l *Log) open(ctx context.Context, opts LogOptions) (err error) {
 	if err != nil && !(opts.ReadOnly && errors.Is(err, ErrNotFound) && l.stream != nil) {
 		return fmt.Errorf("make the audit log ready: %w", err)
 	}
-	return nil
+	if opts.ReadOnly {
+		return nil
+	}
+	if l.escape.election, err = newElection(opts.Options, l.conn, l.stream, l.escape.cutOff); err == nil && l.escape.election != nil {
+		l.tasks.Go(func() { l.escape.election.run(l.life) })
+	}
+	return err
 }
 
 // ready finds or makes the stream, and gives it the limits that are asked for.
@@ -192,6 +204,8 @@ func makeReplicated(ctx context.Context, js jetstream.JetStream, clustered bool,
 
 // Close ends the connection and the embedded server, and waits. It may be called more than once.
 func (l *Log) Close() error {
+	l.end()
+	l.tasks.Wait()
 	if l.conn != nil {
 		l.conn.Close()
 	}
@@ -210,8 +224,11 @@ func (l *Log) MaxMessage() int { return int(l.conn.MaxPayload()) }
 func (l *Log) Append(ctx context.Context, data []byte, after uint64) (uint64, error) {
 	ctx, cancel := context.WithTimeout(ctx, appendWait)
 	defer cancel()
-	ack, err := l.js.PublishMsg(ctx, &nats.Msg{Subject: logSubject, Data: data}, jetstream.WithExpectLastSequence(after), atOnce)
-	_ = l.escape.note(err)
+	var ack *jetstream.PubAck
+	err := l.escape.call(ctx, func(ctx context.Context) (err error) {
+		ack, err = l.js.PublishMsg(ctx, &nats.Msg{Subject: logSubject, Data: data}, jetstream.WithExpectLastSequence(after), atOnce)
+		return err
+	})
 	switch {
 	case err == nil:
 		return ack.Sequence, nil

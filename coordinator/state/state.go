@@ -35,7 +35,8 @@ import (
 type Options struct {
 	Dir         string       // embedded: where JetStream keeps its files; "" keeps them in a temporary folder removed on Close
 	NATS        []string     // an existing cluster instead: its URLs, for example tls://n1:4222
-	Credentials string       // its credentials file
+	Credentials string       // its credentials file: a user's JWT and seed, or an nkey's seed
+	Elections   string       // a file like it, of a user of its system account that may ask for elections; "" waits for them
 	Logger      *slog.Logger // defaults to slog.Default
 
 	now func() time.Time // the clock by which leases expire; tests turn it
@@ -47,7 +48,7 @@ func (o *Options) Validate() error {
 		return problem.New(problem.BadConfig, "state has both a dir and nats URLs",
 			"keep dir for the embedded store, or nats for an existing cluster")
 	}
-	if len(o.NATS) == 0 && o.Credentials != "" {
+	if len(o.NATS) == 0 && o.Credentials+o.Elections != "" {
 		return problem.New(problem.BadConfig, "state has credentials but no nats URLs", "add nats, or remove credentials")
 	}
 	for i, s := range o.NATS {
@@ -85,7 +86,7 @@ type Store struct {
 
 	life  context.Context // ends with Close; handlers of messages run under it
 	end   context.CancelFunc
-	tasks sync.WaitGroup // the watch
+	tasks sync.WaitGroup // the watch, and the look after the leader
 
 	mu      sync.Mutex
 	closed  bool
@@ -124,6 +125,13 @@ func (s *Store) open(ctx context.Context, opts Options) error {
 	})
 	if err != nil {
 		return fmt.Errorf("make the state's bucket ready: %w", err)
+	}
+	e := &s.bucket.escape
+	if e.election, err = newElection(opts, s.conn, s.bucket.stream, e.cutOff); err != nil {
+		return err
+	}
+	if e.election != nil {
+		s.tasks.Go(func() { e.election.run(s.life) })
 	}
 	s.tasks.Go(func() { s.bucket.follow(s.life, reconnected) })
 	select {

@@ -93,5 +93,7 @@ func drops(t tunnel.Stats, d netstack.Stats) map[string]uint64 {
 		"malformed":      d.Malformed, // no IP packet inside
 		"unknown-source": d.Filtered,  // of no session
 		"queue-full":     d.Overflow,  // the tunnel did not keep up
+		"over-turn":      t.OverTurn,  // of a session that sends more than its part of what the gateway can take
+		"unread":         d.Unread,    // datagrams that come faster than their flow carries them on
 	}
 }

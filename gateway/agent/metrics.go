@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"github.com/culvertnet/culvert/internal/problem"
@@ -49,7 +50,7 @@ func (m *metrics) serve(address string, g *Gateway) error {
 			"give another address with --metrics")
 	}
 	registry := prometheus.NewRegistry()
-	registry.MustRegister(m.refusals, snapshot{g})
+	registry.MustRegister(m.refusals, snapshot{g}, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	m.register(registry, g)
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{MaxRequestsInFlight: 4, Timeout: 5 * time.Second}))

@@ -51,7 +51,7 @@ func newPlane(key wire.PrivateKey, port uint16, o *Options, client *http.Client,
 	if err != nil {
 		return nil, fmt.Errorf("make the network stack: %w", err)
 	}
-	t, err := tunnel.New(tunnel.Options{Key: key, TUN: device, Port: port, Logger: log, Relays: relaying(o, client)})
+	t, err := tunnel.New(tunnel.Options{Key: key, TUN: device, Port: port, Turns: true, Logger: log, Relays: relaying(o, client)})
 	if err != nil {
 		return nil, errors.Join(problem.Wrap(err, problem.Failed, fmt.Sprintf("the tunnel cannot listen on UDP port %d: %v", port, err),
 			"free the port, or give another with --listen"), device.Close())

@@ -3,6 +3,9 @@
 package agent
 
 import (
+	"os"
+	"runtime"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -47,29 +50,71 @@ func share(b *testing.B, kind byte, sessions, greedy int) {
 	}
 	crowd.ask(crowdOrder{Go: &crowdGo{To: 1, Streams: greedy, Kind: kind}})
 	crowd.ask(crowdOrder{Measure: settle})
-	used := processorTime()
+	before := take(w.gateway)
 	alone := crowd.ask(crowdOrder{Measure: window})
 	one, _ := shares(alone)
 	b.ReportMetric(0, "ns/op")
 	b.ReportMetric(one, "one-Mbit/s")
-	if one > 0 {
-		b.ReportMetric((processorTime()-used).Seconds()/alone.Took.Seconds()/one*1000, "one-core-s/Gbit")
-	}
+	take(w.gateway).report(b, before, alone, "one-")
 	if sessions == 1 {
 		return
 	}
 	begun := crowd.ask(crowdOrder{Go: &crowdGo{From: 1, To: sessions, Streams: 1, Kind: kind}})
 	b.ReportMetric(begun.Took.Seconds(), "all-connected-s")
 	crowd.ask(crowdOrder{Measure: settle + time.Duration(sessions)*4*time.Millisecond}) // those that came first give back
-	used = processorTime()
+	before = take(w.gateway)
 	together := crowd.ask(crowdOrder{Measure: window})
+	take(w.gateway).report(b, before, together, "")
 	all, jain := shares(together)
-	b.ReportMetric((processorTime()-used).Seconds()/together.Took.Seconds()/all*1000, "core-s/Gbit")
 	b.ReportMetric(all, "all-Mbit/s")
 	b.ReportMetric(all/one, "ratio")
 	b.ReportMetric(jain, "jain")
 	b.ReportMetric(resident(b), "RSS-MB")
 	b.ReportMetric(float64(together.Bytes[0])*8/1e6/together.Took.Seconds(), "first-Mbit/s")
+}
+
+// state is what has been used and lost up to a moment.
+type state struct {
+	used  time.Duration // processor time of this process
+	idle  time.Duration // of all processors together, see proc(5)
+	lost  uint64        // datagrams, or runs of them, that the kernel's sockets had no room for
+	drops uint64        // packets that the gateway dropped for their session's sake
+}
+
+func take(g *Gateway) state {
+	s := state{used: processorTime(), drops: g.plane.tunnel.Stats().OverTurn + g.plane.device.Stats().Overflow}
+	if f := procFields("/proc/stat", "cpu"); len(f) > 4 {
+		ticks, _ := strconv.Atoi(f[4])
+		s.idle = time.Duration(ticks) * 10 * time.Millisecond
+	}
+	if f := procFields("/proc/net/snmp", "Udp:"); len(f) > 5 {
+		s.lost, _ = strconv.ParseUint(f[5], 10, 64)
+	}
+	return s
+}
+
+// procFields gives the last line of a file that begins with a word.
+func procFields(name, word string) (fields []string) {
+	data, _ := os.ReadFile(name) // a figure that is missing is 0
+	for line := range strings.Lines(string(data)) {
+		if f := strings.Fields(line); len(f) > 0 && f[0] == word {
+			fields = f
+		}
+	}
+	return fields
+}
+
+// report tells what a Gbit took of processors since before, by the gateway and by the crowd, so that it shows which of them is what the
+// total is bounded by, how much of the machine was idle, and what was lost.
+func (s state) report(b *testing.B, before state, a crowdAnswer, prefix string) {
+	mbit, _ := shares(a)
+	if gbit := mbit / 1000 * a.Took.Seconds(); gbit > 0 {
+		b.ReportMetric((s.used-before.used).Seconds()/gbit, prefix+"core-s/Gbit")
+		b.ReportMetric(a.Used.Seconds()/gbit, prefix+"crowd-core-s/Gbit")
+	}
+	b.ReportMetric(100*(s.idle-before.idle).Seconds()/a.Took.Seconds()/float64(runtime.NumCPU()), prefix+"idle-%")
+	b.ReportMetric(float64(s.lost-before.lost), prefix+"kernel-drops")
+	b.ReportMetric(float64(s.drops-before.drops), prefix+"drops")
 }
 
 // join admits the i-th session and has the crowd play it.

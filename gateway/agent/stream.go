@@ -28,9 +28,9 @@ const (
 	pingTimeout     = 10 * time.Second
 	offerTimeout    = 8 * time.Second // to verify and admit; the coordinator has given up by then
 	firstRetry      = 200 * time.Millisecond
-	lastRetry       = 5 * time.Second
-	refusedRetry    = time.Minute // after a refusal that only a person can lift
-	settled         = 10 * time.Second
+	lastRetry       = 2 * time.Second // jobs wait for this one when the coordinator is back
+	refusedRetry    = time.Minute     // after a refusal that only a person can lift
+	settled         = 3 * time.Second
 	credentialEvery = 10 * time.Second // how often the credential's file is looked at
 	goodbye         = time.Second      // for the coordinator to close in good order
 )

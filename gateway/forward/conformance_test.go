@@ -39,7 +39,95 @@ var never = strings.Fields(`
 	::1 fd00:ec2::254 fd00:ec2::23 fd20:ce::254 fd00:42::42 fe80::1 fe80::a9fe:a9fe febf::1 fd63:756c:7665:7274::c612:3
 	64:ff9b::a9fe:a9fe 64:ff9b::7f00:1 64:ff9b::a83f:8110 64:ff9b::a07:707 64:ff9b::c612:3 64:ff9b::a9fe:1 64:ff9b::0.0.0.1
 	2002:a9fe:a9fe:: 2002:7f00:1:: 2002:a07:707::1 2002:a83f:8110:: 2001::5601:5601 2001::80ff:fffe
+	::ffff:169.254.169.254 ::ffff:127.0.0.1 ::ffff:10.7.7.7 ::ffff:198.18.0.3 64:ff9b:1::a9fe:a9fe 64:ff9b:1::7f00:1
 	::169.254.169.254 ::127.0.0.1 ::10.7.7.7 ::ffff:0:169.254.169.254 ::ffff:0:127.0.0.1`)
+
+// named are flows to names: to the address that the gateway gives, at a port, where the private network's DNS says what stands in records.
+// What is to be let through leads to this machine, which the gateway's own policy opens for it.
+var named = []struct {
+	lines, name, records string
+	flow                 string // protocol and port
+	open                 bool
+}{
+	{"tcp db.internal:5432", "db.internal", "db.internal. 60 IN A 127.0.0.1", "tcp 5432", true},
+	{"tcp db.internal:5432", "db.internal", "db.internal. 60 IN AAAA ::1", "tcp 5432", true},
+	{"tcp db.internal:5432", "db.internal", "db.internal. 60 IN A 10.0.0.5", "tcp 5431", false},
+	{"tcp db.internal:5432", "db.internal", "db.internal. 60 IN A 10.0.0.5", "tcp 5433", false},
+	{"tcp db.internal:5432", "db.internal", "db.internal. 60 IN A 10.0.0.5", "udp 5432", false},
+	{"tcp db.internal:5432", "db.internal", "", "tcp 5432", true}, // granted, though it does not exist: that is not policy's
+	{"tcp *.svc.corp:443", "a.svc.corp", "a.svc.corp. 60 IN A 127.0.0.1", "tcp 443", true},
+	{"tcp *.svc.corp:443", "a.b.c.svc.corp", "a.b.c.svc.corp. 60 IN A 127.0.0.1", "tcp 443", true},
+	{"tcp *.svc.corp:443", "a.svc.corp", "a.svc.corp. 60 IN A 10.0.0.5", "tcp 80", false},
+	{"tcp *.svc.corp:443|tcp a.svc.corp:80", "a.svc.corp", "a.svc.corp. 60 IN A 127.0.0.1", "tcp 80", true},
+	{"tcp *.svc.corp:443|tcp a.svc.corp:80", "b.svc.corp", "b.svc.corp. 60 IN A 10.0.0.5", "tcp 80", false},
+	// Rebinding: a granted name that has come to lead where nothing may go.
+	{"tcp db.internal:5432", "db.internal", "db.internal. 60 IN A 169.254.169.254", "tcp 5432", false},
+	{"tcp db.internal:5432", "db.internal", "db.internal. 60 IN A 127.0.0.1", "tcp 5432", false},
+	{"tcp db.internal:5432", "db.internal", "db.internal. 60 IN A 168.63.129.16", "tcp 5432", false},
+	{"tcp db.internal:5432", "db.internal", "db.internal. 60 IN A 10.7.7.7", "tcp 5432", false}, // the gateway itself
+	{"tcp db.internal:5432", "db.internal", "db.internal. 60 IN A 198.18.0.3", "tcp 5432", false},
+	{"tcp db.internal:5432", "db.internal", "db.internal. 60 IN AAAA ::ffff:127.0.0.1", "tcp 5432", false},
+	{"tcp db.internal:5432", "db.internal", "db.internal. 60 IN AAAA 64:ff9b::a9fe:a9fe", "tcp 5432", false},
+	{"tcp db.internal:5432", "db.internal", "db.internal. 60 IN AAAA fd00:ec2::254", "tcp 5432", false},
+	{"tcp *.svc.corp:443", "meta.svc.corp", "meta.svc.corp. 60 IN A 169.254.169.254", "tcp 443", false},
+	{"tcp *.svc.corp:443", "meta.svc.corp", "meta.svc.corp. 60 IN AAAA ::1", "tcp 443", false},
+	// An alias is followed, and what it leads to is held against what is always denied.
+	{"tcp www.internal:80", "www.internal", "www.internal. 60 IN CNAME other.example.|other.example. 60 IN A 127.0.0.1", "tcp 80", true},
+	{"tcp www.internal:80", "www.internal", "www.internal. 60 IN CNAME other.example.|other.example. 60 IN A 169.254.169.254", "tcp 80", false},
+	{"tcp www.internal:80", "www.internal", "www.internal. 60 IN CNAME other.example.|other.example. 60 IN A 127.0.0.1", "tcp 80", false},
+}
+
+// ungranted are names that a job gets no address for.
+var ungranted = []struct{ lines, name string }{
+	{"tcp www.internal:80", "other.example"}, // where its alias leads
+	{"tcp *.svc.corp:443", "svc.corp"}, {"tcp *.svc.corp:443", "corp"}, {"tcp *.svc.corp:443", "asvc.corp"}, {"tcp *.svc.corp:443", "a.svc.corp.evil.example"},
+	{"tcp db.internal:5432", "x.db.internal"}, {"tcp db.internal:5432", "internal"}, {"tcp 10.0.0.0/8:*", "db.internal"}, {"tcp internet:443", "example.com"},
+}
+
+// TestConformanceOfNames does for names what [TestConformance] does for addresses.
+func TestConformanceOfNames(t *testing.T) {
+	n := newNamedEnv(t, Limits{DialTimeout: 20 * time.Second, SessionRate: 1 << 20})
+	n.job.SetAddresses([]netip.Addr{job4, job6})
+	n.join("tcp 10.0.0.1:1", "")
+	for i, c := range named {
+		offered, local := c.lines, ""
+		if c.open {
+			offered, local = c.lines+"|tcp 127.0.0.1:*|tcp [::1]:*", own
+		}
+		n.s.SetScope(realScope(t, offered, local))
+		byOwner := map[string][]string{c.name: nil}
+		for line := range strings.SplitSeq(c.records, "|") {
+			if owner, _, ok := strings.Cut(line, ". "); ok {
+				byOwner[owner] = append(byOwner[owner], line)
+			}
+		}
+		for owner, lines := range byOwner {
+			n.up.Set(t, owner, lines...)
+		}
+		n.f.resolver = freshResolver(t, n.up) // instead of waiting for the last answer to expire
+		before := n.s.Counts()
+		proto, at, _ := strings.Cut(c.flow, " ")
+		dst := n.at(c.name, at)
+		if proto == "tcp" {
+			n.gatewaySees(syn(netip.AddrPortFrom(job4, uint16(2000+i)), netip.MustParseAddrPort(dst), 1))
+		} else if _, err := n.udp(dst).Write([]byte("x")); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "a verdict on "+c.name, func() bool {
+			now := n.s.Counts()
+			return now.Allowed+now.Denied > before.Allowed+before.Denied
+		})
+		if allowed := n.s.Counts().Allowed > before.Allowed; allowed != c.open {
+			t.Errorf("%q, %q: %s %s is let through: %v", c.lines, c.records, c.flow, c.name, allowed)
+		}
+	}
+	for _, c := range ungranted {
+		n.s.SetScope(realScope(t, c.lines, ""))
+		if addr, ok := n.s.serviceAddr(c.name); ok {
+			t.Errorf("%q: %s has the address %v", c.lines, c.name, addr)
+		}
+	}
+}
 
 // TestConformance sends packets of a job through the gateway's real data plane and reads the verdict from what it traces.
 func TestConformance(t *testing.T) {

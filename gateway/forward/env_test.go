@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -43,6 +44,7 @@ type env struct {
 	scope   *policy.Scope
 	grants  *grants
 	errors  chan header.ICMPv4 // ICMPv4 errors that the gateway sends
+	deaf    atomic.Bool        // nothing reaches the first session's job
 }
 
 // grants stands in for the policy: what each scope allows.
@@ -89,7 +91,7 @@ func newEnv(t testing.TB, limits Limits) *env {
 		if ip := header.IPv4(packet); !fromA && packet[0]>>4 == 4 && ip.TransportProtocol() == header.ICMPv4ProtocolNumber {
 			e.errors <- append(header.ICMPv4(nil), ip.Payload()...)
 		}
-		return false
+		return !fromA && e.deaf.Load() && packet[0]>>4 == 4 && header.IPv4(packet).DestinationAddress() == full(netip.AddrPortFrom(job4, 0)).Addr
 	}
 	e.wire.Connect(e.job, e.gateway)
 	t.Cleanup(e.close)

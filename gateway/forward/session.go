@@ -58,6 +58,10 @@ type Session struct {
 	lane       atomic.Pointer[netstack.Lane]
 	awaits     atomic.Bool // see [Session.AwaitNames]
 
+	// carrying is held by the one of the session's UDP flows that carries some, so that a session with many flows keeps a gateway no
+	// busier than one with one.
+	carrying sync.Mutex
+
 	hungry      int64  // of Forwarder.hungry
 	hungryFlows census // those that want to send faster
 

@@ -17,7 +17,10 @@ import (
 	"github.com/culvertnet/culvert/internal/policy"
 )
 
-const udpBuffer = 512 << 10 // of one flow in the stack, towards the target, where its session can pay for it
+const (
+	udpBuffer = 512 << 10 // of one flow in the stack, towards the target, where its session can pay for it
+	udpTurn   = 32        // datagrams that a flow carries before another one of its session does
+)
 
 // handleUDP sees every datagram that belongs to no flow yet, on the goroutine that delivers packets. False leaves it to
 // the stack, which answers that the port is unreachable.
@@ -115,26 +118,38 @@ func (fl *flow) udpUp(ep tcpip.Endpoint, wq *waiter.Queue, out *outlet) {
 	}
 }
 
-// udpDrain copies what waits; false says that the endpoint is closed.
+// udpDrain copies what waits, in turns with the session's other flows; false says that the endpoint is closed.
 func (fl *flow) udpDrain(ep tcpip.Endpoint, out *outlet) bool {
+	for {
+		if more, open := fl.udpSome(ep, out); !more {
+			return open
+		}
+	}
+}
+
+// udpSome copies some of what waits. more says that there may be more, open that the endpoint is not closed.
+func (fl *flow) udpSome(ep tcpip.Endpoint, out *outlet) (more, open bool) {
+	fl.s.carrying.Lock()
+	defer fl.s.carrying.Unlock()
 	buf := datagrams.Get().(*buffer)
 	defer datagrams.Put(buf)
-	for {
+	for range udpTurn {
 		w := tcpip.SliceWriter(buf.b)
 		res, terr := ep.Read(&w, tcpip.ReadOptions{})
 		if _, empty := terr.(*tcpip.ErrWouldBlock); empty {
-			return true
+			return false, true
 		}
 		if terr != nil {
-			return false
+			return false, false
 		}
 		err := out.send(buf.b[:res.Count], fl.quote, netstack.DatagramMayBeFragmented(&res.ControlMessages))
 		if err == nil {
 			fl.carry(res.Count, 0)
 		} else if !fl.udpError(err) {
-			return false
+			return false, false
 		}
 	}
+	return true, true
 }
 
 // udpDown copies datagrams from the target to the job until the socket is closed.
@@ -142,6 +157,8 @@ func (fl *flow) udpDown(ep tcpip.Endpoint, out *outlet) {
 	var reader bytes.Reader
 	src, err := newSource(out.conn, &datagrams, false, func(b []byte) error {
 		fl.carry(0, len(b))
+		fl.s.carrying.Lock()
+		defer fl.s.carrying.Unlock()
 		reader.Reset(b)
 		_, _ = ep.Write(&reader, tcpip.WriteOptions{}) // what does not fit is lost, as datagrams are
 		return nil

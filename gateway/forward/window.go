@@ -14,6 +14,8 @@ const (
 	mostSend   = 16 << 20 // 1 Gbit/s at 80 ms: the stack wakes a writer when half of it is free
 	mostRead   = 8 << 20  // 800 Mbit/s at 80 ms
 	bulkRead   = 8 << 10  // what a flow that is short of buffer has read at a time
+	bulkLook   = 64 << 10 // or has read in many small pieces
+	windowPart = 2        // of a receive buffer the stack promises the job half
 )
 
 // Small writes cost the stack a kilobyte each, whatever they hold.
@@ -28,7 +30,8 @@ const (
 //
 // A send buffer grows when it is full: at first freely, beyond freeGrowth only once the job has acknowledged half of it, so
 // that it is always ahead of the congestion window, which doubles with each round trip at most. It shrinks to its floor when the flow rests, unless bytes still wait in it.
-// A receive buffer grows as the stack measures what the flow needs, and never shrinks: the job has been promised the window.
+// A receive buffer grows as the stack measures what the flow needs. It shrinks to the flow's share, to a quarter at a time, when others want more as
+// well: as the stack never takes back a window that the job has been promised, what it was lent is paid back once the job has used that up.
 type window struct {
 	ep     *tcp.Endpoint
 	purse  *purse
@@ -38,7 +41,11 @@ type window struct {
 	send     int64 // size of the send buffer
 	sendLoan int64
 	readLoan int64
-	small    int // small writes since the stack was seen empty
+	read     int64 // bytes in all
+	bulk     int64 // of these, since the share was last looked at
+	repay    int64 // of readLoan …
+	repayAt  int64 // … when so much has been read
+	small    int   // small writes since the stack was seen empty
 	closed   bool
 }
 
@@ -92,26 +99,50 @@ func (w *window) grow(carried, by int64) {
 }
 
 // took is called when the flow has read n bytes that the job sent; share gives how large the receive buffer may be.
-func (w *window) took(n int, share func() (bytes int64, full bool)) {
+func (w *window) took(n int, share func() int64) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.read += int64(n)
+	w.bulk += int64(n)
 	o := w.ep.SocketOptions()
 	before := o.GetReceiveBufferSize()
-	if before >= mostRead {
+	if w.closed || w.repays() {
 		return
 	}
-	if n >= bulkRead {
-		if most, _ := share(); before >= most { // who came first has been promised more, and gives nothing back
+	if n >= bulkRead || w.bulk >= bulkLook {
+		w.bulk = 0
+		if most := share(); before >= most {
+			w.narrow(before, max(most, before/4))
 			return
 		}
 	}
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.closed || !w.purse.take(mostRead-before, 0) {
+	if before >= mostRead || !w.purse.take(mostRead-before, 0) {
 		return
 	}
 	w.ep.ModerateRecvBuf(n)
 	grown := o.GetReceiveBufferSize() - before
 	w.purse.give(mostRead - before - grown)
 	w.readLoan += grown
+}
+
+// narrow makes the receive buffer smaller. mu is held.
+func (w *window) narrow(from, to int64) {
+	if from-to <= to/8 {
+		return
+	}
+	w.ep.SocketOptions().SetReceiveBufferSize(to, false)
+	w.repay, w.repayAt = min(from-to, w.readLoan), w.read+from/windowPart
+}
+
+// repays reports that the job may still use more of the receive buffer than that has by now; what it cannot any more is paid back. mu is held.
+func (w *window) repays() bool {
+	if w.read < w.repayAt {
+		return true
+	}
+	w.readLoan -= w.repay
+	w.purse.give(w.repay)
+	w.repay = 0
+	return false
 }
 
 // rest is called when nothing has been carried for a while.

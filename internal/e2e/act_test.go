@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -136,6 +137,8 @@ type machine struct {
 	*actions
 	job  *stage.Job
 	home string // everything that a run may write to
+	user bool   // steps run as an ordinary user who may use sudo, see asUser
+	etc  string // where the files are that make it so
 }
 
 // machine makes a runner behind the runners' NAT, or another one. Its own names are in a hosts file, its DNS server does not answer.
@@ -172,11 +175,8 @@ func (m *machine) begin(t testing.TB, yaml, action string, env ...string) *actRu
 	t.Helper()
 	must(t, os.WriteFile(filepath.Join(m.home, "work/.github/workflows/w.yml"), []byte(yaml), 0o644))
 	steps := slices.Concat(m.job.Environ(), []string{"NODE_EXTRA_CA_CERTS=" + m.CAFile(), "PGUSER=postgres", "PAGER=cat", "PGCONNECT_TIMEOUT=20"}, env)
-	args := []string{"--mount", "sh", "-c",
-		`mount --bind "$1" /etc/hosts && mount --bind "$2" /etc/resolv.conf && cd "$3" && shift 3 && exec "$@"`, "sh",
-		m.file("hosts"), m.file("resolv.conf"), m.file("work"),
-		m.act, "push", "-P", "ubuntu-latest=-self-hosted", "--no-cache-server", "--concurrent-jobs", "32",
-		"--local-repository", "culvertnet/culvert@v1=" + action}
+	args := append(m.enter(), m.act, "push", "-P", "ubuntu-latest=-self-hosted", "--no-cache-server", "--concurrent-jobs", "32",
+		"--local-repository", "culvertnet/culvert@v1="+action)
 	var file strings.Builder // what act gives to steps
 	for _, entry := range steps {
 		if name, value, _ := strings.Cut(entry, "="); name != "PATH" && name != "HOME" && name != "TMPDIR" {
@@ -184,6 +184,9 @@ func (m *machine) begin(t testing.TB, yaml, action string, env ...string) *actRu
 		}
 	}
 	must(t, os.WriteFile(m.file("work/.env"), []byte(file.String()), 0o600))
+	if m.user {
+		m.give(t)
+	}
 	log, err := os.Create(m.file("act.log"))
 	must(t, err)
 	defer log.Close()
@@ -191,6 +194,18 @@ func (m *machine) begin(t testing.TB, yaml, action string, env ...string) *actRu
 	proc, err := m.job.Host().Start(lab.Program{Path: program(t, "unshare"), Args: args, Env: own, Stdout: log, Stderr: log})
 	must(t, err)
 	return &actRun{m: m, proc: proc, log: log.Name()}
+}
+
+// enter gives the arguments of unshare that make the machine's files its own.
+func (m *machine) enter() []string {
+	const binds = `mount --bind "$1" /etc/hosts && mount --bind "$2" /etc/resolv.conf && `
+	args := []string{"--mount", "sh", "-c", binds + `cd "$3" && shift 3 && exec "$@"`, "sh", m.file("hosts"), m.file("resolv.conf"), m.file("work")}
+	if m.user {
+		args[3] = binds + `for f in passwd sudoers; do mount --bind "$4/$f" "/etc/$f" || exit; done; cd "$3" && shift 4 && exec "$@"`
+		id := strconv.Itoa(lab.UnprivilegedID)
+		args = append(args, m.etc, "setpriv", "--reuid="+id, "--regid="+id, "--clear-groups")
+	}
+	return args
 }
 
 func (m *machine) file(name string) string { return filepath.Join(m.home, name) }

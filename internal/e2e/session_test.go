@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
@@ -96,7 +97,7 @@ func echo(t *testing.T, s *stage.Stage) {
 	}
 	defer conn.Close()
 	for _, size := range []int{1, 100, 1300} {
-		_ = conn.SetDeadline(time.Now().Add(5 * time.Second))
+		_ = conn.SetDeadline(time.Now().Add(40 * time.Second))
 		sent := []byte(strings.Repeat("x", size))
 		if _, err := conn.Write(sent); err != nil {
 			t.Fatal(err)
@@ -277,6 +278,36 @@ func waitUp(t testing.TB, job *stage.Job) {
 		}
 		time.Sleep(20 * time.Millisecond)
 	}
+}
+
+// A policy is found rather than guessed: what an observe line lets through is on record, and of the record comes the smallest list that
+// covers what the job did. What is denied all the same is named beside it, and is no part of it.
+func TestPolicyIsFound(t *testing.T) {
+	s := setup(t, stage.Options{Rules: func(s *stage.Stage) string {
+		return fmt.Sprintf("- {name: look, network: %s, match: {repository_owner_id: %q}, allow: [\"tcp %s\"], observe: [%v/32]}\n",
+			stage.Network, stage.OwnerID, s.Target(stage.PortHTTP), s.Private.Addr())
+	}})
+	job := newJob(t, s, stage.JobOptions{})
+	up(t, job, "tun")
+	for _, port := range []uint16{stage.PortHTTP, stage.PortOther} {
+		if _, err := get(t, s, "http://"+s.Target(port)); err != nil {
+			t.Errorf("port %d: %v", port, err)
+		}
+	}
+	const metadata = "169.254.169.254:80"
+	culvert(t, job, problem.FlowDenied.Exit(), "check", metadata)
+	culvert(t, job, 0, "down")
+	want := fmt.Sprintf("allow:\n  - \"tcp %v:%d-%d\" # seen by an observe line alone\n# denied, and not in the list: tcp %s", s.Private.Addr(), stage.PortHTTP, stage.PortOther, metadata)
+	eventually(t, 30*time.Second, "a list of what the job did", func() error {
+		var out, errs bytes.Buffer
+		code, err := s.Cloud.Run(timeout(t, time.Minute), lab.Program{
+			Path: s.Binary("culvert-coordinator"), Args: []string{"suggest", "--from", "audit", "--config", s.ConfigFile()}, Env: os.Environ(), Stdout: &out, Stderr: &errs,
+		})
+		if err != nil || code != 0 || !strings.Contains(out.String(), want) {
+			return fmt.Errorf("exit %d, %w: %s%s", code, err, out.String(), errs.String())
+		}
+		return nil
+	})
 }
 
 // A destination outside the grant is reset at once; a granted one that nobody listens on refuses as it does without a tunnel.

@@ -117,6 +117,7 @@ func TestGatewayKilledUnderLoad(t *testing.T) {
 	if _, err := get(t, s, service); err != nil {
 		t.Fatal(err)
 	}
+	calm := goroutines(t, s, before.Gateway != "second")
 	atRest := map[int]int{other.Pid(): sockets(t, other.Pid()), before.PID: sockets(t, before.PID)}
 
 	quiet := many(t, s, 40) // they would hang for ever if nobody said a word
@@ -188,8 +189,22 @@ func TestGatewayKilledUnderLoad(t *testing.T) {
 				return fmt.Errorf("process %d has %d sockets, and had %d", pid, now, rest)
 			}
 		}
+		if now := goroutines(t, s, before.Gateway != "second"); calm > 0 && now > calm+20 { // of 40 flows each has two at least; and it carries the session now
+			return fmt.Errorf("the gateway has %d goroutines, and had %d", now, calm)
+		}
 		return nil
 	})
+}
+
+// goroutines counts those of one of two gateways; 0 where it cannot be asked.
+func goroutines(t *testing.T, s *stage.Stage, second bool) int {
+	t.Helper()
+	if os.Getenv(gatewayEnv) == "image" {
+		return 0
+	}
+	n, err := s.GatewayMetric(second, "go_goroutines")
+	must(t, err)
+	return int(n)
 }
 
 // serviceAddress asks the gateway for a name, as a runner's resolver would.

@@ -308,6 +308,7 @@ type Stats struct {
 	Malformed    uint64 // dropped in Write: no IP, a bad length or checksum
 	Filtered     uint64 // dropped in Write: the source is unknown
 	Overflow     uint64 // dropped on the way out: the queue stayed full
+	Unread       uint64 // datagrams dropped in the stack: their flow does not keep up
 	Spared       uint64 // acknowledgements of the stack that a later packet made needless
 }
 
@@ -324,6 +325,7 @@ func (d *Device) Stats() Stats {
 	return Stats{
 		ReadPackets: c.read.Load(), WritePackets: c.written.Load(), Merged: c.merged.Load(), Joined: c.joined.Load(),
 		Malformed: c.malformed.Load(), Filtered: c.filtered.Load(), Overflow: c.overflow.Load(),
+		Unread: d.stack.Stats().UDP.ReceiveBufferErrors.Value(),
 		Spared: d.link.acks.spared.Load(),
 	}
 }

@@ -3,14 +3,17 @@
 package stage
 
 import (
+	"bufio"
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -262,11 +265,46 @@ func (s *Stage) LaunchSecondGateway() (err error) {
 // SecondGateway is the process of [Stage.LaunchSecondGateway].
 func (s *Stage) SecondGateway() *lab.Process { return s.second }
 
+// metricsAt is where a gateway shows its metrics, on its own host.
+func metricsAt(log string) string {
+	if log == "second" {
+		return "127.0.0.1:9092"
+	}
+	return "127.0.0.1:9091"
+}
+
+// GatewayMetric reads a series off the page of a gateway, of the second one if so asked; not on a flat stage or where the gateway is an image.
+func (s *Stage) GatewayMetric(second bool, series string) (float64, error) {
+	log := "gateway"
+	if second {
+		log = "second"
+	}
+	client := s.GatewayBox.Client(20 * time.Second)
+	defer client.CloseIdleConnections()
+	resp, err := client.Get("http://" + metricsAt(log) + "/metrics")
+	if err != nil {
+		return 0, fmt.Errorf("read the gateway's metrics: %w", err)
+	}
+	defer resp.Body.Close()
+	lines := bufio.NewScanner(resp.Body)
+	for lines.Scan() {
+		if value, ok := strings.CutPrefix(lines.Text(), series+" "); ok {
+			return strconv.ParseFloat(value, 64)
+		}
+	}
+	return 0, fmt.Errorf("the gateway has no series %s: %w", series, errors.Join(lines.Err(), errNoSeries))
+}
+
+var errNoSeries = errors.New("not on its page")
+
 func (s *Stage) launchGateway(log string, port uint16, args ...string) (*lab.Process, error) {
 	args = append([]string{"run", "--coordinator", s.URL, "--network", Network, "--enrol-token-file", s.enrolment,
 		"--issuer", s.Issuer.URL(), "--listen", fmt.Sprintf(":%d", port)}, args...)
 	if s.opts.Flat { // the router there is this machine's own
 		args = append(args, "--port-mapping", "off")
+	}
+	if !s.opts.Flat && s.opts.Images == nil { // an image says itself where they are
+		args = append(args, "--metrics", metricsAt(log))
 	}
 	if len(s.opts.Names) > 0 {
 		args = append(args, "--resolver", s.resolver())

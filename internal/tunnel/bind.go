@@ -27,6 +27,7 @@ type bind struct {
 	stun   func(pkt []byte, from *route) (*Peer, []byte)
 	find   func(session string) *Peer
 	in     *window // packets from the socket to the TUN
+	turns  *turns  // which share it between peers; nil where there is but one
 	out    *window // and from the TUN to the socket
 	counts bindCounts
 	// menders is how many peers' packets are kept, see [maxMenders].

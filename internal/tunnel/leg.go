@@ -94,6 +94,9 @@ func (r *relays) join(one Relay, l *leg, now time.Time) *node {
 	defer r.mu.Unlock()
 	n := r.node(one)
 	n.legs[l] = struct{}{}
+	if soon := n.lost.Add(redialFirst); soon.Before(n.redial) {
+		n.redial = soon // somebody waits now
+	}
 	r.early = time.Time{}
 	if n.state != udpUp {
 		n.ask(now)

@@ -77,6 +77,7 @@ type Peer struct {
 	parities  atomic.Pointer[parities] // nil while little is lost
 	mender    atomic.Pointer[mender]   // nil while no parities come
 	rebuilt   atomic.Uint64            // packets of the peer's
+	turn      turn                     // of its packets for the device
 
 	mu        sync.Mutex // guards what follows, and the engine's paths
 	allowed   []netip.Prefix
@@ -264,6 +265,9 @@ func (p *Peer) close() {
 	p.current.Store(nil)
 	p.hint.Store(nil)
 	p.mu.Unlock()
+	if ts := p.tunnel.bind.turns; ts != nil {
+		ts.forget(p)
+	}
 	for _, o := range last {
 		_ = p.tunnel.bind.sendTo(o.pkt, o.to)
 	}

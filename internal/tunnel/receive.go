@@ -35,6 +35,11 @@ type inbox struct {
 	runOf *Peer      // … of this peer
 	// release has packets for the device that have waited, if it is not nil.
 	release *mender
+
+	turns   *turns // nil where packets go to the device as they come
+	of      *Peer  // whom the last packet came from: it may have …
+	granted int    // so many more past its queue …
+	entered int    // and has had so many that are not in the sums yet
 }
 
 // fill copies packets out until there are no more, or no room. It gives how many the device gets, and whether there may be more.
@@ -46,6 +51,7 @@ func (in *inbox) fill(a arrivals, bufs [][]byte, sizes []int, eps []conn.Endpoin
 	defer func() {
 		in.tally()
 		in.in.take(data)
+		in.account(nil)
 	}()
 	for n < len(bufs) {
 		if m := in.release; m != nil {
@@ -54,6 +60,9 @@ func (in *inbox) fill(a arrivals, bufs [][]byte, sizes []int, eps []conn.Endpoin
 				continue
 			}
 			eps[n] = m.peer
+			if in.turns != nil {
+				in.turns.entered(m.peer, 1)
+			}
 			data++
 			n++
 			continue
@@ -66,16 +75,50 @@ func (in *inbox) fill(a arrivals, bufs [][]byte, sizes []int, eps []conn.Endpoin
 			in.last = in.table.lookup(from.spot)
 		}
 		p, packet := in.accept(packet, in.last, from)
-		if p == nil || len(packet) > len(bufs[n]) || !in.mended(p, packet) {
+		if p == nil || len(packet) > len(bufs[n]) || !in.mended(p, packet) || in.queued(p, packet) {
 			continue
 		}
 		sizes[n], eps[n] = copy(bufs[n], packet), p
-		if len(packet) > device.MessageKeepaliveSize && messageType(packet) == device.MessageTransportType {
+		if isData(packet) {
 			data++ // it will come out at the TUN, if all goes well
 		}
 		n++
 	}
 	return n, true
+}
+
+// isData tells a packet that will come out at the TUN, if all goes well, from all else.
+func isData(packet []byte) bool {
+	return len(packet) > device.MessageKeepaliveSize && messageType(packet) == device.MessageTransportType
+}
+
+// queued reports that a packet waits for its peer's turn, or was dropped.
+func (in *inbox) queued(p *Peer, packet []byte) bool {
+	if in.turns == nil || messageType(packet) != device.MessageTransportType {
+		return false
+	}
+	if p != in.of || in.granted == 0 && in.entered > 0 {
+		in.account(p)
+		in.granted = in.turns.grant(p)
+	}
+	if in.granted == 0 {
+		in.turns.put(p, packet)
+		return true
+	}
+	if in.granted--; isData(packet) {
+		in.entered++
+	} else if in.entered == 0 {
+		in.of = nil // ask again
+	}
+	return false
+}
+
+// account puts what has gone to the device past the queues into the sums; next is whose packets come now.
+func (in *inbox) account(next *Peer) {
+	if in.entered > 0 {
+		in.turns.entered(in.of, in.entered)
+	}
+	in.of, in.granted, in.entered = next, 0, 0
 }
 
 // mended counts a packet of a peer, and reports whether the device shall see it now: it may be a parity, or wait for what is missing.
@@ -174,14 +217,18 @@ const readPause = 10 * time.Millisecond
 
 // receive gives the function by which the device receives from a socket.
 func (b *bind) receive(c *udpconn.Conn) conn.ReceiveFunc {
-	in := &inbox{bind: b, timer: stoppedTimer()}
+	in := &inbox{bind: b, timer: stoppedTimer(), turns: b.turns}
 	d := &datagrams{batch: c.NewBatch(reads)}
 	more := false
 	return func(bufs [][]byte, sizes []int, eps []conn.Endpoint) (n int, err error) {
 		for n == 0 {
 			if !more {
 				b.in.wait(in.timer)
-				if err := d.batch.Read(); errors.Is(err, net.ErrClosed) {
+				read := d.batch.Read
+				if in.crowded() {
+					read = d.batch.Poll
+				}
+				if err := read(); errors.Is(err, net.ErrClosed) {
 					return 0, net.ErrClosed
 				} else if err != nil {
 					time.Sleep(readPause) // the next one may succeed; an error would end the device
@@ -189,10 +236,24 @@ func (b *bind) receive(c *udpconn.Conn) conn.ReceiveFunc {
 				}
 				d.reset()
 			}
-			n, more = in.fill(d, bufs, sizes, eps)
+			if n, more = in.fill(d, bufs, sizes, eps); n == 0 && in.crowded() {
+				n = in.takeTurn(bufs, sizes, eps)
+			}
 		}
 		return n, nil
 	}
+}
+
+// crowded reports that packets wait for their turns.
+func (in *inbox) crowded() bool { return in.turns != nil && in.turns.crowded.Load() }
+
+// takeTurn gives the device packets whose turn it is, and waits a little where it takes nothing.
+func (in *inbox) takeTurn(bufs [][]byte, sizes []int, eps []conn.Endpoint) int {
+	n := in.turns.take(bufs, sizes, eps)
+	if n == 0 {
+		in.turns.await(in.timer)
+	}
+	return n
 }
 
 // sideEntrance is how packets that come in through doors get to the device: one more function that it receives from. Whoever reads

@@ -64,6 +64,7 @@ type node struct {
 	lonely  map[*leg]struct{}
 	needed  time.Time // when the stream was last needed
 	redial  time.Time // not before
+	lost    time.Time // when the stream ended, or could not be had, the last time
 	failed  int
 	err     error // of the last dialling
 }

@@ -23,7 +23,8 @@ func (s *stands) expire(now time.Time) {
 }
 
 // SetStanding lets the tunnel keep a WebSocket ready to every relay that [Tunnel.SetRelays] has named and whose UDP does not
-// answer, for as long as the ticket lives; a later one replaces it. It is for a tunnel with [RelayOptions.Keep].
+// answer, for as long as the ticket lives; a later one replaces it. It is for a tunnel with [RelayOptions.Keep]. Whoever gives a ticket
+// is there, and so may the relays be: those that were not are dialled at once.
 func (t *Tunnel) SetStanding(ticket wire.Secret, life time.Duration) error {
 	decoded, err := relay.DecodeStanding(ticket)
 	if err != nil {
@@ -33,6 +34,7 @@ func (t *Tunnel) SetStanding(ticket wire.Secret, life time.Duration) error {
 	r.act(func(now time.Time) {
 		r.stands = stands{decoded, now.Add(life)}
 		for _, n := range r.nodes {
+			n.redial, n.failed = time.Time{}, 0
 			r.stand(n)
 		}
 	})

@@ -1,9 +1,12 @@
 package tunnel
 
 import (
+	"context"
 	"crypto/ed25519"
+	"errors"
 	"net/http/httptest"
 	"net/netip"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -82,6 +85,78 @@ func TestAWebSocketStandsBeforeThereIsASession(t *testing.T) {
 	if st := server.Stats(); st.Links != 2 {
 		t.Errorf("%d WebSockets, want one for each side", st.Links)
 	}
+}
+
+// A relay that has long been away is dialled anew as soon as a ticket comes, and when a session needs it, not when the pause after the last
+// failure is over.
+func TestARelayThatIsBackIsNotWaitedFor(t *testing.T) {
+	_, front, signer := realRelay(t)
+	one := Relay{Name: "r", URL: front.URL}
+	var away atomic.Bool
+	away.Store(true)
+	real := DialRelay(front.Client(), nil)
+	key, err := wire.NewPrivateKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	g, err := New(Options{Key: key, TUN: tuntest.NewChannelTUN().TUN(), Relays: RelayOptions{Keep: true, Dial: func(ctx context.Context, url string) (RelayStream, error) {
+		if away.Load() {
+			return nil, errors.New("nobody is there")
+		}
+		return real(ctx, url)
+	}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = g.Close() })
+	ticket, err := relay.SignStanding(signer, g.PublicKey(), time.Now(), time.Now().Add(time.Minute))
+	if err != nil {
+		t.Fatal(err)
+	}
+	g.SetRelays([]Relay{one})
+	n := func() *node { return g.relays.nodes["r"] }
+	long := func() { // as after many failures
+		t.Helper()
+		within(t, patient, "a dial that fails", func() bool {
+			g.relays.mu.Lock()
+			defer g.relays.mu.Unlock()
+			if n().failed == 0 || n().dialing {
+				return false
+			}
+			n().redial, n().failed = time.Now().Add(time.Hour), 10
+			return true
+		})
+	}
+	if err := g.SetStanding(ticket, time.Minute); err != nil {
+		t.Fatal(err)
+	}
+	long()
+	away.Store(false)
+	if err := g.SetStanding(ticket, time.Minute); err != nil {
+		t.Fatal(err)
+	}
+	within(t, patient, "a WebSocket after a ticket", func() bool { return g.Relays()[0].Standing })
+
+	away.Store(true)
+	g.relays.mu.Lock()
+	open := n().stream
+	g.relays.mu.Unlock()
+	open.close()
+	long()
+	away.Store(false)
+	job, err := wire.NewPrivateKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	public := job.Public()
+	secret, err := relay.Sign(signer, relay.Claims{Session: public.SessionID(), Side: relay.Gateway, Key: g.PublicKey(), Issued: time.Now(), Expires: time.Now().Add(time.Hour)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := g.AddPeer(PeerOptions{Key: public, Session: public.SessionID(), Relays: []Grant{{Relay: one, Ticket: secret, Expires: time.Now().Add(time.Hour)}}}); err != nil {
+		t.Fatal(err)
+	}
+	within(t, patient, "a WebSocket for a session", func() bool { return g.Relays()[0].Stream })
 }
 
 // Without a ticket, with one that has ended, and while UDP answers, no WebSocket is kept.

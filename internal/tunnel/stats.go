@@ -14,13 +14,18 @@ type Stats struct {
 	Stranger uint64 // WireGuard from an address that is no validated path
 	Junk     uint64 // neither WireGuard nor STUN
 	NoPath   uint64 // to a peer without a path
+	OverTurn uint64 // from a peer of which too many waited already
 	Rebuilt  uint64 // lost on their way, rebuilt from parities
 }
 
 // Stats reads the counters.
 func (t *Tunnel) Stats() Stats {
 	c := &t.bind.counts
-	return Stats{Stranger: c.stranger.Load(), Junk: c.junk.Load(), NoPath: c.noPath.Load(), Rebuilt: c.rebuilt.Load()}
+	s := Stats{Stranger: c.stranger.Load(), Junk: c.junk.Load(), NoPath: c.noPath.Load(), Rebuilt: c.rebuilt.Load()}
+	if ts := t.bind.turns; ts != nil {
+		s.OverTurn = ts.dropped.Load()
+	}
+	return s
 }
 
 // Carried is how many bytes the tunnel has sent to its present peers and received from them.

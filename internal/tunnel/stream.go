@@ -168,7 +168,7 @@ func (r *relays) ended(n *node, err error) {
 		if n.stream != nil && now.Sub(n.stream.opened) >= usefulFor {
 			n.failed = 0
 		}
-		n.dialing, n.stream, n.err = false, nil, err
+		n.dialing, n.stream, n.err, n.lost = false, nil, err, now
 		n.version.Add(1)
 		wait := min(redialFirst<<min(n.failed, 10), redialMost)
 		n.failed++

@@ -34,6 +34,9 @@ type Options struct {
 	// Window bounds the packets that wait inside the device in each direction, 64 KiB of memory each. 0 means no bound, for a
 	// device with many peers, which must not slow each other down.
 	Window int
+	// Turns has the peers share fairly what the device can take of what comes in, and bounds how much of it waits. For a device with many
+	// peers whose AllowedIPs are single addresses.
+	Turns  bool
 	Relays RelayOptions
 	Logger *slog.Logger // default: discards
 }
@@ -104,6 +107,9 @@ func New(opts Options) (*Tunnel, error) {
 	t.relays = newRelays(t, opts.Relays)
 	in, out := newWindow(opts.Window), newWindow(opts.Window)
 	t.bind = &bind{stun: t.handleSTUN, side: newSideEntrance(), find: t.session, in: in, out: out}
+	if opts.Turns {
+		t.bind.turns = newTurns(t.owner)
+	}
 	var err error
 	if opts.Device != nil {
 		t.device, err = newOutside(&opts, t.bind)
@@ -240,6 +246,7 @@ func (t *Tunnel) register(opts PeerOptions) (*Peer, error) {
 	p := &Peer{tunnel: t, opts: opts, name: checkName(opts.Session, own), allowed: opts.AllowedIPs}
 	p.engine = engine{lead: opts.Initiate, most: DefaultMTU, onChange: p.changed, onDrop: p.dropped, succeeded: p.succeeded}
 	p.punch = newPunch(opts.Initiate, t.crowd)
+	p.turn.peer = p
 	p.handshake.done = make(chan struct{})
 	p.mtu.Store(StartMTU)
 	p.seq = uint64(time.Now().UnixMicro()) // so that a session that is added again goes on where it was
@@ -326,6 +333,16 @@ func (t *Tunnel) RemovePeer(p *Peer) {
 			delete(t.owners, prefix)
 		}
 	}
+}
+
+// owner gives the peer that has an address inside the tunnel; nil if none has.
+func (t *Tunnel) owner(a netip.Addr) *Peer {
+	if !a.IsValid() {
+		return nil
+	}
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	return t.owners[netip.PrefixFrom(a, a.BitLen())]
 }
 
 func (t *Tunnel) session(id string) *Peer {

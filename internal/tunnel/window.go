@@ -76,6 +76,7 @@ func stoppedTimer() *time.Timer {
 type windowed struct {
 	tun.Device
 	out, in *window
+	turns   *turns      // nil where there are none
 	timer   *time.Timer // Read's; the device reads from one goroutine
 }
 
@@ -91,5 +92,8 @@ func (d *windowed) Read(bufs [][]byte, sizes []int, offset int) (int, error) {
 func (d *windowed) Write(bufs [][]byte, offset int) (int, error) {
 	n, err := d.Device.Write(bufs, offset)
 	d.in.give(len(bufs))
+	if d.turns != nil && len(bufs) > 0 {
+		d.turns.left(bufs, offset)
+	}
 	return n, err
 }

@@ -30,7 +30,7 @@ type wireGuard interface {
 type inside struct{ device *device.Device }
 
 func newInside(opts *Options, b *bind) (*inside, error) {
-	tunDevice := &windowed{Device: opts.TUN, in: b.in, out: b.out, timer: stoppedTimer()}
+	tunDevice := &windowed{Device: opts.TUN, in: b.in, out: b.out, turns: b.turns, timer: stoppedTimer()}
 	d := &inside{device.NewDevice(tunDevice, b, deviceLogger(opts.Logger))}
 	config := fmt.Sprintf("private_key=%s\nlisten_port=%d\n", hex.EncodeToString(opts.Key.Bytes()), opts.Port)
 	if err := d.device.IpcSet(config); err != nil {

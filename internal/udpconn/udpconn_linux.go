@@ -110,6 +110,7 @@ type Batch struct {
 	n        int
 	err      error
 	read     func(fd uintptr) bool // made once, so that reading allocates nothing
+	poll     func(fd uintptr) bool
 }
 
 // NewBatch makes room for size datagrams or runs.
@@ -125,6 +126,10 @@ func (c *Conn) NewBatch(size int) *Batch {
 		m.Hdr.SetIovlen(1)
 	}
 	b.read = b.receive
+	b.poll = func(fd uintptr) bool {
+		b.receive(fd)
+		return true
+	}
 	return b
 }
 
@@ -133,6 +138,15 @@ func (c *Conn) NewBatch(size int) *Batch {
 func (b *Batch) Read() error {
 	b.n, b.err = 0, nil
 	if err := b.conn.raw.Read(b.read); err != nil {
+		return err
+	}
+	return b.err
+}
+
+// Poll is Read that does not wait: without an error there may be nothing.
+func (b *Batch) Poll() error {
+	b.n, b.err = 0, nil
+	if err := b.conn.raw.Read(b.poll); err != nil {
 		return err
 	}
 	return b.err

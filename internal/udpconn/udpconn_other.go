@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"syscall"
 	"time"
 )
@@ -53,6 +54,18 @@ func (b *Batch) Read() error {
 	}
 	b.d = Datagram{Data: b.buf[:n:n], Segment: n, From: unmap(from)}
 	b.n = 1
+	return nil
+}
+
+// Poll is Read that does not wait: without an error there may be nothing.
+func (b *Batch) Poll() error {
+	if err := b.conn.udp.SetReadDeadline(time.Now()); err != nil {
+		return err
+	}
+	defer b.conn.udp.SetReadDeadline(time.Time{})
+	if err := b.Read(); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+		return err
+	}
 	return nil
 }
 

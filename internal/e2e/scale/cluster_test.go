@@ -15,6 +15,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nkeys"
+
 	"github.com/culvertnet/culvert/internal/lab"
 )
 
@@ -26,7 +28,8 @@ type cluster struct {
 	hosts []*lab.Host // of the nats-servers
 	nats  []*process
 	nodes []*node
-	jobs  *lab.Host // where jobs and gateways are played
+	jobs  *lab.Host     // where jobs and gateways are played
+	voter nkeys.KeyPair // of the user that may ask for elections
 	url   string
 }
 
@@ -41,6 +44,9 @@ func newCluster(t testing.TB) *cluster {
 	lab.Require(t)
 	c := &cluster{t: t, dir: t.TempDir(), url: "https://culvert.test"}
 	var err error
+	if c.voter, err = nkeys.CreateUser(); err != nil {
+		t.Fatal(err)
+	}
 	if c.net, err = lab.New(context.Background()); err != nil {
 		t.Fatal(err)
 	}
@@ -61,9 +67,10 @@ func newCluster(t testing.TB) *cluster {
 		c.awaitNATS(i)
 	}
 	issuer := "http://" + freeAddr(t, c.jobs)
+	voter := c.seed()
 	urls := c.each(natsPort, "nats://", ", ")
 	for i := range 3 {
-		c.nodes = append(c.nodes, newNode(t, c.host(fmt.Sprint("coordinator", i)), issuer, c.url, "state: {nats: ["+urls+"]}\naudit: {max_size: 256MiB, log: off}\n"))
+		c.nodes = append(c.nodes, newNode(t, c.host(fmt.Sprint("coordinator", i)), issuer, c.url, "state: {nats: ["+urls+"], elections: "+voter+"}\naudit: {max_size: 256MiB, log: off}\n"))
 	}
 	for _, n := range c.nodes { // one after the other: the first makes the streams
 		n.serve()
@@ -90,10 +97,28 @@ func (c *cluster) each(port uint16, before, between string) string {
 	return strings.Join(list, between)
 }
 
+// seed writes the seed of the user that may ask for elections to a file.
+func (c *cluster) seed() string {
+	c.t.Helper()
+	seed, err := c.voter.Seed()
+	file := filepath.Join(c.dir, "elections.nk")
+	if err == nil {
+		err = os.WriteFile(file, seed, 0o600)
+	}
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return file
+}
+
 // startNATS starts one server over what it has stored.
 func (c *cluster) startNATS(i int) {
 	c.t.Helper()
 	file := filepath.Join(c.dir, fmt.Sprintf("nats%d.conf", i))
+	public, err := c.voter.PublicKey()
+	if err != nil {
+		c.t.Fatal(err)
+	}
 	at := func(port uint16) netip.AddrPort { return netip.AddrPortFrom(c.hosts[i].Addr(), port) }
 	doc := fmt.Sprintf(`
 server_name: n%d
@@ -105,8 +130,13 @@ ping_max: 2
 write_deadline: "2s"
 lame_duck_grace_period: "1s"
 lame_duck_duration: "30s"
+no_auth_user: culvert
+accounts: {
+  "$SYS": {users: [{nkey: %s, permissions: {publish: ["$NRG.V.>"], subscribe: ["_INBOX.>"]}}]}
+  CULVERT: {jetstream: enabled, users: [{user: culvert, password: culvert}]}
+}
 cluster: {name: culvert, ping_interval: "1s", ping_max: 2, listen: "%s", routes: ["%s"]}
-`, i+1, at(natsPort), at(pagePort), filepath.Join(c.dir, fmt.Sprintf("nats%d", i)), at(routePort), c.each(routePort, "nats://", `", "`))
+`, i+1, at(natsPort), at(pagePort), filepath.Join(c.dir, fmt.Sprintf("nats%d", i)), public, at(routePort), c.each(routePort, "nats://", `", "`))
 	if err := os.WriteFile(file, []byte(doc), 0o600); err != nil {
 		c.t.Fatal(err)
 	}

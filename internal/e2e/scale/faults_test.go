@@ -5,6 +5,7 @@ package scale
 import (
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -15,7 +16,8 @@ import (
 type trial struct {
 	*cluster
 	g    *generator
-	file string // of the ids of the sessions that were joined
+	file string        // of the ids of the sessions that were joined
+	most time.Duration // that joins may stand still for; 0 is not looked at
 }
 
 func newTrial(t testing.TB, args ...string) *trial {
@@ -122,6 +124,9 @@ func (tr *trial) suffer(joins int, faults ...fault) {
 		tr.leader()
 		mend := f.strike(tr)
 		struck := tr.goOn(joins)
+		if tr.most > 0 && struck > tr.most {
+			tr.t.Errorf("%s: no join for %s", f.name, struck)
+		}
 		mend()
 		mended := tr.goOn(joins)
 		tr.t.Logf("%s: longest time without a join %s, and %s when it comes back", f.name, struck.Round(10*time.Millisecond), mended.Round(10*time.Millisecond))
@@ -137,6 +142,9 @@ func (tr *trial) verdict() {
 	r.clean(t)
 	p := r.Phases[len(r.Phases)-1]
 	t.Logf("%d joins, p50 %.0f ms, p99 %.0f ms, longest gap %.0f ms, %d renewals, %d sessions", p.Joins, p.P50, p.P99, p.Gap, r.Renewals, r.Sessions)
+	if tr.most > 0 && p.Max > 10_000 {
+		t.Errorf("a join took %.0f ms", p.Max)
+	}
 	if r.Renewals == 0 {
 		t.Error("nothing was renewed")
 	}
@@ -153,7 +161,7 @@ func (tr *trial) verdict() {
 	tr.run(tr.nodes[1], "audit", "verify")
 }
 
-// clusterEnv asks for these tests, which take three minutes and a machine of their own: make cluster.
+// clusterEnv asks for these tests, which take six minutes and a machine of their own: make cluster.
 const clusterEnv = "CULVERT_E2E_CLUSTER"
 
 // TestClusterSurvives is the short form of [TestClusterLosesNothing].
@@ -175,4 +183,26 @@ func TestClusterLosesNothing(t *testing.T) {
 	tr := newTrial(t, "--rate", "40", "--duration", "3m")
 	tr.suffer(60, coordinatorDies, coordinatorIsCutOff, serverDies, serverIsCutOff, leaderDies, leaderFreezes, leaderIsCutOff, leaderIsCutOffFromServers, leaderRetires)
 	tr.verdict()
+}
+
+// TestClusterLeadersDie kills and cuts off whichever server leads the leases, again and again, and tells how long joins stood still. Coordinators
+// have an election held; the servers by themselves would take four seconds and more for one.
+func TestClusterLeadersDie(t *testing.T) {
+	if os.Getenv(clusterEnv) == "" {
+		t.Skip("make cluster runs this")
+	}
+	times := 3
+	if n, err := strconv.Atoi(os.Getenv("CULVERT_E2E_KILLS")); err == nil {
+		times = n
+	}
+	for _, f := range []fault{leaderDies, leaderIsCutOff, leaderFreezes} {
+		t.Run(f.name, func(t *testing.T) {
+			tr := newTrial(t, "--rate", "40", "--duration", "5m")
+			tr.most = 4 * time.Second // the servers by themselves take that at least
+			for range times {
+				tr.suffer(60, f)
+			}
+			tr.verdict()
+		})
+	}
 }

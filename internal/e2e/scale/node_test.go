@@ -131,7 +131,7 @@ func (p *process) signal(s syscall.Signal) {
 // tail gives the end of a log.
 func tail(log string) string {
 	data, _ := os.ReadFile(log)
-	return string(data[max(0, len(data)-4000):])
+	return string(data[max(0, len(data)-20_000):])
 }
 
 // node is one coordinator.
