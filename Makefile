@@ -113,6 +113,7 @@ neighbours: tools-test build
 KERNEL := bin/tools/kernel
 kernel: build
 	@$(call want,qemu-system-x86_64 depmod wg,qemu-system-x86 kmod wireguard-tools)
+	@$(get-node)
 	@$(unpack-kernel)
 	@$(GOBUILD) -o $(KERNEL)/guest ./internal/e2e/guest
 	@$(GO) test -c -o $(KERNEL)/kernel.test ./client/kernel

@@ -42,7 +42,7 @@ func openLink(mode Mode, log *slog.Logger) (link, error) {
 		if err != nil {
 			return nil, err
 		}
-		return &hostLink{Interface: i}, nil
+		return newHostLink(i), nil
 	case ModeKernel:
 		return openKernel(log)
 	}
@@ -59,7 +59,11 @@ type hostLink struct {
 	dialer net.Dialer
 }
 
-// DialContext dials as any program would: the routes lead into the tunnel.
+func newHostLink(i *host.Interface) *hostLink {
+	return &hostLink{Interface: i, dialer: net.Dialer{Control: i.Bound}}
+}
+
+// DialContext dials as any program would, the routes lead into the tunnel, but never into another one.
 func (l *hostLink) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
 	return l.dialer.DialContext(ctx, network, address)
 }
@@ -69,7 +73,7 @@ func (*hostLink) WireGuard() tunnel.Device { return nil }
 
 // kernelLink is an interface behind which the kernel speaks WireGuard.
 type kernelLink struct {
-	hostLink
+	*hostLink
 	device *kernel.Device
 }
 
@@ -83,7 +87,7 @@ func openKernel(log *slog.Logger) (link, error) {
 		_ = d.Close()
 		return nil, err
 	}
-	return &kernelLink{hostLink{Interface: i}, d}, nil
+	return &kernelLink{newHostLink(i), d}, nil
 }
 
 // WireGuard is the kernel's.

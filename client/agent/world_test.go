@@ -122,7 +122,7 @@ func (r *running) hello(t *testing.T) string {
 func slowTokens(ready func() bool) func(*http.Client) (TokenSource, error) {
 	return func(*http.Client) (TokenSource, error) {
 		return tokenFunc(func(ctx context.Context, audience string) (wire.Secret, error) {
-			for deadline := time.Now().Add(10 * time.Second); !ready() && time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+			for deadline := time.Now().Add(40 * time.Second); !ready() && time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
 			}
 			return goodToken(ctx, audience)
 		}), nil

@@ -57,12 +57,12 @@ func TestEstablishedConnectionsAreReset(t *testing.T) {
 		} else if err != nil {
 			t.Fatal(err)
 		}
-		_ = before.SetReadDeadline(time.Now().Add(10 * time.Second))
+		_ = before.SetReadDeadline(time.Now().Add(40 * time.Second))
 		if _, err := before.Read(make([]byte, 1)); !errors.Is(err, unix.ECONNABORTED) && !errors.Is(err, unix.ECONNRESET) {
 			t.Errorf("from %s: a connection that was open: %v", local, err)
 		}
 		_, _ = io.WriteString(served, "x")
-		_ = after.SetReadDeadline(time.Now().Add(10 * time.Second))
+		_ = after.SetReadDeadline(time.Now().Add(40 * time.Second))
 		if _, err := after.Read(make([]byte, 1)); err != nil {
 			t.Errorf("from %s: a later connection: %v", local, err)
 		}

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"strings"
+	"syscall"
 
 	"golang.zx2c4.com/wireguard/tun"
 
@@ -118,6 +119,11 @@ func (i *Interface) Skipped() []netip.Addr { return i.link.skippedAddresses() }
 // never passes outside in between.
 func (i *Interface) SetRoutes(want []netip.Prefix, keep []netip.Addr) (left []netip.Prefix, err error) {
 	return i.link.setRoutes(want, keep)
+}
+
+// Bound is a [net.Dialer.Control] that has connections go through this interface where another tunnel of the host leads to the same place.
+func (i *Interface) Bound(network, address string, c syscall.RawConn) error {
+	return i.link.bound(network, address, c)
 }
 
 // Established takes stock of the host's TCP connections that are established from the interface's addresses, and gives what resets

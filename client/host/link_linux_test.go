@@ -99,7 +99,7 @@ func addLink(t *testing.T, name, cidr string) netlink.Link {
 // eventually asks until the kernel's own threads are done.
 func eventually(t *testing.T, what string, done func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); !done(); {
+	for deadline := time.Now().Add(40 * time.Second); !done(); {
 		if time.Now().After(deadline) {
 			t.Fatalf("not within 10 s: %s", what)
 		}

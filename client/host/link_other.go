@@ -5,6 +5,7 @@ package host
 import (
 	"net/netip"
 	"runtime"
+	"syscall"
 
 	"golang.zx2c4.com/wireguard/tun"
 
@@ -26,6 +27,8 @@ func (*link) close() error                    { return nil }
 func (*link) setAddresses([]netip.Addr) error { return unsupported() }
 func (*link) setMTU(int) error                { return unsupported() }
 func (*link) skippedAddresses() []netip.Addr  { return nil }
+
+func (*link) bound(string, string, syscall.RawConn) error { return nil }
 
 func (*link) established() (func() error, error) { return nil, unsupported() }
 

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"strings"
+	"syscall"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -17,6 +19,7 @@ const protocol = unix.RTPROT_STATIC
 type table struct {
 	ours      map[netip.Prefix]bool // installed on our interface by us
 	taken     map[netip.Prefix]bool // routed elsewhere
+	shared    map[netip.Prefix]bool // into another tunnel of this kind as well
 	connected []netip.Prefix        // directly connected on other interfaces
 }
 
@@ -35,7 +38,7 @@ func (l *link) setRoutes(want []netip.Prefix, keep []netip.Addr) ([]netip.Prefix
 		}
 		routes, left := plan(want, keep, now.connected)
 		free, lost := split(routes, now.taken)
-		err = l.apply(free, now.ours)
+		err = l.apply(free, now.ours, now.shared)
 		if !errors.Is(err, unix.EEXIST) || try == tries {
 			return append(left, lost...), err
 		}
@@ -43,7 +46,7 @@ func (l *link) setRoutes(want []netip.Prefix, keep []netip.Addr) ([]netip.Prefix
 }
 
 // apply adds what is new, then removes what is gone. It goes on after a failure, and gives all of them.
-func (l *link) apply(want []netip.Prefix, have map[netip.Prefix]bool) error {
+func (l *link) apply(want []netip.Prefix, have, shared map[netip.Prefix]bool) error {
 	var errs []error
 	keep, skipped := make(map[netip.Prefix]bool, len(want)), 0
 	for _, p := range want {
@@ -51,7 +54,11 @@ func (l *link) apply(want []netip.Prefix, have map[netip.Prefix]bool) error {
 		if have[p] {
 			continue
 		}
-		err := l.nl.RouteAdd(l.route(p))
+		r := l.route(p)
+		if shared[p] {
+			r.Priority = behind + r.LinkIndex
+		}
+		err := l.nl.RouteAdd(r)
 		switch {
 		case err != nil && p.Addr().Is6() && noIPv6(err):
 			skipped++
@@ -90,7 +97,7 @@ func (l *link) route(p netip.Prefix) *netlink.Route {
 
 // routes reads the main table.
 func (l *link) routes() (table, error) {
-	t := table{ours: make(map[netip.Prefix]bool), taken: make(map[netip.Prefix]bool)}
+	t := table{ours: make(map[netip.Prefix]bool), taken: make(map[netip.Prefix]bool), shared: make(map[netip.Prefix]bool)}
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
 		filter := &netlink.Route{Table: unix.RT_TABLE_MAIN}
 		list, err := dump(func() ([]netlink.Route, error) {
@@ -118,10 +125,32 @@ func (t *table) add(l *link, r *netlink.Route, family int) {
 		}
 		return
 	}
+	if int(r.Protocol) == protocol && l.likeThis(r.LinkIndex) {
+		t.shared[dst] = true
+		return
+	}
 	t.taken[dst] = true
 	if dst.Bits() > 0 && r.Gw == nil && r.Via == nil && len(r.MultiPath) == 0 && r.Type == unix.RTN_UNICAST && l.attached(r, family) {
 		t.connected = append(t.connected, dst)
 	}
+}
+
+// behind is a metric that comes after that of a route which is given none, in IPv4 (0) and IPv6 (1024). Several tunnels of a host lead to
+// the same places, above all to their gateways, which have one address: the first one's routes are the host's while it lasts, then the next
+// one's, and whoever is bound to an interface takes that interface's.
+const behind = 2048
+
+// likeThis reports whether an interface is another tunnel of this kind.
+func (l *link) likeThis(index int) bool {
+	other, err := l.nl.LinkByIndex(index)
+	return err == nil && strings.HasPrefix(other.Attrs().Name, strings.TrimSuffix(numbered, "%d"))
+}
+
+// bound has sockets use the interface and no other that leads to the same place.
+func (l *link) bound(_, _ string, c syscall.RawConn) error {
+	return c.Control(func(fd uintptr) { // without it the routes decide
+		_ = unix.BindToDevice(int(fd), l.name)
+	})
 }
 
 // attached reports whether a route without gateway leads to a subnet on the wire. The kernel makes such a route from an

@@ -111,7 +111,7 @@ func connect(t *testing.T, r *rig) *net.TCPConn {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = conn.Close() })
-	_ = conn.SetDeadline(time.Now().Add(10 * time.Second))
+	_ = conn.SetDeadline(time.Now().Add(40 * time.Second))
 	return conn.(*net.TCPConn)
 }
 

@@ -91,8 +91,8 @@ func (c *ca) root(t *testing.T) *x509.CertPool {
 	trust.AppendCertsFromPEM(own)
 	transport := &http.Transport{TLSClientConfig: &tls.Config{RootCAs: trust}}
 	defer transport.CloseIdleConnections()
-	client := &http.Client{Transport: transport, Timeout: 10 * time.Second}
-	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+	client := &http.Client{Transport: transport, Timeout: time.Minute}
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) {
 		resp, err := client.Get(c.management + "/roots/0")
 		if err == nil {
 			data, err := io.ReadAll(resp.Body)

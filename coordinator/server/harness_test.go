@@ -139,7 +139,7 @@ func (r *rig) stop() {
 	if r.server == nil {
 		return
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	if err := r.server.Close(ctx); err != nil {
 		r.t.Errorf("close: %v", err)
@@ -161,7 +161,7 @@ func (r *rig) dial(edit ...func(o *apitest.Options)) (*apitest.Gateway, error) {
 	for _, f := range edit {
 		f(&o)
 	}
-	ctx, cancel := context.WithTimeout(r.t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(r.t.Context(), time.Minute)
 	defer cancel()
 	return apitest.Dial(ctx, o)
 }
@@ -181,7 +181,7 @@ func (r *rig) gateway(edit ...func(o *apitest.Options)) *apitest.Gateway {
 
 func (r *rig) eventually(what string, ok func() bool) {
 	r.t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); !ok(); time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); !ok(); time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
 			r.t.Fatalf("it never came to be that %s; log:\n%s", what, r.log)
 		}

@@ -27,7 +27,7 @@ func natsServer(t *testing.T) string {
 		srv.Shutdown()
 		srv.WaitForShutdown()
 	})
-	if !srv.ReadyForConnections(10 * time.Second) {
+	if !srv.ReadyForConnections(time.Minute) {
 		t.Fatal("the nats server does not start")
 	}
 	return srv.ClientURL()

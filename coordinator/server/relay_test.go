@@ -132,7 +132,7 @@ func TestNodesShareTheTicketKey(t *testing.T) {
 	}
 	srv.Start()
 	t.Cleanup(func() { srv.Shutdown(); srv.WaitForShutdown() })
-	if !srv.ReadyForConnections(10 * time.Second) {
+	if !srv.ReadyForConnections(time.Minute) {
 		t.Fatal("nats does not start")
 	}
 	one, two := newRig(t, Options{}), newRig(t, Options{})

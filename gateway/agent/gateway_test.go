@@ -203,7 +203,7 @@ func (j *job) flow() (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	_ = c.SetDeadline(time.Now().Add(10 * time.Second))
+	_ = c.SetDeadline(time.Now().Add(40 * time.Second))
 	if _, err = c.Write([]byte("ping")); err == nil {
 		_, err = io.ReadFull(c, make([]byte, 4))
 	}
@@ -287,7 +287,7 @@ func TestEchoInsideTheTunnel(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		_ = c.SetDeadline(time.Now().Add(10 * time.Second))
+		_ = c.SetDeadline(time.Now().Add(40 * time.Second))
 		long, short := bytes.Repeat([]byte("x"), wire.MaxEcho+1), bytes.Repeat([]byte("y"), wire.MaxEcho)
 		_, _ = c.Write(long)
 		_, _ = c.Write(short)
@@ -397,7 +397,7 @@ func TestCoordinatorRenewsAndEnds(t *testing.T) {
 	if e := body[wire.End](t, w.coord.expect(wire.FrameEnd)); e.Session != j.offer.Session {
 		t.Errorf("end of %q", e.Session)
 	}
-	_ = c.SetReadDeadline(time.Now().Add(5 * time.Second))
+	_ = c.SetReadDeadline(time.Now().Add(40 * time.Second))
 	if _, err := c.Read(make([]byte, 1)); err == nil || os.IsTimeout(err) {
 		t.Errorf("an open flow of an ended session: %v, want a reset", err)
 	}
@@ -525,7 +525,7 @@ func TestCloseSaysGoodbye(t *testing.T) {
 	if code := w.coord.closed(); code != websocket.StatusNormalClosure {
 		t.Errorf("the stream was closed with %v", code)
 	}
-	_ = c.SetReadDeadline(time.Now().Add(5 * time.Second))
+	_ = c.SetReadDeadline(time.Now().Add(40 * time.Second))
 	if _, err := c.Read(make([]byte, 1)); err == nil || os.IsTimeout(err) {
 		t.Errorf("an open flow: %v, want a reset", err)
 	}

@@ -42,12 +42,27 @@ func (c *census) note(seen *int64, now time.Time) int {
 	return max(c.count, c.last, 1)
 }
 
-// share is how large the send buffer of a flow may be that has just filled it, and the receive buffer of one that reads much. full says
-// that a send buffer should not grow even so far at the moment: others have to give back first, or enough waits for its turn already.
-func (fl *flow) share() (bytes int64, full bool) {
+// part is a flow's equal part of its session's equal part, and how many sessions have one at the moment.
+func (fl *flow) part() (bytes int64, sessions int) {
 	s, now := fl.s, time.Now()
-	sessions := s.f.hungry.note(&s.hungry, now)
+	sessions = s.f.hungry.note(&s.hungry, now)
 	flows := s.hungryFlows.note(&fl.hungry, now)
-	bytes = max(max(shareBytes/int64(sessions), leastShare)/int64(flows), smallFloor)
-	return bytes, s.crowded() || sessions > 1 && s.f.purse.lent.Load() >= shareBytes
+	return max(max(shareBytes/int64(sessions), leastShare)/int64(flows), smallFloor), sessions
+}
+
+// share is how large the send buffer of a flow may be that has just filled it. full says that it should not grow even so far at the
+// moment: others have to give back first, or enough waits for its turn already.
+func (fl *flow) share() (bytes int64, full bool) {
+	bytes, sessions := fl.part()
+	return bytes, fl.s.crowded() || sessions > 1 && fl.s.f.purse.lent.Load() >= shareBytes
+}
+
+// readShare is how large the receive buffer of a flow may be that reads much. The stack promises the job half of it, so several sessions
+// together have 8 MiB on their way to the gateway, which its socket can hold.
+func (fl *flow) readShare() int64 {
+	bytes, sessions := fl.part()
+	if sessions > 1 {
+		bytes = max(bytes/2, smallFloor)
+	}
+	return bytes
 }

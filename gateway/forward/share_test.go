@@ -2,6 +2,7 @@ package forward
 
 import (
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -29,7 +30,9 @@ func TestCensus(t *testing.T) {
 }
 
 // TestShare: sessions have equal parts, whatever the number of their flows.
-func TestShare(t *testing.T) {
+func TestShare(t *testing.T) { synctest.Test(t, testShare) } // no period ends in between
+
+func testShare(t *testing.T) {
 	f := &Forwarder{}
 	sessions := make([]*Session, 3000)
 	for i := range sessions {
@@ -50,6 +53,12 @@ func TestShare(t *testing.T) {
 	}
 	if n != leastShare {
 		t.Errorf("one of 3000 sessions may have %d", n)
+	}
+	if n := (&flow{s: sessions[2]}).readShare(); n != leastShare/4 {
+		t.Errorf("the second flow of one of 3000 sessions may read %d ahead", n)
+	}
+	if n := (&flow{s: &Session{f: &Forwarder{}}}).readShare(); n != shareBytes {
+		t.Errorf("one session may read %d ahead", n)
 	}
 	f.purse.lent.Store(shareBytes)
 	if _, full := (&flow{s: sessions[0]}).share(); !full {

@@ -153,8 +153,20 @@ func (r *relay) run() {
 		r.fl.reset(wire.CauseReset)
 	}
 	up.Wait()
-	_ = r.conn.Close()
-	r.settle()
+	r.end()
+}
+
+// end closes both sides. A flow that is reset must not look to either as if all had been said, though whoever resets it may have
+// come to one side only so far.
+func (r *relay) end() {
+	if !r.fl.isDead() {
+		_ = r.conn.Close()
+		r.settle()
+	}
+	if r.fl.isDead() {
+		resetConn(r.conn)
+		r.ep.Abort()
+	}
 	r.ep.Close()
 }
 
@@ -206,7 +218,7 @@ func (r *relay) up() error {
 
 // took notes that n bytes have gone to the target.
 func (r *relay) took(n int) {
-	r.window.took(n, r.fl.share)
+	r.window.took(n, r.fl.readShare)
 	r.fl.carry(n, 0)
 }
 

@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"syscall"
 	"testing"
@@ -29,7 +30,7 @@ func roundTrip(t *testing.T, c net.Conn, text string) {
 		t.Fatal(err)
 	}
 	got := make([]byte, len(text))
-	_ = c.SetReadDeadline(time.Now().Add(5 * time.Second))
+	_ = c.SetReadDeadline(time.Now().Add(40 * time.Second))
 	if _, err := io.ReadFull(c, got); err != nil {
 		t.Fatalf("read: %v", err)
 	}
@@ -278,7 +279,7 @@ func TestTCPRate(t *testing.T) {
 // reset waits for a connection to be reset.
 func reset(t *testing.T, c net.Conn) {
 	t.Helper()
-	_ = c.SetReadDeadline(time.Now().Add(2 * time.Second))
+	_ = c.SetReadDeadline(time.Now().Add(40 * time.Second))
 	_, err := c.Read(make([]byte, 1))
 	var timeout net.Error
 	if err == nil || err == io.EOF || errors.As(err, &timeout) && timeout.Timeout() {
@@ -313,6 +314,36 @@ func TestResets(t *testing.T) {
 			eventually(t, "the flow ends", func() bool { return e.s.Counts().Open == 0 })
 		})
 	}
+}
+
+// TestResetIsNoEnd: a flow whose reset has come to the target only so far is not ended in good order towards the job, or what was
+// cut off would look whole.
+func TestResetIsNoEnd(t *testing.T) {
+	ended := make(chan error, 1)
+	target := server(t, "tcp4", func(c *net.TCPConn) {
+		_, err := io.Copy(c, c)
+		ended <- err
+	})
+	e := newEnv(t, Limits{})
+	c, err := e.dial(target)
+	if err != nil {
+		t.Fatal(err)
+	}
+	roundTrip(t, c, "x")
+	fl, seen := e.s.open()[0], make(chan struct{})
+	fl.mu.Lock()
+	last := len(fl.abort) - 1 // the job's side
+	fl.abort = slices.Insert(fl.abort, last, func() { <-seen })
+	fl.mu.Unlock()
+	var resetting sync.WaitGroup
+	resetting.Go(func() { fl.reset(wire.CauseIdle) })
+	defer resetting.Wait()
+	defer close(seen)
+	if err := <-ended; !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("the target saw %v, want a reset", err)
+	}
+	_ = c.(interface{ CloseWrite() error }).CloseWrite() // has the gateway find out that the target is gone
+	reset(t, c)
 }
 
 // TestRescopeKeeps: a flow that the new scope still gives goes on.
@@ -353,7 +384,7 @@ func TestSourcesAndSessions(t *testing.T) {
 		t.Error("the stranger's packets were not counted")
 	}
 	second := e.add("session-2", other4)
-	c, err := e.dialFrom(other4, target, 2*time.Second)
+	c, err := e.dialFrom(other4, target, 20*time.Second)
 	if err != nil {
 		t.Fatal(err)
 	}

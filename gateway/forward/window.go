@@ -15,6 +15,7 @@ const (
 	mostRead   = 8 << 20  // 800 Mbit/s at 80 ms
 	bulkRead   = 8 << 10  // what a flow that is short of buffer has read at a time
 	bulkLook   = 64 << 10 // or has read in many small pieces
+	windowPart = 2        // of a receive buffer the stack promises the job half
 )
 
 // Small writes cost the stack a kilobyte each, whatever they hold.
@@ -29,7 +30,7 @@ const (
 //
 // A send buffer grows when it is full: at first freely, beyond freeGrowth only once the job has acknowledged half of it, so
 // that it is always ahead of the congestion window, which doubles with each round trip at most. It shrinks to its floor when the flow rests, unless bytes still wait in it.
-// A receive buffer grows as the stack measures what the flow needs. It shrinks to the flow's share, by half at a time, when others want more as
+// A receive buffer grows as the stack measures what the flow needs. It shrinks to the flow's share, to a quarter at a time, when others want more as
 // well: as the stack never takes back a window that the job has been promised, what it was lent is paid back once the job has used that up.
 type window struct {
 	ep     *tcp.Endpoint
@@ -98,7 +99,7 @@ func (w *window) grow(carried, by int64) {
 }
 
 // took is called when the flow has read n bytes that the job sent; share gives how large the receive buffer may be.
-func (w *window) took(n int, share func() (bytes int64, full bool)) {
+func (w *window) took(n int, share func() int64) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.read += int64(n)
@@ -110,8 +111,8 @@ func (w *window) took(n int, share func() (bytes int64, full bool)) {
 	}
 	if n >= bulkRead || w.bulk >= bulkLook {
 		w.bulk = 0
-		if most, _ := share(); before >= most {
-			w.narrow(before, max(most, before/2))
+		if most := share(); before >= most {
+			w.narrow(before, max(most, before/4))
 			return
 		}
 	}
@@ -130,7 +131,7 @@ func (w *window) narrow(from, to int64) {
 		return
 	}
 	w.ep.SocketOptions().SetReceiveBufferSize(to, false)
-	w.repay, w.repayAt = min(from-to, w.readLoan), w.read+from
+	w.repay, w.repayAt = min(from-to, w.readLoan), w.read+from/windowPart
 }
 
 // repays reports that the job may still use more of the receive buffer than that has by now; what it cannot any more is paid back. mu is held.

@@ -29,24 +29,24 @@ func TestReceiveBufferGivesBack(t *testing.T) {
 	asked, promised := 0, int64(grown)
 	for read := int64(0); read < 4*grown; read += piece {
 		before := size()
-		w.took(piece, func() (int64, bool) { asked++; return share, false })
+		w.took(piece, func() int64 { asked++; return share })
 		switch after := size(); {
-		case after != before && after != before/2:
+		case after != before && after < before/4:
 			t.Fatalf("the buffer went from %d to %d", before, after)
 		case after != before:
 			promised = before
 		}
-		if lent := p.lent.Load(); lent < size()-receiveFloor || lent > promised-receiveFloor {
+		if lent := p.lent.Load(); lent < size()-receiveFloor || lent > promised-receiveFloor || size() < share {
 			t.Fatalf("%d are lent for a buffer of %d and a promise of %d", lent, size(), promised)
 		}
 	}
 	if size() != share || p.lent.Load() != share-receiveFloor {
-		t.Errorf("the buffer is %d, lent are %d, want a share of %d", size(), p.lent.Load(), share)
+		t.Errorf("the buffer is %d, lent are %d, want %d", size(), p.lent.Load(), share)
 	}
 	if asked == 0 {
 		t.Error("nobody asked for the share")
 	}
-	if w.took(1000, func() (int64, bool) { return share, false }); size() < share {
+	if w.took(1000, func() int64 { return share }); size() < share {
 		t.Errorf("a small piece makes the buffer %d", size())
 	}
 	w.close()
@@ -67,7 +67,7 @@ func TestReceiveBufferBelowItsFloor(t *testing.T) {
 	p := &purse{limit: 64 << 20}
 	w := newWindow(ep, p, floors{sendFloor, receiveFloor})
 	for range 100 {
-		w.took(16<<10, func() (int64, bool) { return leastShare, false })
+		w.took(16<<10, func() int64 { return leastShare })
 	}
 	if n := ep.SocketOptions().GetReceiveBufferSize(); n != leastShare || p.lent.Load() != 0 {
 		t.Errorf("the buffer is %d, lent are %d", n, p.lent.Load())

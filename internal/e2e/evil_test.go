@@ -66,7 +66,7 @@ func startEvil(t *testing.T, opts stage.Options) (*stage.Stage, *evil) {
 	}
 	select {
 	case <-e.arrived:
-	case <-time.After(10 * time.Second):
+	case <-time.After(40 * time.Second):
 		t.Fatal("the gateway does not come")
 	}
 	return s, e

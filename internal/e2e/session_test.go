@@ -97,7 +97,7 @@ func echo(t *testing.T, s *stage.Stage) {
 	}
 	defer conn.Close()
 	for _, size := range []int{1, 100, 1300} {
-		_ = conn.SetDeadline(time.Now().Add(5 * time.Second))
+		_ = conn.SetDeadline(time.Now().Add(40 * time.Second))
 		sent := []byte(strings.Repeat("x", size))
 		if _, err := conn.Write(sent); err != nil {
 			t.Fatal(err)

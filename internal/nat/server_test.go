@@ -35,7 +35,7 @@ func dial(t *testing.T, s *Server, network, ip string) *net.UDPConn {
 		t.Skipf("no %s on loopback here: %v", network, err)
 	}
 	t.Cleanup(func() { _ = c.Close() })
-	_ = c.SetDeadline(time.Now().Add(10 * time.Second))
+	_ = c.SetDeadline(time.Now().Add(40 * time.Second))
 	return c
 }
 

@@ -49,7 +49,7 @@ func TestEstablishedAreReset(t *testing.T) {
 	after := dial()
 	served := accept()
 	reset()
-	_ = before.SetReadDeadline(time.Now().Add(10 * time.Second))
+	_ = before.SetReadDeadline(time.Now().Add(40 * time.Second))
 	var timeout net.Error
 	if _, err := before.Read(make([]byte, 1)); err == nil || errors.As(err, &timeout) && timeout.Timeout() {
 		t.Errorf("a connection that was open: %v", err)
@@ -57,7 +57,7 @@ func TestEstablishedAreReset(t *testing.T) {
 	if _, err := served.Write([]byte("x")); err != nil {
 		t.Error(err)
 	}
-	_ = after.SetReadDeadline(time.Now().Add(10 * time.Second))
+	_ = after.SetReadDeadline(time.Now().Add(40 * time.Second))
 	if _, err := after.Read(make([]byte, 1)); err != nil {
 		t.Errorf("a later connection: %v", err)
 	}

@@ -113,11 +113,11 @@ func (c *crossing) comeOut(peer, n int) {
 // for no more than a turn; what the flood has too much is dropped and counted.
 func TestFloodInTheTunnel(t *testing.T) {
 	const (
-		rounds  = 1000
+		rounds  = 300
 		takes   = 30 // packets that the device is done with in a round
 		victims = takes / 3
 		flood   = 10 * takes
-		inside  = 1000
+		inside  = 1400
 	)
 	c := newCrossing(2)
 	var got, inDevice [2]int
@@ -170,7 +170,7 @@ func TestWhoSendsRubbishHoldsUpNobody(t *testing.T) {
 		defer timer.Stop()
 		var seq uint64
 		good := 0
-		for round := range 1000 {
+		for round := range 400 {
 			for peer := range 8 {
 				c.arrive(peer, uint64(round), 20, 100)
 			}
@@ -212,7 +212,7 @@ func TestTurnsProperty(t *testing.T) {
 			peer := rapid.IntRange(0, 2).Draw(t, "peer")
 			switch rapid.IntRange(0, 6).Draw(t, "step") {
 			case 0, 1:
-				n := rapid.IntRange(1, 300).Draw(t, "packets")
+				n := rapid.IntRange(1, 150).Draw(t, "packets")
 				direct := c.arrive(peer, sent[peer], n, rapid.SampledFrom([]int{0, 20, 1420}).Draw(t, "size"))
 				sent[peer] += uint64(n)
 				hand(peer, direct)
