@@ -24,8 +24,8 @@ const (
 	maxAhead   = 64                   // blocks that are read at a time
 	rivalry    = time.Second          // how long after another node's block it counts as a rival for the log's end
 	maxYield   = 20 * time.Millisecond
-	goneLong   = 10 * time.Second // for a message that ought to be there: a server that leads no longer, and does not know yet, has not got it
-	maxForeign = 1000             // blocks at the log's end that are not ours before it is given up
+	goneLong   = 3 * time.Second // for a message that ought to be there: a server that leads no longer, and does not know yet, has not got it
+	maxForeign = 1000            // blocks at the log's end that are not ours before it is given up
 )
 
 // write stores blocks until the queue is closed and empty, or the log's life is over.
