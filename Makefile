@@ -122,7 +122,7 @@ kernel: build
 
 # Throughput, memory and time to the first byte, in Go's benchmark format.
 bench: tools-bench build
-	@CULVERT_E2E_BIN=$(CURDIR)/bin $(GO) test -run '^$$' -bench . -benchtime $(BENCHTIME) -timeout 20m ./internal/e2e
+	@CULVERT_E2E_BIN=$(CURDIR)/bin $(GO) test -run '^$$' -bench . -benchtime $(BENCHTIME) -timeout 25m ./internal/e2e
 	@CULVERT_E2E_BIN=$(CURDIR)/bin $(GO) test -run '^$$' -bench . -benchtime $(BENCHTIME) -timeout 20m ./internal/e2e/scale
 
 # The charts, against the API's types and the table of what Culvert needs. A module of its own, with Kubernetes' dependencies.
