@@ -91,7 +91,7 @@ func TestTunMode(t *testing.T) {
 // echo sends datagrams through the tunnel and wants them back.
 func echo(t *testing.T, s *stage.Stage) {
 	t.Helper()
-	conn, err := s.Runner.Dial(timeout(t, 5*time.Second), "udp", s.Target(stage.PortEcho))
+	conn, err := s.Runner.Dial(timeout(t, 20*time.Second), "udp", s.Target(stage.PortEcho))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -267,9 +267,9 @@ func TestKillLeavesTheHostClean(t *testing.T) {
 // waitUp waits until the job's tunnel says that it is usable.
 func waitUp(t testing.TB, job *stage.Job) {
 	t.Helper()
-	deadline := time.Now().Add(20 * time.Second)
+	deadline := time.Now().Add(time.Minute)
 	for {
-		result, err := job.Culvert(timeout(t, 5*time.Second), "status", "--json")
+		result, err := job.Culvert(timeout(t, 20*time.Second), "status", "--json")
 		if err == nil && result.Code == 0 && strings.Contains(strings.ReplaceAll(result.Stdout, " ", ""), `"state":"up"`) {
 			return
 		}

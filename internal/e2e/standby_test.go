@@ -308,7 +308,7 @@ func TestGatewaysSpreadAndDrain(t *testing.T) {
 	if err := stopping.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, 10*time.Second, "no new session on the gateway that stops", func() error {
+	eventually(t, 40*time.Second, "no new session on the gateway that stops", func() error {
 		for range 4 {
 			if keep(t, s).Gateways[0].Name == before.Gateway {
 				return errors.New("it still gets some")

@@ -66,7 +66,7 @@ func joinGranted(t *testing.T, client, gateway *end, mine, theirs []Grant) (c, g
 	return c, g
 }
 
-const patient = 20 * time.Second // for conditions that hold within milliseconds on a machine that is not busy
+const patient = time.Minute // for conditions that hold within milliseconds on a machine that is not busy
 
 // on waits until both sides' traffic takes a way.
 func on(t *testing.T, what string, c, g *Peer, is func(Path) bool) {
