@@ -92,6 +92,7 @@ matrix: tools-test build
 # Three coordinators on a cluster of three nats-servers, each in a namespace of its own; they are killed, frozen and cut off, one after the other: six minutes.
 cluster: build
 	CULVERT_E2E_BIN=$(CURDIR)/bin CULVERT_E2E_CLUSTER=1 $(GO) test -count=1 -timeout 15m -run '^TestCluster' -v ./internal/e2e/scale
+	CULVERT_E2E_CLUSTER=1 $(GO) test -count=1 -timeout 5m -run '^TestElections$$' ./coordinator/state
 
 # The last release's programs with these, in every mixture, and an upgrade while a job runs: three minutes. LAST names any commit in place of
 # the last release before this commit.
@@ -112,6 +113,7 @@ neighbours: tools-test build
 KERNEL := bin/tools/kernel
 kernel: build
 	@$(call want,qemu-system-x86_64 depmod wg,qemu-system-x86 kmod wireguard-tools)
+	@$(get-node)
 	@$(unpack-kernel)
 	@$(GOBUILD) -o $(KERNEL)/guest ./internal/e2e/guest
 	@$(GO) test -c -o $(KERNEL)/kernel.test ./client/kernel
@@ -120,7 +122,7 @@ kernel: build
 
 # Throughput, memory and time to the first byte, in Go's benchmark format.
 bench: tools-bench build
-	@CULVERT_E2E_BIN=$(CURDIR)/bin $(GO) test -run '^$$' -bench . -benchtime $(BENCHTIME) -timeout 20m ./internal/e2e
+	@CULVERT_E2E_BIN=$(CURDIR)/bin $(GO) test -run '^$$' -bench . -benchtime $(BENCHTIME) -timeout 25m ./internal/e2e
 	@CULVERT_E2E_BIN=$(CURDIR)/bin $(GO) test -run '^$$' -bench . -benchtime $(BENCHTIME) -timeout 20m ./internal/e2e/scale
 
 # The charts, against the API's types and the table of what Culvert needs. A module of its own, with Kubernetes' dependencies.

@@ -95,7 +95,7 @@ func (r *running) failure(t *testing.T) *problem.Error {
 		return problem.From(err)
 	case <-r.ready:
 		t.Fatal("the agent is up")
-	case <-time.After(20 * time.Second):
+	case <-time.After(time.Minute):
 		t.Fatal("no end in time")
 	}
 	return nil

@@ -24,8 +24,8 @@ const (
 	maxAhead   = 64                   // blocks that are read at a time
 	rivalry    = time.Second          // how long after another node's block it counts as a rival for the log's end
 	maxYield   = 20 * time.Millisecond
-	goneLong   = 10 * time.Second // for a message that ought to be there: a server that leads no longer, and does not know yet, has not got it
-	maxForeign = 1000             // blocks at the log's end that are not ours before it is given up
+	goneLong   = 3 * time.Second // for a message that ought to be there: a server that leads no longer, and does not know yet, has not got it
+	maxForeign = 1000            // blocks at the log's end that are not ours before it is given up
 )
 
 // write stores blocks until the queue is closed and empty, or the log's life is over.
@@ -322,6 +322,22 @@ func (l *Log) foreign(seq uint64, block []byte) Record {
 		Unmapped: Unmapped{Instead: hashOf(block)}}
 }
 
+// patientGet reads a message that ought to be there, and believes only after a while that it is not: see skip.
+func (l *Log) patientGet(ctx context.Context, seq uint64, patience *time.Duration) ([]byte, error) {
+	for {
+		block, err := l.opts.Store.Get(ctx, seq)
+		if !errors.Is(err, state.ErrNotFound) || *patience <= 0 {
+			return block, err
+		}
+		*patience -= lastWait
+		select {
+		case <-time.After(lastWait):
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
+}
+
 // findHead goes back from the log's end to the last block that a coordinator wrote. What stands behind that is passed over; records
 // for it are given.
 func (l *Log) findHead(ctx context.Context) (broken []Record, err error) {
@@ -334,8 +350,9 @@ func (l *Log) findHead(ctx context.Context) (broken []Record, err error) {
 		return nil, err
 	}
 	l.after = info.Last
+	patience := goneLong
 	for seq := info.Last; seq >= info.First && seq > 0; seq-- {
-		block, err := l.opts.Store.Get(ctx, seq)
+		block, err := l.patientGet(ctx, seq, &patience)
 		if errors.Is(err, state.ErrNotFound) {
 			broken = append(broken, Record{Event: Broken, Severity: High, Status: statusFailure,
 				Message: fmt.Sprintf("message %d of the log is gone", seq)})

@@ -105,7 +105,11 @@ func (e *election) run(ctx context.Context) {
 
 // look learns the group and its term while there is a leader.
 func (e *election) look(ctx context.Context) {
-	if !e.led(ctx) || e.members < 3 {
+	info, led := e.leader(ctx)
+	if !led {
+		return
+	}
+	if e.group, e.members = info.RaftGroup, len(info.Replicas)+1; e.members < 3 {
 		return
 	}
 	term, answered := e.roll(ctx, 0, e.members)
@@ -116,16 +120,15 @@ func (e *election) look(ctx context.Context) {
 	}
 }
 
-// led reports whether the stream has a leader that answers, and takes from it who the members are.
-func (e *election) led(ctx context.Context) bool {
+// leader asks whether the stream has a leader that answers, and what it says of the members.
+func (e *election) leader(ctx context.Context) (*jetstream.ClusterInfo, bool) {
 	ctx, cancel := context.WithTimeout(ctx, leaderCall)
 	defer cancel()
 	info, err := e.info(ctx)
 	if err != nil || info.Cluster == nil || info.Cluster.Leader == "" {
-		return false
+		return nil, false
 	}
-	e.group, e.members = info.Cluster.RaftGroup, len(info.Cluster.Replicas)+1
-	return true
+	return info.Cluster, true
 }
 
 // hold does what an alarm asks for: it has the members elect a leader, unless there is one. It reports whether one was elected.
@@ -176,7 +179,7 @@ func (e *election) hold(ctx context.Context, nobody bool) bool {
 // inquire asks at once whether the leader leads, the server that we are connected to lives, and how many members answer, in which term.
 func (e *election) inquire(ctx context.Context, enough int) (leads, lives bool, term uint64, answered int) {
 	var asking sync.WaitGroup
-	asking.Go(func() { leads = e.led(ctx) })
+	asking.Go(func() { _, leads = e.leader(ctx) })
 	asking.Go(func() {
 		ctx, cancel := context.WithTimeout(ctx, leaderCall)
 		defer cancel()
@@ -190,7 +193,7 @@ func (e *election) inquire(ctx context.Context, enough int) (leads, lives bool, 
 // await waits for a leader.
 func (e *election) await(ctx context.Context, wait time.Duration) bool {
 	for deadline := time.Now().Add(wait); time.Now().Before(deadline) && ctx.Err() == nil; {
-		if e.led(ctx) {
+		if _, led := e.leader(ctx); led {
 			return true
 		}
 		e.pause(ctx, electionAgain)

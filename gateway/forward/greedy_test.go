@@ -22,10 +22,10 @@ func TestGreedyJobHurtsItselfAlone(t *testing.T) {
 	target := netip.MustParseAddrPort(server(t, "tcp4", echo))
 	listener := udpEcho(t).LocalAddr().String()
 	over := make(chan struct{})
-	t.Cleanup(func() { close(over) }) // after the wire has ended
-	e := newEnv(t, Limits{SessionFlows: most, SessionRate: 4 * attempts})
-	e.deaf.Store(true)    // or its stack would end what the test begins
-	var told atomic.Int64 // ICMP errors
+	t.Cleanup(func() { close(over) })                                                         // after the wire has ended
+	e := newEnv(t, Limits{SessionFlows: most, SessionRate: 4 * attempts, UDPIdle: time.Hour}) // nothing ends by itself, however slow the machine
+	e.deaf.Store(true)                                                                        // or its stack would end what the test begins
+	var told atomic.Int64                                                                     // ICMP errors
 	go func() {
 		for {
 			select {

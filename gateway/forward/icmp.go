@@ -18,8 +18,10 @@ import (
 	"github.com/culvertnet/culvert/internal/policy"
 )
 
-// echoQueue bounds the requests of one flow on their way to the socket.
-const echoQueue = 16
+const (
+	echoQueue = 16      // requests of one flow on their way to the socket
+	echoWaits = 2 << 10 // bytes of one that may wait behind another
+)
 
 // handleICMP4 sees ICMPv4 messages that belong to no endpoint of the stack. The stack answers echo requests to the
 // gateway's own addresses; those to targets go out through a ping socket, which Linux gives to unprivileged processes
@@ -69,11 +71,31 @@ func (f *Forwarder) handleEcho(id stack.TransportEndpointID, pkt *stack.PacketBu
 	}
 	message := stack.PayloadSince(pkt.TransportHeader())
 	defer message.Release()
-	select {
-	case fl.echo <- ping{message.ToSlice(), quoteOf(pkt), netstack.MayBeFragmented(pkt.NetworkHeader().Slice())}:
-	default: // a flood is thinned out
-	}
+	fl.ask(ping{message.ToSlice(), quoteOf(pkt), netstack.MayBeFragmented(pkt.NetworkHeader().Slice())})
 	return true
+}
+
+// ask hands a request on; a flood is thinned out. Large ones, put together from fragments, do not wait behind others: a session may have
+// thousands of flows.
+func (fl *flow) ask(p ping) {
+	if len(p.message) > echoWaits && len(fl.echo) > 0 {
+		return
+	}
+	select {
+	case fl.echo <- p:
+	default:
+	}
+}
+
+// refuse drops requests until the flow is idle, so that there is no new attempt for each.
+func (fl *flow) refuse() {
+	for {
+		select {
+		case <-fl.echo:
+		case <-fl.ctx.Done():
+			return
+		}
+	}
 }
 
 // ping is an ICMP echo request on its way out.
@@ -89,13 +111,13 @@ func (f *Forwarder) serveEcho(fl *flow) {
 	target, err := f.echoTarget(fl)
 	if err != nil {
 		fl.turnAway(err)
-		<-fl.ctx.Done() // until it is idle: no new attempt for each request
+		fl.refuse()
 		return
 	}
 	conn, err := newPinger(target)
 	if err != nil {
 		fl.fail(err)
-		<-fl.ctx.Done()
+		fl.refuse()
 		return
 	}
 	stop := sync.OnceFunc(func() { _ = conn.Close() })

@@ -1,8 +1,10 @@
 package forward
 
 import (
+	"context"
 	"net/netip"
 	"os"
+	"sync"
 	"testing"
 
 	"golang.org/x/net/icmp"
@@ -125,4 +127,28 @@ func TestEchoWithoutSocket(t *testing.T) {
 	if p := header.ICMPv4((<-out)[header.IPv4MinimumSize:]); p.Type() != header.ICMPv4EchoReply || header.IPv4(p) == nil {
 		t.Errorf("type %d", p.Type())
 	}
+}
+
+// TestLargeEchoesDoNotPileUp: what a job sends to where nothing answers is held neither by the dozen where it is large, nor at all once it
+// is known that nothing will come of it.
+func TestLargeEchoesDoNotPileUp(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	fl := &flow{ctx: ctx, echo: make(chan ping, echoQueue)}
+	for range 2 * echoQueue {
+		fl.ask(ping{message: make([]byte, 60_000)})
+	}
+	if n := len(fl.echo); n != 1 {
+		t.Errorf("%d large requests wait", n)
+	}
+	for range 2 * echoQueue {
+		fl.ask(ping{message: make([]byte, 64)})
+	}
+	if n := len(fl.echo); n != echoQueue {
+		t.Errorf("%d requests wait", n)
+	}
+	var refusing sync.WaitGroup
+	refusing.Go(fl.refuse)
+	eventually(t, "none waits", func() bool { return len(fl.echo) == 0 })
+	cancel()
+	refusing.Wait()
 }

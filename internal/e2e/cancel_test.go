@@ -109,7 +109,7 @@ func TestCancelAtEachPhase(t *testing.T) {
 			})
 			must(t, proc.Signal(signal))
 			began := time.Now()
-			if code, err := proc.Wait(timeout(t, 10*time.Second)); err != nil || code != 1 {
+			if code, err := proc.Wait(timeout(t, 40*time.Second)); err != nil || code != 1 {
 				t.Errorf("%s, %v: exit %d, %v", phase.name, signal, code, err)
 			}
 			t.Logf("%s, %v: %d ms", phase.name, signal, time.Since(began).Milliseconds())

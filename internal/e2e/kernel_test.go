@@ -74,6 +74,9 @@ func TestKernelWireGuard(t *testing.T) {
 	m.culvert(t, 0, "down")
 	m.unchanged(t, before)
 
+	m.byAction(t)
+	m.unchanged(t, before)
+
 	must(t, s.LaunchSecondGateway())
 	m.up(t, "kernel")
 	m.moved(t)
@@ -87,6 +90,25 @@ func TestKernelWireGuard(t *testing.T) {
 	m.shown(t, "")
 	m.culvert(t, 0, "down")
 	m.unchanged(t, before)
+}
+
+// byAction has the action's own steps do it, with real Node: mode kernel comes up, and goes with the job.
+func (m *guest) byAction(t *testing.T) {
+	t.Helper()
+	inputs := []string{"INPUT_COORDINATOR=" + m.stage.URL, "INPUT_MODE=kernel", "INPUT_BINARY=/bin/culvert", "INPUT_SUDO=true", "INPUT_TIMEOUT=60s",
+		"GITHUB_ACTIONS=true", "RUNNER_ENVIRONMENT=github-hosted", "STATE_program=/bin/culvert", "STATE_name=culvert"}
+	r := m.runWith(t, inputs, "/bin/node", "/action/main.mjs")
+	if r.Code != 0 || !strings.Contains(r.Stdout, "culvert: up in network corp") {
+		t.Fatalf("the action's step: %s", r)
+	}
+	if text := m.culvert(t, 0, "status", "--json").Stdout; !strings.Contains(text, `"mode":"kernel"`) && !strings.Contains(text, `"mode": "kernel"`) {
+		t.Errorf("the status is %s", text)
+	}
+	m.shown(t, "")
+	m.transfer(t)
+	if r := m.runWith(t, inputs, "/bin/node", "/action/post.mjs"); r.Code != 0 || strings.Contains(r.Stdout, "::warning") {
+		t.Errorf("the action's last step: %s", r)
+	}
 }
 
 // guest is a virtual machine that plays the runner.
@@ -112,7 +134,7 @@ func boot(t *testing.T, s *stage.Stage, job *stage.Job) *guest {
 	defer log.Close()
 	proc, err := s.Runner.Start(lab.Program{
 		Path: program(t, "qemu-system-x86_64"),
-		Args: []string{"-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "512", "-nographic", "-nodefaults", "-no-reboot",
+		Args: []string{"-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "1024", "-nographic", "-nodefaults", "-no-reboot",
 			"-serial", "stdio", "-kernel", kernels[0], "-initrd", image,
 			"-append", fmt.Sprintf("console=ttyS0 quiet panic=-1 reboot=t guest.addr=%s/%d guest.via=%s", guestAddr, guestNet.Bits(), guestNet.Addr()),
 			"-netdev", "tap,id=n0,ifname=" + lab.TapDevice + ",script=no,downscript=no", "-device", "virtio-net-pci,netdev=n0,romfile="},
@@ -179,6 +201,12 @@ func (m *guest) call(t *testing.T, what string, in, out any) {
 // run runs a program in the job's environment.
 func (m *guest) run(t *testing.T, path string, args ...string) stage.Result {
 	t.Helper()
+	return m.runWith(t, nil, path, args...)
+}
+
+// runWith does so with more in the environment.
+func (m *guest) runWith(t *testing.T, more []string, path string, args ...string) stage.Result {
+	t.Helper()
 	env := []string{"PATH=/bin", "HOME=/tmp", "XDG_RUNTIME_DIR=/tmp", "SSL_CERT_FILE=/ca.pem"}
 	for _, e := range m.job.Environ() {
 		for _, keep := range []string{"ACTIONS_", "CULVERT_COORDINATOR="} {
@@ -188,7 +216,7 @@ func (m *guest) run(t *testing.T, path string, args ...string) stage.Result {
 		}
 	}
 	var r stage.Result
-	m.call(t, "run", map[string]any{"Path": path, "Args": args, "Env": env}, &r)
+	m.call(t, "run", map[string]any{"Path": path, "Args": args, "Env": append(env, more...)}, &r)
 	return r
 }
 
@@ -360,14 +388,9 @@ func initrd(t *testing.T, dir string, s *stage.Stage) []byte {
 	a.file("init", read(t, filepath.Join(dir, "guest")), 0o755)
 	a.file("bin/kernel.test", read(t, filepath.Join(dir, "kernel.test")), 0o755)
 	a.file("bin/culvert", read(t, s.Binary("culvert")), 0o755)
-	wg := program(t, "wg")
-	a.file("bin/wg", read(t, wg), 0o755)
-	libraries, err := exec.CommandContext(t.Context(), "ldd", wg).Output()
-	must(t, err)
-	for _, word := range strings.Fields(string(libraries)) {
-		if strings.HasPrefix(word, "/") {
-			a.file(word[1:], read(t, word), 0o755)
-		}
+	a.dynamic(t, map[string]string{"wg": program(t, "wg"), "node": tool(t, nodeEnv, "node")})
+	for _, name := range []string{"main.mjs", "post.mjs", "client.mjs", "runner.mjs", "release.json"} {
+		a.file("action/"+name, read(t, filepath.Join("../../action", name)), 0o644)
 	}
 	a.file("ca.pem", read(t, s.CAFile()), 0o644)
 	deps, err := filepath.Glob(filepath.Join(dir, "lib/modules/*/modules.dep"))
@@ -380,6 +403,23 @@ func initrd(t *testing.T, dir string, s *stage.Stage) []byte {
 	}
 	a.file("modules", []byte(strings.Join(list, "\n")+"\n"), 0o644)
 	return a.end()
+}
+
+// dynamic adds programs with the libraries that they need.
+func (a *archive) dynamic(t *testing.T, programs map[string]string) {
+	t.Helper()
+	added := map[string]bool{}
+	for name, path := range programs {
+		a.file("bin/"+name, read(t, path), 0o755)
+		libraries, err := exec.CommandContext(t.Context(), "ldd", path).Output()
+		must(t, err)
+		for _, word := range strings.Fields(string(libraries)) {
+			if strings.HasPrefix(word, "/") && !added[word] {
+				added[word] = true
+				a.file(word[1:], read(t, word), 0o755)
+			}
+		}
+	}
 }
 
 func read(t *testing.T, path string) []byte {

@@ -236,9 +236,7 @@ func (b *bind) receive(c *udpconn.Conn) conn.ReceiveFunc {
 				}
 				d.reset()
 			}
-			if n, more = in.fill(d, bufs, sizes, eps); n == 0 && in.crowded() {
-				n = in.takeTurn(bufs, sizes, eps)
-			}
+			n, more = in.deliver(d, bufs, sizes, eps)
 		}
 		return n, nil
 	}
@@ -247,13 +245,25 @@ func (b *bind) receive(c *udpconn.Conn) conn.ReceiveFunc {
 // crowded reports that packets wait for their turns.
 func (in *inbox) crowded() bool { return in.turns != nil && in.turns.crowded.Load() }
 
-// takeTurn gives the device packets whose turn it is, and waits a little where it takes nothing.
-func (in *inbox) takeTurn(bufs [][]byte, sizes []int, eps []conn.Endpoint) int {
-	n := in.turns.take(bufs, sizes, eps)
-	if n == 0 {
+// straightMost is how many packets go to the device past those that wait for their turns, in each round: what is no data does.
+const straightMost = 16
+
+// deliver gives the device what has come in and, where packets wait for their turns, some of these as well: whoever sends one handshake
+// after the other must not keep them waiting. It waits a little where the device takes nothing. more is as in fill.
+func (in *inbox) deliver(a arrivals, bufs [][]byte, sizes []int, eps []conn.Endpoint) (n int, more bool) {
+	most := len(bufs)
+	if in.crowded() {
+		most = min(most, straightMost)
+	}
+	n, more = in.fill(a, bufs[:most], sizes, eps)
+	if !in.crowded() {
+		return n, more
+	}
+	taken := in.turns.take(bufs[n:], sizes[n:], eps[n:])
+	if n+taken == 0 {
 		in.turns.await(in.timer)
 	}
-	return n
+	return n + taken, more
 }
 
 // sideEntrance is how packets that come in through doors get to the device: one more function that it receives from. Whoever reads

@@ -51,6 +51,7 @@ type turns struct {
 	bytes      int // that wait
 	head, tail *turn
 	flying     map[*turn]struct{} // those with packets in the device
+	looked     time.Time          // when those were last written off of which nothing came out
 	busy       int                // peers with packets here or in the device
 	room       chan struct{}      // one token: the device may have room
 
@@ -256,6 +257,9 @@ func (ts *turns) take(bufs [][]byte, sizes []int, eps []conn.Endpoint) (n int) {
 	ts.mu.Lock()
 	defer ts.mu.Unlock()
 	now := time.Now()
+	if now.Sub(ts.looked) >= insideStall/10 { // also while others' packets come out, or somebody would have no turn as long as they do
+		ts.expire(now)
+	}
 	for most := min(len(bufs), takeMost); n < most && ts.head != nil && ts.inside < insideLimit; {
 		t := ts.head
 		data, was := 0, t.isBusy()
@@ -292,6 +296,12 @@ func (ts *turns) await(timer *time.Timer) {
 func (ts *turns) writeOff(now time.Time) {
 	ts.mu.Lock()
 	defer ts.mu.Unlock()
+	ts.expire(now)
+}
+
+// expire is writeOff with mu held.
+func (ts *turns) expire(now time.Time) {
+	ts.looked = now
 	for t := range ts.flying {
 		if now.Sub(t.moved) < insideStall {
 			continue

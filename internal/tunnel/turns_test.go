@@ -111,7 +111,9 @@ func (c *crossing) comeOut(peer, n int) {
 
 // TestFloodInTheTunnel: one job sends ten times what the device takes, another a third of that. The second one loses nothing and waits
 // for no more than a turn; what the flood has too much is dropped and counted.
-func TestFloodInTheTunnel(t *testing.T) {
+func TestFloodInTheTunnel(t *testing.T) { synctest.Test(t, testFloodInTheTunnel) } // time stands still: nothing is written off
+
+func testFloodInTheTunnel(t *testing.T) {
 	const (
 		rounds  = 300
 		takes   = 30 // packets that the device is done with in a round
@@ -192,6 +194,71 @@ func TestWhoSendsRubbishHoldsUpNobody(t *testing.T) {
 	})
 }
 
+// TestHandshakesHoldUpNobody: a job sends one handshake message after the other while packets wait. These have their turns all the same.
+func TestHandshakesHoldUpNobody(t *testing.T) { synctest.Test(t, testHandshakesHoldUpNobody) } // time stands still: nothing is written off
+
+func testHandshakesHoldUpNobody(t *testing.T) {
+	c := newCrossing(2)
+	c.arrive(1, 0, 2*insideLimit, 100) // as many as the device takes, and as many that wait
+	c.comeOut(1, insideLimit)
+	waiting := c.turns.waits()
+	greeting := make([]byte, device.MessageInitiationSize)
+	greeting[0] = device.MessageInitiationType
+	for round := range 10 {
+		m := &mail{from: route{spot: c.paths[0].spot}}
+		for i := range 2 * len(c.bufs) {
+			binary.LittleEndian.PutUint64(greeting[8:], uint64(round*1000+i))
+			m.packets = append(m.packets, bytes.Clone(greeting))
+		}
+		if n, more := c.in.deliver(m, c.bufs, c.sizes, c.eps); n == 0 || !more && len(m.packets) > 0 {
+			t.Fatalf("%d packets, more: %v", n, more)
+		}
+	}
+	if now := c.turns.waits(); now != 0 {
+		t.Errorf("%d of %d bytes wait still", now, waiting)
+	}
+}
+
+// TestLostPacketsHoldUpNobodyForLong: the packets that the device has of one job never come out, while those of another do all the time.
+// What the first one sends next has its turn after a moment.
+func TestLostPacketsHoldUpNobodyForLong(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCrossing(2)
+		c.in.timer = stoppedTimer()
+		var seq uint64
+		inside, got := 0, 0
+		c.arrive(0, 0, 1, 100)
+		c.arrive(1, 0, insideLimit/2, 100)
+		lost := c.peers[1].turn.inside
+		for range 1000 {
+			m := &mail{from: route{spot: c.paths[0].spot}}
+			for range 100 {
+				m.packets = append(m.packets, sealed(seq, 100))
+				seq++
+			}
+			for more := true; more; {
+				var n int
+				n, more = c.in.deliver(m, c.bufs, c.sizes, c.eps)
+				for _, ep := range c.eps[:n] {
+					if ep == c.peers[0] {
+						inside++
+					} else {
+						got++
+					}
+				}
+			}
+			c.arrive(1, insideLimit+seq, 1, 100) // what the job says next
+			out := min(40, inside)
+			c.comeOut(0, out)
+			inside -= out
+			time.Sleep(time.Millisecond / 2)
+		}
+		if got == 0 {
+			t.Errorf("after %d packets that were lost the device gets no other one of the job", lost)
+		}
+	})
+}
+
 // TestTurnsProperty: whatever happens, a peer's packets stay in order and whole, none is lost uncounted, and the sums are right.
 func TestTurnsProperty(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
@@ -258,7 +325,9 @@ func TestTurnsProperty(t *testing.T) {
 }
 
 // TestTurnOfOneAlone: the packets of a job that is alone wait only where the device has as many as it may.
-func TestTurnOfOneAlone(t *testing.T) {
+func TestTurnOfOneAlone(t *testing.T) { synctest.Test(t, testTurnOfOneAlone) } // time stands still: nothing is written off
+
+func testTurnOfOneAlone(t *testing.T) {
 	c := newCrossing(1)
 	if n := len(c.arrive(0, 0, 2*insideLimit, 1000)); n < insideLimit || n > insideLimit+grantMost {
 		t.Errorf("%d packets go to the device at once", n)
