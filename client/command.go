@@ -85,7 +85,7 @@ func run(ctx context.Context, env environment) int {
 		return *helped
 	}
 	if err != nil {
-		return report(env, cli.JSON || asksJSON(env.args), problem.Wrap(err, problem.Usage, err.Error(), "see `culvert --help`"))
+		return report(env, cli.JSON || asksJSON(env.args), problem.Wrap(err, problem.Usage, err.Error(), "see `culvert --help`, and `culvert COMMAND --help`"))
 	}
 	cmd, ok := parsed.Selected().Target.Addr().Interface().(command)
 	if !ok {

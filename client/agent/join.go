@@ -303,7 +303,7 @@ func checkGateway(gw wire.Gateway, key wire.Key) error {
 	}
 	for _, r := range gw.Routes {
 		if !r.IsValid() || r != r.Masked() || r.Addr().IsLoopback() || r.Addr().IsMulticast() {
-			return senseless("a route is not one")
+			return senseless(fmt.Sprintf("a route to %v, which is loopback, multicast or no range", r))
 		}
 	}
 	return nil

@@ -33,7 +33,7 @@ type Suggestion struct {
 type SuggestedLine struct {
 	Allow    string
 	Flows    uint64
-	Observed bool // some of it went through by an observe line alone
+	Observed bool // some of it went through by an observe line alone, or was denied
 }
 
 // use is one target with one protocol and port.
@@ -354,7 +354,7 @@ func (g *Suggestion) Write(w io.Writer) error {
 	for _, l := range g.Lines {
 		fmt.Fprintf(b, "  - %q", l.Allow)
 		if l.Observed {
-			b.WriteString(" # seen by an observe line alone")
+			b.WriteString(" # no allow line covers all of it")
 		}
 		b.WriteByte('\n')
 	}

@@ -127,7 +127,7 @@ func (r *reader) private(d privateDoc, public string) Private {
 	if d.SecretSHA256 != "" {
 		sum, err := hex.DecodeString(d.SecretSHA256)
 		if err != nil || len(sum) != len(p.SecretSHA256) {
-			r.fail("$.private.secret_sha256", "not a SHA-256 in hexadecimal", "write the 64 digits of: sha256sum < SECRET-FILE (without a newline in the file)")
+			r.fail("$.private.secret_sha256", "not a SHA-256 in hexadecimal", "write the 64 digits of: tr -d '\\n' < SECRET-FILE | sha256sum")
 			return p
 		}
 		p.SecretSHA256 = [32]byte(sum)

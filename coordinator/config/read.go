@@ -382,7 +382,7 @@ func (r *reader) enrolment(path string, d enrolmentDoc, insecure bool) Enrolment
 	e := Enrolment{}
 	sum, err := hex.DecodeString(d.EnrolSHA256)
 	if err != nil || len(sum) != len(e.SecretSHA256) {
-		r.fail(path+".enrol_sha256", "not a SHA-256 in hexadecimal", "write the 64 digits of: sha256sum < SECRET-FILE (without a newline in the file)")
+		r.fail(path+".enrol_sha256", "not a SHA-256 in hexadecimal", "write the 64 digits of: tr -d '\\n' < SECRET-FILE | sha256sum")
 		return e
 	}
 	e.SecretSHA256 = [32]byte(sum)

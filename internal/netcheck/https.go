@@ -133,7 +133,7 @@ func Explain(url string, err error) *problem.Error {
 			"if a proxy of this network reads TLS, have it leave the coordinator alone; for a private authority point SSL_CERT_FILE at its certificate")
 	}
 	if errors.Is(err, context.DeadlineExceeded) || os.IsTimeout(err) {
-		return problem.Wrap(err, problem.Unreachable, fmt.Sprintf("%s does not answer in time", url), "have the firewall let it through, or set HTTPS_PROXY where a proxy is the way out")
+		return problem.Wrap(err, problem.Unreachable, fmt.Sprintf("%s does not answer in time", url), "see that it runs, have the firewall let it through, and have HTTPS_PROXY name the proxy where one is the way out")
 	}
-	return problem.Wrap(err, problem.Unreachable, fmt.Sprintf("%s cannot be reached: %v", url, err), "have the firewall let it through, or set HTTPS_PROXY where a proxy is the way out")
+	return problem.Wrap(err, problem.Unreachable, fmt.Sprintf("%s cannot be reached: %v", url, err), "see that it runs, have the firewall let it through, and have HTTPS_PROXY name the proxy where one is the way out")
 }

@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -51,6 +52,14 @@ func (q *questions) add(server netip.AddrPort, relayName string) {
 	}
 }
 
+// named gives a server a host for a person to read: one without is the coordinator.
+func named(host, server string) string {
+	if strings.HasPrefix(server, ":") {
+		return host + server
+	}
+	return server
+}
+
 // questions looks up everybody who is to be asked. Relays get their entry in the report here.
 func (c *checker) questions(ctx context.Context) *questions {
 	q := &questions{}
@@ -58,7 +67,7 @@ func (c *checker) questions(ctx context.Context) *questions {
 		addrs, err := Lookup(ctx, c.url.Hostname(), s)
 		if err != nil {
 			c.Logger.Debug("a STUN server cannot be looked up", "addr", s, "err", err)
-			c.report.UDP.Error = Printable(fmt.Sprintf("the STUN server %s cannot be looked up: %v", s, err))
+			c.report.UDP.Error = Printable(fmt.Sprintf("the STUN server %s cannot be looked up: %v", named(c.url.Hostname(), s), err))
 		}
 		for _, a := range addrs {
 			q.add(a, "")

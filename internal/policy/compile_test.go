@@ -192,7 +192,7 @@ func TestCompileRefusesRules(t *testing.T) {
 		{"bad allow", func(r *Rule) { r.Allow = append(r.Allow, "tcp x!:1") }, Options{}, "$.rules[0].allow[1]", "", ""},
 		{"range that is closed", func(r *Rule) { r.Allow = []string{"tcp 169.254.0.0/17:80"} }, Options{}, "$.rules[0].allow[0]", "no range opens", "exact"},
 		{"loopback range", func(r *Rule) { r.Allow = []string{"tcp 127.0.0.0/8:80"} }, Options{}, "$.rules[0].allow[0]", "no range opens", ""},
-		{"localhost", func(r *Rule) { r.Allow = []string{"tcp localhost:80"} }, Options{}, "$.rules[0].allow[0]", "the gateway itself", "127.0.0.1"},
+		{"localhost", func(r *Rule) { r.Allow = []string{"tcp localhost:80"} }, Options{}, "$.rules[0].allow[0]", "the gateway itself", "10.20.0.2"},
 		{"all of localhost", func(r *Rule) { r.Allow = []string{"tcp *.localhost:80"} }, Options{}, "$.rules[0].allow[0]", "the gateway itself", ""},
 		{"multicast range", func(r *Rule) { r.Allow = []string{"udp [ff02::/16]:80"} }, Options{}, "$.rules[0].allow[0]", "no range opens", ""},
 		{"too many lines", func(r *Rule) { r.Allow = make([]string, MaxLines+1) }, Options{}, "$.rules[0].allow", "more than", ""},

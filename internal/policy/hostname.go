@@ -71,7 +71,7 @@ func parseHost(s string) (hostName, *Error) {
 // checkEffect refuses names that always stand for the gateway itself.
 func (h hostName) checkEffect() *Error {
 	if h.name == "localhost" || strings.HasSuffix(h.name, ".localhost") { // RFC 6761, section 6.3
-		return fault("", fmt.Sprintf("%q is the gateway itself, which no name opens", h), "name the exact address, such as 127.0.0.1, in this file and in the gateway's own --policy")
+		return fault("", fmt.Sprintf("%q is the gateway itself, which no name opens", h), "name the exact address in its network that the service listens on, such as 10.20.0.2, in this file and in the gateway's own --policy")
 	}
 	return nil
 }
