@@ -20,11 +20,12 @@ const (
 const (
 	// apart is how long two transmissions of one message lie apart at least.
 	apart = 20 * time.Millisecond
-	// unanswered is after how long the device sees an initiation again that it has not answered. It must never see one twice at
-	// the same time: its workers would answer both, and the keys of the second answer replace those of the first, which the
-	// initiator uses, so that nothing comes through until it gives up after 15 s.
+	// unanswered is after how long the device sees a handshake message again that it has not answered. It must never see one twice at
+	// the same time. Of an initiation its workers would answer both, and the keys of the second answer replace those of the first, which the
+	// initiator uses, so that nothing comes through until it gives up after 15 s. Of a response both may find the handshake unfinished,
+	// and make the same keys twice, with counters that begin anew.
 	unanswered = time.Second
-	// maxPending bounds the initiations that are remembered as handed to the device.
+	// maxPending bounds the messages that are remembered as handed to the device.
 	maxPending = 8
 )
 
@@ -45,17 +46,18 @@ type handshake struct {
 	tries      int
 	last       time.Time // when it was last put on the wire; zero if never
 
+	pending []consumed // messages handed to the device, the latest last
+
 	// As responder.
-	pending  []consumed // initiations handed to the device, the latest last
-	answered uint32     // the sender's index of the initiation that it answered last
-	response []byte     // and what it answered; nil until it has
-	repeated time.Time  // when that was last sent again
+	answered uint32    // the sender's index of the initiation that it answered last
+	response []byte    // and what it answered; nil until it has
+	repeated time.Time // when that was last sent again
 
 	completed atomic.Int64  // Unix nanoseconds of when the device last had new keys
 	done      chan struct{} // closed when that was the case first; nil where nobody waits
 }
 
-// consumed is an initiation that was handed to the device.
+// consumed is a handshake message that was handed to the device.
 type consumed struct {
 	pkt []byte
 	at  time.Time
@@ -103,16 +105,17 @@ func (h *handshake) complete() {
 	}
 }
 
-// receiving notes a handshake message for the device. Where it is the initiation that the device has answered already, it
-// gives that answer to be sent again, and the device need not see the message.
+// receiving notes a handshake message for the device, and tells whether the device has seen it just now and need not see it again.
+// Where it is the initiation that the device has answered already, it gives that answer to be sent again.
 func (h *handshake) receiving(pkt []byte) (repeated bool, response []byte) {
-	if messageType(pkt) != device.MessageInitiationType {
+	kind := messageType(pkt)
+	if kind != device.MessageInitiationType && kind != device.MessageResponseType {
 		return false, nil
 	}
 	now := time.Now()
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.response != nil && binary.LittleEndian.Uint32(pkt[4:]) == h.answered {
+	if kind == device.MessageInitiationType && h.response != nil && binary.LittleEndian.Uint32(pkt[4:]) == h.answered {
 		if now.Sub(h.repeated) < apart {
 			return true, nil
 		}

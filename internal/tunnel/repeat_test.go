@@ -39,6 +39,27 @@ func TestRepeatedInitiationReachesTheDeviceLater(t *testing.T) {
 	})
 }
 
+// A responder repeats its answer to a repeated initiation, and both may come at once: two workers of the device would make keys of it.
+func TestRepeatedResponseReachesTheDeviceOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var h handshake
+		h.sending(initiationFrom(1))
+		if repeated, _ := h.receiving(responseTo(1)); repeated {
+			t.Fatal("the first is kept from the device")
+		}
+		if repeated, answer := h.receiving(responseTo(1)); !repeated || answer != nil {
+			t.Fatal("handed to the device twice at once")
+		}
+		if repeated, _ := h.receiving(responseTo(2)); repeated {
+			t.Error("another one is kept from the device")
+		}
+		time.Sleep(unanswered)
+		if repeated, _ := h.receiving(responseTo(1)); repeated {
+			t.Error("kept from a device that may have had no room for it")
+		}
+	})
+}
+
 // A path that comes up while the device sends its initiation does not send it a second time; one that comes up after an
 // initiation went nowhere does.
 func TestInitiationGoesOutOnceAtATime(t *testing.T) {
