@@ -287,6 +287,23 @@ func reset(t *testing.T, c net.Conn) {
 	}
 }
 
+// talking gives a connection over which both sides have spoken, and how the target saw it end.
+func talking(t *testing.T) (e *env, c net.Conn, ended <-chan error) {
+	t.Helper()
+	end := make(chan error, 1)
+	target := server(t, "tcp4", func(c *net.TCPConn) {
+		_, err := io.Copy(c, c)
+		end <- err
+	})
+	e = newEnv(t, Limits{})
+	c, err := e.dial(target)
+	if err != nil {
+		t.Fatal(err)
+	}
+	roundTrip(t, c, "x")
+	return e, c, end
+}
+
 func TestResets(t *testing.T) {
 	for name, end := range map[string]func(*env){
 		"removed": func(e *env) { e.f.Remove(e.s) },
@@ -295,17 +312,7 @@ func TestResets(t *testing.T) {
 		"closed":  func(e *env) { e.f.Close() },
 	} {
 		t.Run(name, func(t *testing.T) {
-			ended := make(chan error, 1)
-			target := server(t, "tcp4", func(c *net.TCPConn) {
-				_, err := io.Copy(c, c)
-				ended <- err
-			})
-			e := newEnv(t, Limits{})
-			c, err := e.dial(target)
-			if err != nil {
-				t.Fatal(err)
-			}
-			roundTrip(t, c, "x")
+			e, c, ended := talking(t)
 			end(e)
 			reset(t, c)
 			if err := <-ended; !errors.Is(err, syscall.ECONNRESET) {
@@ -319,17 +326,7 @@ func TestResets(t *testing.T) {
 // TestResetIsNoEnd: a flow whose reset has come to the target only so far is not ended in good order towards the job, or what was
 // cut off would look whole.
 func TestResetIsNoEnd(t *testing.T) {
-	ended := make(chan error, 1)
-	target := server(t, "tcp4", func(c *net.TCPConn) {
-		_, err := io.Copy(c, c)
-		ended <- err
-	})
-	e := newEnv(t, Limits{})
-	c, err := e.dial(target)
-	if err != nil {
-		t.Fatal(err)
-	}
-	roundTrip(t, c, "x")
+	e, c, ended := talking(t)
 	fl, seen := e.s.open()[0], make(chan struct{})
 	fl.mu.Lock()
 	last := len(fl.abort) - 1 // the job's side

@@ -3,23 +3,30 @@ package forward
 import (
 	"testing"
 
+	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 	"gvisor.dev/gvisor/pkg/waiter"
 )
 
-// TestReceiveBufferGivesBack: a flow that came first gives back what is beyond its share when others come, and pays for it until the job
-// cannot use it any more.
-func TestReceiveBufferGivesBack(t *testing.T) {
+// testWindow gives the window of an endpoint of its own, which pays from a purse of 64 MiB.
+func testWindow(t *testing.T) (*window, tcpip.Endpoint, *purse) {
+	t.Helper()
 	e := newEnv(t, Limits{})
 	var wq waiter.Queue
 	ep, terr := e.f.stack.NewEndpoint(tcp.ProtocolNumber, ipv4.ProtocolNumber, &wq)
 	if terr != nil {
 		t.Fatal(terr)
 	}
-	defer ep.Close()
+	t.Cleanup(ep.Close)
 	p := &purse{limit: 64 << 20}
-	w := newWindow(ep, p, floors{sendFloor, receiveFloor})
+	return newWindow(ep, p, floors{sendFloor, receiveFloor}), ep, p
+}
+
+// TestReceiveBufferGivesBack: a flow that came first gives back what is beyond its share when others come, and pays for it until the job
+// cannot use it any more.
+func TestReceiveBufferGivesBack(t *testing.T) {
+	w, ep, p := testWindow(t)
 	const grown, share, piece = mostRead, 1 << 20, 64 << 10
 	p.take(grown-receiveFloor, 0)
 	w.readLoan = grown - receiveFloor
@@ -57,15 +64,7 @@ func TestReceiveBufferGivesBack(t *testing.T) {
 
 // TestReceiveBufferBelowItsFloor: where many want more, a flow has less than its floor, which costs nobody anything.
 func TestReceiveBufferBelowItsFloor(t *testing.T) {
-	e := newEnv(t, Limits{})
-	var wq waiter.Queue
-	ep, terr := e.f.stack.NewEndpoint(tcp.ProtocolNumber, ipv4.ProtocolNumber, &wq)
-	if terr != nil {
-		t.Fatal(terr)
-	}
-	defer ep.Close()
-	p := &purse{limit: 64 << 20}
-	w := newWindow(ep, p, floors{sendFloor, receiveFloor})
+	w, ep, p := testWindow(t)
 	for range 100 {
 		w.took(16<<10, func() int64 { return leastShare })
 	}
