@@ -5,8 +5,9 @@ import "net/netip"
 // Routes are the destinations a session can reach at all, merged and sorted: the intersection of Offered and Local less
 // what is always denied at whole-prefix level. `internet` stays two default routes less the stripped ranges.
 //
-// Everything that [Scope.Decide] allows lies in a route (an IPv4-mapped address in that of the IPv4 address). The
-// converse does not hold: routes know no ports, and the gateway's own addresses are not cut out. Closed ranges and the
+// Everything that [Scope.Decide] allows lies in a route (an IPv4-mapped address in that of the IPv4 address), but for what means
+// the host itself or its own network to every host, the runner as well: loopback, multicast, unspecified and broadcast. A line that opens
+// such an address serves names that lead there. The converse does not hold: routes know no ports, and the gateway's own addresses are not cut out. Closed ranges and the
 // overlay are, so that a grant of 0.0.0.0/0 does not take the runner's own metadata and resolver into the tunnel.
 //
 // Size: n lines make at most n ranges of addresses, each of the about 30 closed and overlay ranges cuts one of them in
@@ -17,7 +18,7 @@ func (s *Scope) Routes() []netip.Prefix {
 	var exact []netip.Prefix
 	s.common(func(p netip.Prefix, inBoth bool) {
 		reached = append(reached, spanOf(p))
-		if p.IsSingleIP() && s.opens(p.Addr(), inBoth) {
+		if p.IsSingleIP() && s.opens(p.Addr(), inBoth) && routable(p.Addr()) {
 			exact = append(exact, p)
 		}
 	})
@@ -38,6 +39,15 @@ func (s *Scope) Routes() []netip.Prefix {
 		routes = r.appendPrefixes(routes)
 	}
 	return routes
+}
+
+// routable tells an address that another host can be at from one that means this host, or its network, wherever it is used.
+func routable(addr netip.Addr) bool {
+	switch closedBy(addr).reason {
+	case reasonLoopback, reasonMulticast, reasonUnspecified, reasonBroadcast:
+		return false
+	}
+	return true
 }
 
 // opens tells whether a line that names addr opens it although it is closed.
