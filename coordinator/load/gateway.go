@@ -314,9 +314,5 @@ func send(ctx context.Context, conn *websocket.Conn, t wire.FrameType, id uint64
 	if err != nil {
 		return err
 	}
-	data, err := json.Marshal(wire.Frame{Type: t, ID: id, Body: raw})
-	if err != nil {
-		return err
-	}
-	return conn.Write(ctx, websocket.MessageText, data)
+	return conn.Write(ctx, websocket.MessageText, wire.Frame{Type: t, ID: id, Body: raw}.Encode())
 }
