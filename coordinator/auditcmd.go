@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"crypto/ed25519"
 	"encoding/json"
@@ -282,6 +283,7 @@ type auditExportCmd struct {
 	Since  string `help:"From then on: 2026-11-20T10:00:00Z, or 2h for two hours ago."`
 	Until  string `help:"Until then, likewise."`
 	Output string `short:"o" placeholder:"FILE" help:"Where to write; default standard output. The file must not exist."`
+	OCSF   bool   `name:"ocsf" help:"Write events as OCSF has them, one JSON object a line and one for each flow, for tools that know it; audit verify does not."`
 }
 
 func (c *auditExportCmd) Run() (err error) {
@@ -299,5 +301,25 @@ func (c *auditExportCmd) Run() (err error) {
 		}
 		defer func() { err = errors.Join(err, out.Close()) }()
 	}
-	return source.Export(ctx, (&auditFilter{Since: c.Since, Until: c.Until}).query(), out)
+	q := (&auditFilter{Since: c.Since, Until: c.Until}).query()
+	if c.OCSF {
+		return exportOCSF(ctx, source, q, out)
+	}
+	return source.Export(ctx, q, out)
+}
+
+// exportOCSF writes records as events.
+func exportOCSF(ctx context.Context, source audit.Source, q url.Values, out io.Writer) error {
+	var failed error
+	buffered := bufio.NewWriter(out)
+	err := source.Records(ctx, q, func(line []byte) bool {
+		var events [][]byte
+		events, failed = audit.OCSF(line)
+		for _, e := range events {
+			_, werr := buffered.Write(append(e, '\n'))
+			failed = errors.Join(failed, werr)
+		}
+		return failed == nil
+	})
+	return errors.Join(err, failed, buffered.Flush())
 }
