@@ -193,16 +193,22 @@ func (e *election) ask(term uint64) time.Duration {
 	return electionWait + rand.N(electionWait/2)
 }
 
-// move leaves the server that is asked for the leader, or the one that is asked for votes, for another one.
+// move leaves the server that is asked for the leader, or the one that is asked for votes, for another one, and waits for that. A connection that is
+// being made already is left to it: the next server may be the one that is lost, and then it takes until that is given up.
 func (e *election) move(ctx context.Context, asked, votes bool) {
-	if asked {
+	if asked && e.conn.IsConnected() {
 		e.lost()
+	}
+	if asked {
 		e.release()
 	}
-	if votes {
+	if votes && e.votes.IsConnected() {
 		_ = e.votes.ForceReconnect() // an error says that it is closed
 	}
-	e.pause(ctx, reconnectTime)
+	e.pause(ctx, electionAgain)
+	for deadline := time.Now().Add(reconnectTime); time.Now().Before(deadline) && ctx.Err() == nil && !(e.conn.IsConnected() && e.votes.IsConnected()); {
+		e.pause(ctx, electionAgain)
+	}
 }
 
 // finding is what an inquiry has found.
