@@ -240,7 +240,7 @@ func TestPowerLoss(t *testing.T) {
 			t.Logf("the generator says:\n%s", g.log.String()[max(0, g.log.Len()-4000):])
 		}
 	})
-	g = play(t, p.host, []*node{p.node}, "", "--gateways", "4", "--sessions", "20", "--rate", "2", "--duration", "20m", "--renew-every", "5s",
+	g = play(t, p.host, []*node{p.node}, "", "--gateways", "4", "--sessions", "20", "--rate", "2", "--duration", "20m", "--renew-every", "20s",
 		"--retry", "--timeout", "90s", "--ids", file)
 	tr := &trial{cluster: &cluster{t: t}, file: file}
 	tr.goOn(21)
