@@ -5,6 +5,7 @@ import (
 	"net/http"
 	"net/netip"
 	"runtime/debug"
+	"slices"
 	"strings"
 
 	"github.com/go-chi/chi/v5"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/culvertnet/culvert/coordinator/limit"
 	"github.com/culvertnet/culvert/internal/problem"
+	"github.com/culvertnet/culvert/internal/wire"
 )
 
 // recovered turns a panic into a problem and a log line with its stack.
@@ -60,7 +62,8 @@ func (a *API) clientIP() func(http.Handler) http.Handler {
 }
 
 // limited bounds what one address may ask, before any work is done for it: its requests, and its credentials that were not
-// believed. Whoever asks too much loses the connection, so that asking again costs a new one.
+// believed. Whoever asks too much loses the connection, so that asking again costs a new one; a trusted proxy keeps it, because it may carry
+// what others ask.
 func (a *API) limited(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		addr := middleware.GetClientIPAddr(r.Context())
@@ -77,9 +80,21 @@ func (a *API) limited(next http.Handler) http.Handler {
 		a.warned.Do(func() { a.log.Warn("rate limited", "addr", addr.String(), "path", clip(r.URL.Path, 64), "err", what) })
 		err := problem.New(problem.RateLimited, what, "wait a few seconds and try again")
 		a.opts.Audit.Refused(err, addr)
-		w.Header().Set("Connection", "close")
+		if !a.proxied(r) || r.ContentLength < 0 || r.ContentLength > wire.MaxBody { // else net/http reads the body, to keep the connection
+			w.Header().Set("Connection", "close")
+		}
 		a.fail(w, err)
 	})
+}
+
+// proxied reports whether a request came by a trusted proxy.
+func (a *API) proxied(r *http.Request) bool {
+	if len(a.opts.TrustedProxies) == 0 {
+		return false
+	}
+	peer, err := netip.ParseAddrPort(r.RemoteAddr)
+	addr := peer.Addr().Unmap()
+	return err == nil && slices.ContainsFunc(a.opts.TrustedProxies, func(p netip.Prefix) bool { return p.Contains(addr) })
 }
 
 // disbelieved counts a credential that proved nothing against its address.
