@@ -107,7 +107,12 @@ func TestWhoLosesTheConnection(t *testing.T) {
 		}
 		w := httptest.NewRecorder()
 		h.ServeHTTP(w, r)
-		return w.Code, w.Header().Get("Connection")
+		resp := w.Result()
+		if p := problem.Read(resp); w.Code != http.StatusOK && (p.Code != problem.RateLimited || p.Next == "" ||
+			resp.Header.Get("Content-Type") != problem.MediaType || resp.Header.Get("Retry-After") == "") {
+			t.Errorf("%v, headers %v", p, resp.Header)
+		}
+		return w.Code, resp.Header.Get("Connection")
 	}
 	for _, c := range []struct {
 		name, remote, xff string

@@ -20,7 +20,7 @@ const (
 	badRate   = 20_000 // requests a second
 	dawdlers  = 2_000  // connections whose headers never end
 	badFor    = 10 * time.Second
-	honestFor = "16s"
+	honestFor = "13s"
 )
 
 // BenchmarkHostile holds a coordinator that serves 100 joins a second against what one stranger's address can do: 20,000 requests a second
