@@ -20,6 +20,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/netip"
 	"sync"
 	"sync/atomic"
@@ -79,7 +80,8 @@ type Forwarder struct {
 	resolver *names.Resolver
 	trace    func(wire.FlowRecord)
 	tcp      *tcp.Forwarder
-	decide   func(*policy.Scope, policy.Flow) policy.Verdict // (*policy.Scope).Decide, but in tests
+	decide   func(*policy.Scope, policy.Flow) policy.Verdict                 // (*policy.Scope).Decide, but in tests
+	dial     func(context.Context, string, netip.AddrPort) (net.Conn, error) // [dial], but in tests
 
 	requests requests
 	sources  sources
@@ -113,6 +115,7 @@ func New(opts Options) (*Forwarder, error) {
 		resolver: opts.Resolver,
 		trace:    opts.Trace,
 		decide:   (*policy.Scope).Decide,
+		dial:     dial,
 		purse:    purse{limit: opts.Limits.TotalBytes},
 		sessions: make(map[*Session]struct{}),
 	}
