@@ -45,26 +45,6 @@ type link struct {
 	warned  bool       // that routes of IPv6 are skipped
 }
 
-// device is the TUN device. It joins the event goroutines when it is closed: they block for ever on events that nobody
-// reads.
-type device struct {
-	tun.Device
-	once  sync.Once
-	err   error
-	after func()
-}
-
-// Close implements [tun.Device].
-func (d *device) Close() error {
-	d.once.Do(func() {
-		d.err = d.Device.Close()
-		for range d.Device.Events() {
-		}
-		d.after()
-	})
-	return d.err
-}
-
 func openLink(opts Options) (*link, error) {
 	file, err := openTUN(opts.Name)
 	if err != nil {
@@ -76,7 +56,7 @@ func openLink(opts Options) (*link, error) {
 		return nil, explain(err, opts.Name)
 	}
 	l := &link{log: opts.Logger}
-	l.dev = &device{Device: native, after: l.release}
+	l.dev = newDevice(native, l.release)
 	if l.name, err = l.dev.Name(); err == nil {
 		err = l.bringUp()
 	}
