@@ -50,26 +50,6 @@ type link struct {
 	routed  []netip.Prefix // by the last setRoutes, singles left out
 }
 
-// device is the TUN device. It joins the event goroutines when it is closed: they block for ever on events that nobody
-// reads.
-type device struct {
-	tun.Device
-	once  sync.Once
-	err   error
-	after func()
-}
-
-// Close implements [tun.Device].
-func (d *device) Close() error {
-	d.once.Do(func() {
-		d.err = d.Device.Close()
-		for range d.Device.Events() {
-		}
-		d.after()
-	})
-	return d.err
-}
-
 func openLink(opts Options) (*link, error) {
 	file, err := openTUN(opts.Name)
 	if err != nil {
@@ -81,7 +61,7 @@ func openLink(opts Options) (*link, error) {
 		return nil, explain(err, opts.Name)
 	}
 	l := &link{log: opts.Logger, user: opts.User}
-	l.dev = &device{Device: native, after: l.release}
+	l.dev = newDevice(native, l.release)
 	if l.name, err = l.dev.Name(); err == nil {
 		err = l.bringUp()
 	}

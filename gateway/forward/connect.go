@@ -127,11 +127,9 @@ func (f *Forwarder) dialFirst(ctx context.Context, network string, targets []net
 	return nil, errors.Join(errs...)
 }
 
-// dial opens a connected socket to an address.
+// dial opens a connected socket to an address. Keepalives are for connections that rest, see [relay.rest].
 func (f *Forwarder) dial(ctx context.Context, network string, to netip.AddrPort) (net.Conn, error) {
-	d := net.Dialer{KeepAliveConfig: net.KeepAliveConfig{
-		Enable: true, Idle: keepaliveIdle, Interval: keepaliveInterval, Count: keepaliveCount,
-	}}
+	d := net.Dialer{KeepAlive: -1}
 	return d.DialContext(ctx, network, to.String())
 }
 

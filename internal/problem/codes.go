@@ -17,6 +17,9 @@ const (
 	WrongMethod  Code = "wrong-method" // the resource knows no such method
 	Unauthorized Code = "unauthorized" // a gateway that is not enrolled
 	Unreachable  Code = "unreachable"  // the coordinator, or something on the way to it, does not answer
+	UnknownName  Code = "unknown-name" // the coordinator's name does not exist
+	Certificate  Code = "certificate"  // the coordinator's certificate is not trusted
+	NoTLS        Code = "no-tls"       // https, but what answers does not speak TLS
 	Incompatible Code = "incompatible" // the two sides speak different versions
 	Cancelled    Code = "cancelled"    // the caller gave up
 	Timeout      Code = "timeout"      // a time limit ran out
@@ -80,6 +83,9 @@ var table = map[Code]facts{
 	NotFound:     {http.StatusNotFound, ExitFailed, false},
 	Unauthorized: {http.StatusUnauthorized, ExitFailed, false},
 	Unreachable:  {http.StatusServiceUnavailable, ExitFailed, true},
+	UnknownName:  {http.StatusBadGateway, ExitFailed, false},
+	Certificate:  {http.StatusBadGateway, ExitFailed, false},
+	NoTLS:        {http.StatusBadGateway, ExitFailed, false},
 	Incompatible: {http.StatusBadRequest, ExitFailed, false},
 	Cancelled:    {http.StatusServiceUnavailable, ExitFailed, false},
 	Timeout:      {http.StatusGatewayTimeout, ExitTimeout, true},
@@ -116,6 +122,9 @@ var table = map[Code]facts{
 	FlowDenied:      {http.StatusForbidden, ExitDenied, false},
 	FlowUnreachable: {http.StatusBadGateway, ExitFailed, false},
 }
+
+// Known reports whether this program knows the code. Of those that others send there may be any number.
+func (c Code) Known() bool { _, ok := table[c]; return ok }
 
 // Status is the code's HTTP status; 500 for a code this program does not know.
 func (c Code) Status() int {
