@@ -128,7 +128,7 @@ func (f *Forwarder) dialFirst(ctx context.Context, network string, targets []net
 }
 
 // dial opens a connected socket to an address.
-func (f *Forwarder) dial(ctx context.Context, network string, to netip.AddrPort) (net.Conn, error) {
+func dial(ctx context.Context, network string, to netip.AddrPort) (net.Conn, error) {
 	if network == "tcp" {
 		return dialTCP(ctx, to)
 	}
