@@ -141,8 +141,8 @@ func nested(a, b []netip.Prefix) []netip.Prefix {
 	return narrow
 }
 
-// elsewhere gives the proxy of another tunnel to which a host belongs that is not this one's: with several networks in mode proxy, any of
-// their proxies leads to all.
+// elsewhere gives the proxy of another tunnel of the same job to which a host belongs that is not this one's: with several networks in mode
+// proxy, any of their proxies leads to all.
 func (a *Agent) elsewhere(ctx context.Context, host string) (netip.AddrPort, bool) {
 	if a.granted.Covers(host) {
 		return netip.AddrPort{}, false
@@ -151,7 +151,7 @@ func (a *Agent) elsewhere(ctx context.Context, host string) (netip.AddrPort, boo
 		return netip.AddrPort{}, false
 	}
 	for _, other := range a.otherTunnels(ctx) {
-		if other.Proxy.Addr().IsLoopback() && other.Covers(host) {
+		if other.Job == a.opts.Job && other.Proxy.Addr().IsLoopback() && other.Covers(host) {
 			return other.Proxy, true
 		}
 	}

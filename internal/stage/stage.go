@@ -206,6 +206,9 @@ func (s *Stage) hosts(runner, gateway *lab.NAT) error {
 	return nil
 }
 
+// HasOther reports whether there is another network.
+func (s *Stage) HasOther() bool { return s.opts.Other != "" }
+
 // Start starts coordinator, relays and gateway and returns when the gateway takes sessions.
 func (s *Stage) Start(ctx context.Context) error {
 	if err := s.StartCoordinator(ctx); err != nil {
