@@ -1,12 +1,15 @@
 package main
 
 import (
+	"bufio"
 	"context"
+	"crypto/ed25519"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/url"
@@ -67,7 +70,12 @@ func openStore(ctx context.Context, cfg *config.Config) (audit.Source, func(), e
 		return nil, nil, err
 	}
 	closeStore := func() { _ = store.Close() }
-	key, former, err := audit.Keys(ctx, store, cfg.Audit.KeyFile, cfg.Audit.FormerKeys, true)
+	var key ed25519.PrivateKey
+	var former []ed25519.PublicKey
+	err = state.Patiently(ctx, slog.Default(), func() (err error) { // a cluster that has just lost a server elects
+		key, former, err = audit.Keys(ctx, store, cfg.Audit.KeyFile, cfg.Audit.FormerKeys, true)
+		return err
+	})
 	if err != nil {
 		closeStore()
 		return nil, nil, err
@@ -275,6 +283,7 @@ type auditExportCmd struct {
 	Since  string `help:"From then on: 2026-11-20T10:00:00Z, or 2h for two hours ago."`
 	Until  string `help:"Until then, likewise."`
 	Output string `short:"o" placeholder:"FILE" help:"Where to write; default standard output. The file must not exist."`
+	OCSF   bool   `name:"ocsf" help:"Write events as OCSF has them, one JSON object a line and one for each flow, for tools that know it; audit verify does not."`
 }
 
 func (c *auditExportCmd) Run() (err error) {
@@ -292,5 +301,25 @@ func (c *auditExportCmd) Run() (err error) {
 		}
 		defer func() { err = errors.Join(err, out.Close()) }()
 	}
-	return source.Export(ctx, (&auditFilter{Since: c.Since, Until: c.Until}).query(), out)
+	q := (&auditFilter{Since: c.Since, Until: c.Until}).query()
+	if c.OCSF {
+		return exportOCSF(ctx, source, q, out)
+	}
+	return source.Export(ctx, q, out)
+}
+
+// exportOCSF writes records as events.
+func exportOCSF(ctx context.Context, source audit.Source, q url.Values, out io.Writer) error {
+	var failed error
+	buffered := bufio.NewWriter(out)
+	err := source.Records(ctx, q, func(line []byte) bool {
+		var events [][]byte
+		events, failed = audit.OCSF(line)
+		for _, e := range events {
+			_, werr := buffered.Write(append(e, '\n'))
+			failed = errors.Join(failed, werr)
+		}
+		return failed == nil
+	})
+	return errors.Join(err, failed, buffered.Flush())
 }

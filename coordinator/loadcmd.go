@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"runtime/debug"
 	"strings"
 	"syscall"
 	"time"
@@ -52,6 +53,7 @@ func (c *loadCmd) Run() error {
 	if err != nil {
 		return err
 	}
+	debug.SetGCPercent(400) // the processor is for what is measured, and what lives here is small
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 	defer stop()
 	ctx, opts.Enough = endsEarly(ctx)

@@ -3,14 +3,11 @@ package agent
 import (
 	"bytes"
 	"context"
-	"crypto/tls"
-	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"mime"
-	"net"
 	"net/http"
 	"net/http/httptrace"
 	"net/url"
@@ -191,17 +188,14 @@ func (c *coordinator) away(ctx context.Context, err error) error {
 	if inner := (*url.Error)(nil); errors.As(err, &inner) {
 		err = inner.Err // the outer one repeats method and URL
 	}
-	if proxy := c.proxy(); proxy != nil && !untrusted(err) {
+	if t, ok := c.http.Transport.(*egress.Transport); ok {
+		if p := t.Fault(c.base, err); p != nil {
+			return p
+		}
+	}
+	if proxy := c.proxy(); proxy != nil {
 		return problem.Wrap(err, problem.Unreachable, fmt.Sprintf("the coordinator %s does not answer through the proxy %s: %v", c.base, proxy.Host, err),
 			"check HTTPS_PROXY, and that the proxy may reach the coordinator")
-	}
-	if dns := (*net.DNSError)(nil); errors.As(err, &dns) && dns.IsNotFound {
-		return problem.Wrap(err, problem.Failed, fmt.Sprintf("the name of the coordinator %s does not exist", c.base),
-			"check how --coordinator is spelt")
-	}
-	if untrusted(err) {
-		return problem.Wrap(err, problem.Failed, fmt.Sprintf("the certificate of %s is not trusted: %v", c.base, err),
-			"check the URL; for a private authority point SSL_CERT_FILE at its certificate")
 	}
 	return problem.Wrap(err, problem.Unreachable, fmt.Sprintf("the coordinator %s does not answer: %v", c.base, err),
 		"check the URL, and that this runner may reach it (HTTPS_PROXY is honoured)")
@@ -215,11 +209,4 @@ func (c *coordinator) proxy() *url.URL {
 		return nil
 	}
 	return t.ProxyFor(u)
-}
-
-func untrusted(err error) bool {
-	var verify *tls.CertificateVerificationError
-	var host x509.HostnameError
-	var authority x509.UnknownAuthorityError
-	return errors.As(err, &verify) || errors.As(err, &host) || errors.As(err, &authority)
 }

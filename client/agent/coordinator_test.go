@@ -79,6 +79,8 @@ func TestCoordinatorsThatCannotBeTalkedTo(t *testing.T) {
 	https := httptest.NewTLSServer(http.NotFoundHandler())
 	defer https.Close()
 	https.Config.ErrorLog = nil
+	plain := httptest.NewServer(http.NotFoundHandler())
+	defer plain.Close()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -90,7 +92,8 @@ func TestCoordinatorsThatCannotBeTalkedTo(t *testing.T) {
 		want problem.Code
 		says string
 	}{
-		"untrusted certificate": {https.URL, problem.Failed, "certificate"},
+		"untrusted certificate": {https.URL, problem.Certificate, "certificate"},
+		"plain HTTP":            {"https" + strings.TrimPrefix(plain.URL, "http"), problem.NoTLS, "does not speak TLS"},
 		"nobody listens":        {closed, problem.Unreachable, "refused"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -105,7 +108,7 @@ func TestCoordinatorsThatCannotBeTalkedTo(t *testing.T) {
 func TestUnknownNamesAreNotTriedAgain(t *testing.T) {
 	c := client(t, "https://culvert.example.com")
 	err := c.away(t.Context(), &net.DNSError{Err: "no such host", Name: "culvert.example.com", IsNotFound: true})
-	if problem.Temporary(err) || problem.CodeOf(err) != problem.Failed {
+	if problem.Temporary(err) || problem.CodeOf(err) != problem.UnknownName {
 		t.Errorf("error = %v", err)
 	}
 }

@@ -63,6 +63,8 @@ type fake struct{ downs atomic.Int64 }
 
 func (*fake) Status() Status { return Status{State: Up, Session: "S", Mode: "proxy"} }
 
+func (*fake) Claim() Claim { return Claim{Network: "corp", Job: "r/1"} }
+
 func (*fake) Check(_ context.Context, target string) (wire.ReachResult, error) {
 	if target == "" {
 		return wire.ReachResult{}, problem.New(problem.Usage, "no target", "name one")

@@ -15,7 +15,6 @@ type Event string
 // The events. Each happens once for what it is about; a join whose record says one gateway and that another took is
 // followed by Placed.
 const (
-	Begin      Event = "audit.begin"        // the log's very first record
 	Broken     Event = "audit.broken"       // something stands in the log that no coordinator wrote
 	Lost       Event = "audit.lost"         // records that nobody waited for could not be stored
 	Started    Event = "coordinator.start"  // with the retention in force

@@ -69,7 +69,7 @@ func (p *player) openGateways(ctx context.Context) (stop func(), err error) {
 			return nil, fmt.Errorf("gateway %s gets no stream: %w", g.hello.Name, g.lastError())
 		case <-ctx.Done():
 			stop()
-			return nil, ctx.Err()
+			return nil, interrupted("the stream of gateway "+g.hello.Name, g.lastError())
 		}
 	}
 	return stop, nil
@@ -99,11 +99,17 @@ func (g *gateway) run(ctx context.Context) {
 	for n := g.at; ctx.Err() == nil; n++ {
 		err := g.once(ctx, g.p.opts.Coordinators[n%len(g.p.opts.Coordinators)])
 		g.mu.Lock()
-		stood := g.conn != nil
-		g.conn, g.why = nil, err
+		stood, first := g.conn != nil, g.why == nil
+		if g.conn = nil; ctx.Err() == nil || first { // else what came before tells more
+			g.why = err
+		}
 		g.mu.Unlock()
-		if ctx.Err() == nil && stood {
+		switch {
+		case ctx.Err() != nil:
+		case stood:
 			g.p.log.Warn("a gateway's stream ended", "gateway", g.hello.Name, "err", err)
+		case first:
+			g.p.log.Warn("a gateway gets no stream, and tries again", "gateway", g.hello.Name, "err", err)
 		}
 		select {
 		case <-ctx.Done():
@@ -308,9 +314,5 @@ func send(ctx context.Context, conn *websocket.Conn, t wire.FrameType, id uint64
 	if err != nil {
 		return err
 	}
-	data, err := json.Marshal(wire.Frame{Type: t, ID: id, Body: raw})
-	if err != nil {
-		return err
-	}
-	return conn.Write(ctx, websocket.MessageText, data)
+	return conn.Write(ctx, websocket.MessageText, wire.Frame{Type: t, ID: id, Body: raw}.Encode())
 }

@@ -6,7 +6,6 @@ package load
 import (
 	"context"
 	"crypto/tls"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -176,6 +175,9 @@ func (p *player) open(ctx context.Context) (stop func(), err error) {
 			closeAll()
 		}
 	}()
+	if p.jobs, err = newJobs(p.opts); err != nil {
+		return nil, err
+	}
 	if p.issuer, err = newIssuer(p.opts); err != nil {
 		return nil, err
 	}
@@ -184,6 +186,9 @@ func (p *player) open(ctx context.Context) (stop func(), err error) {
 		return nil, err
 	}
 	stops = append(stops, closeIssuer)
+	if err := p.reach(ctx); err != nil {
+		return nil, err
+	}
 	p.verifier, err = claims.New(claims.Options{
 		Issuers: []claims.Issuer{{URL: p.opts.Issuer, JWKSFile: p.opts.JWKSFile}}, InsecureHTTP: p.opts.InsecureHTTP, Logger: p.log,
 	})
@@ -195,9 +200,6 @@ func (p *player) open(ctx context.Context) (stop func(), err error) {
 		return nil, fmt.Errorf("the gateways cannot get the keys of the issuer that is played: %w", err)
 	}
 	p.live = newLive(p.opts.RenewEvery, p.opts.IDs)
-	if p.jobs, err = newJobs(p.opts); err != nil {
-		return nil, err
-	}
 	closeGateways, err := p.openGateways(ctx)
 	if err == nil {
 		stops = append(stops, closeGateways)
@@ -210,19 +212,20 @@ const warmUpFor = 75 * time.Second
 
 // warmUp joins one job, again and again until the coordinator has the keys and sees the gateways.
 func (p *player) warmUp(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, warmUpFor)
+	limited, cancel := context.WithTimeout(ctx, warmUpFor)
 	defer cancel()
 	for n := 0; ; n++ {
 		t, err := p.issuer.job()
 		if err != nil {
 			return err
 		}
-		s, err := p.jobs.join(ctx, n, t)
+		s, err := p.jobs.join(limited, n, t)
 		if err == nil {
 			p.live.add(s, time.Now().Add(p.opts.RenewEvery))
 			return nil
 		}
 		switch code := problem.CodeOf(err); {
+		case ctx.Err() != nil: // said below
 		case code == problem.TokenUnknownKey || code == problem.NoGateway || problem.Temporary(err):
 			p.log.Info("waiting for the coordinator to know issuer and gateways", "code", code)
 		default:
@@ -230,7 +233,9 @@ func (p *player) warmUp(ctx context.Context) error {
 		}
 		select {
 		case <-ctx.Done():
-			return errors.Join(fmt.Errorf("the first join: %w", err), ctx.Err())
+			return interrupted("the first join", err)
+		case <-limited.Done():
+			return fmt.Errorf("the first join, tried for %v: %w", warmUpFor, err)
 		case <-time.After(500 * time.Millisecond):
 		}
 	}

@@ -3,7 +3,10 @@ package load_test
 import (
 	"context"
 	"fmt"
+	"log/slog"
 	"net"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
@@ -151,16 +154,62 @@ func TestWhatCannotBePlayed(t *testing.T) {
 	}
 }
 
-// A coordinator that is not there is an error that says so, and nothing is left running.
+// A coordinator that is not there, or does not speak, is an error that says so within the time that one join may take, and nothing is
+// left running. So is one that is there and lets no gateway in, when somebody ends the wait for that.
 func TestNoCoordinator(t *testing.T) {
-	ctx, cancel := context.WithCancel(t.Context())
-	cancel()
-	_, err := load.Run(ctx, load.Options{
-		Coordinators: []string{"http://" + freeAddr(t)}, Issuer: "http://" + freeAddr(t), Network: "load",
-	})
-	if err == nil {
-		t.Error("nobody noticed")
+	mute, err := net.Listen("tcp", "127.0.0.1:0") // connections wait in its queue for ever
+	if err != nil {
+		t.Fatal(err)
 	}
+	defer mute.Close()
+	strict := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path != "/healthz" {
+			problem.Write(w, problem.New(problem.Unauthorized, "this gateway is not enrolled", "enrol it"))
+		}
+	}))
+	defer strict.Close()
+	dead := "http://" + freeAddr(t)
+	for name, c := range map[string]struct {
+		at    []string
+		ended bool // by whoever asked, after a while
+		code  problem.Code
+		says  string
+	}{
+		"dead":     {[]string{dead}, false, problem.Unreachable, "the coordinator does not answer: GET " + dead + "/healthz: dial tcp"},
+		"mute":     {[]string{"http://" + mute.Addr().String()}, false, problem.Unreachable, "deadline exceeded"},
+		"both":     {[]string{dead, "http://" + mute.Addr().String()}, false, problem.Unreachable, "none of 2 coordinators answers: GET " + dead},
+		"refusing": {[]string{strict.URL}, true, problem.Cancelled, "waiting for the stream of gateway load-001: this gateway is not enrolled"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			log := slog.New(slog.DiscardHandler)
+			if c.ended {
+				log = slog.New(slog.NewTextHandler(&endsAt{what: "not enrolled", end: cancel}, nil))
+			}
+			began := time.Now()
+			_, err := load.Run(ctx, load.Options{Coordinators: c.at, Issuer: "http://" + freeAddr(t), Network: "load", Gateways: 1, Timeout: 500 * time.Millisecond, Logger: log})
+			if p := problem.From(err); err == nil || p.Code != c.code || !strings.Contains(p.Message, c.says) || p.Next == "" || p.Code.Exit() != problem.ExitFailed {
+				t.Errorf("%v", err)
+			}
+			if took := time.Since(began); took > 12*time.Second && !c.ended {
+				t.Errorf("after %v", took)
+			}
+		})
+	}
+}
+
+// endsAt calls end once a text is written to it.
+type endsAt struct {
+	what string
+	end  func()
+}
+
+func (e *endsAt) Write(b []byte) (int, error) {
+	if strings.Contains(string(b), e.what) {
+		e.end()
+	}
+	return len(b), nil
 }
 
 // The keys may go by a file as well.

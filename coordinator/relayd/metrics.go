@@ -27,12 +27,13 @@ var (
 	dropped   = describe("dropped_packets_total", "Packets dropped, by reason.", "reason")
 	binds     = describe("binds_total", "Bindings asked for, by what came of it.", "result")
 	stun      = describe("stun_total", "STUN Binding requests answered.")
-	malformed = describe("malformed_total", "Messages that are none, or ask for nothing that is served.")
+	malformed = describe("malformed_total", "Messages that are none.")
+	unserved  = describe("unserved_total", "STUN messages that ask for what a relay does not serve, as netcheck's for an answer from another port.")
 )
 
 // Describe names all metrics.
 func (c collector) Describe(out chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{sessions, links, packets, carried, dropped, binds, stun, malformed} {
+	for _, d := range []*prometheus.Desc{sessions, links, packets, carried, dropped, binds, stun, malformed, unserved} {
 		out <- d
 	}
 }
@@ -62,6 +63,7 @@ func (c collector) Collect(out chan<- prometheus.Metric) {
 	count(binds, s.Limited, "limited")
 	count(stun, s.STUN)
 	count(malformed, s.Junk)
+	count(unserved, s.Unserved)
 }
 
 func (s *Server) metricsHandler() http.Handler {

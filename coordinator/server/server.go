@@ -150,7 +150,7 @@ func (s *Server) Start(ctx context.Context) (err error) {
 		s.watch = newWatcher(s.config.File)
 		s.wg.Go(func() { s.reloadLoop(run) })
 	}
-	s.log.Info("coordinator serves", "url", s.config.URL, "addr", s.Addr().String(), "stun", s.config.ListedSTUN(s.ports()...),
+	s.log.Info("coordinator serves", "url", s.config.URL, "addr", s.Addr().String(), "stun", s.stunAt(),
 		"relays", len(s.relays()), "networks", s.config.NetworkNames(), "rules", len(s.config.Rules))
 	return nil
 }

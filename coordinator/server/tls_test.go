@@ -91,6 +91,9 @@ func TestRun(t *testing.T) {
 	ended := make(chan error, 1)
 	go func() { ended <- s.Run(ctx, 5*time.Second) }()
 	r.eventually("it serves", func() bool { return strings.Contains(log.String(), "coordinator serves") })
+	if at := s.STUNAddr().String(); !strings.Contains(log.String(), at) {
+		t.Errorf("the log does not say that STUN is answered on %s:\n%s", at, log.String())
+	}
 	cancel()
 	if err := <-ended; err != nil {
 		t.Error(err)

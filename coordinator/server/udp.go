@@ -78,3 +78,15 @@ func (s *Server) ports() []net.Addr {
 	}
 	return out
 }
+
+// stunAt says for the log where STUN is answered: what clients are told has no host where that is the coordinator's own.
+func (s *Server) stunAt() []string {
+	if len(s.config.STUN) > 0 {
+		return s.config.STUN
+	}
+	var out []string
+	for _, addr := range s.ports() {
+		out = append(out, addr.String())
+	}
+	return out
+}

@@ -5,6 +5,7 @@ import (
 	"hash/fnv"
 	"io"
 	"slices"
+	"sort"
 	"sync"
 	"time"
 
@@ -19,12 +20,13 @@ const placedFor = time.Second
 // jobs that join at once would all meet the gateway that was the least loaded before the first of them.
 type placements struct {
 	mu sync.Mutex
-	by map[string][]*placement // the oldest first
+	by map[string]*placed
 }
 
-// placement is one session that is being placed.
-type placement struct {
-	answered time.Time // zero before that
+// placed are those of one gateway.
+type placed struct {
+	asked    int         // it has not answered for these
+	answered []time.Time // and for these it has, the oldest first
 }
 
 // note counts a session that is offered to a gateway. answered is to be called with when it has answered.
@@ -32,35 +34,40 @@ func (p *placements) note(instance string) (answered func(time.Time)) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.by == nil {
-		p.by = map[string][]*placement{}
+		p.by = map[string]*placed{}
 	}
-	one := &placement{}
-	p.by[instance] = append(p.by[instance], one)
+	its := p.by[instance]
+	if its == nil {
+		its = &placed{}
+		p.by[instance] = its
+	}
+	its.asked++
 	return func(at time.Time) {
 		p.mu.Lock()
 		defer p.mu.Unlock()
-		one.answered = at
+		its.asked--
+		its.answered = append(its.answered, at)
 	}
 }
 
 // beyond counts what a presence does not count, and forgets what any must by now.
-func (p *placements) beyond(g state.Presence, now time.Time) (n int) {
+func (p *placements) beyond(g *state.Presence, now time.Time) int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	list := slices.DeleteFunc(p.by[g.Instance], func(one *placement) bool {
-		return !one.answered.IsZero() && now.Sub(one.answered) >= placedFor
-	})
-	if len(list) == 0 {
-		delete(p.by, g.Instance)
+	its := p.by[g.Instance]
+	if its == nil {
 		return 0
 	}
-	p.by[g.Instance] = list
-	for _, one := range list {
-		if one.answered.IsZero() || one.answered.After(g.Counted) {
-			n++
-		}
+	its.answered = its.answered[after(its.answered, now.Add(-placedFor)):]
+	if its.asked == 0 && len(its.answered) == 0 {
+		delete(p.by, g.Instance)
 	}
-	return n
+	return its.asked + len(its.answered) - after(its.answered, g.Counted)
+}
+
+// after gives the place of the first time that is after at.
+func after(times []time.Time, at time.Time) int {
+	return sort.Search(len(times), func(i int) bool { return times[i].After(at) })
 }
 
 // spread orders a network's gateways for a session: the less loaded of two that its id picks, then the others, the least loaded
@@ -68,14 +75,13 @@ func (p *placements) beyond(g state.Presence, now time.Time) (n int) {
 // of two that each session picks for itself, they do not.
 func (m *Manager) spread(id string, gateways []state.Presence) []state.Presence {
 	now := m.opts.Now()
-	load := make(map[string]int, len(gateways))
-	for _, g := range gateways {
-		load[g.Instance] = g.Sessions + m.placed.beyond(g, now)
-	}
 	lighter := func(a, b state.Presence) int {
-		return cmp.Or(cmp.Compare(load[a.Instance], load[b.Instance]), cmp.Compare(a.Instance, b.Instance))
+		return cmp.Or(cmp.Compare(a.Sessions, b.Sessions), cmp.Compare(a.Instance, b.Instance))
 	}
 	out := slices.Clone(gateways)
+	for i := range out {
+		out[i].Sessions += m.placed.beyond(&out[i], now)
+	}
 	if len(out) > 2 {
 		draw(id, out)
 		slices.SortFunc(out[:2], lighter)

@@ -102,16 +102,16 @@ func TestPlacementsCountOnce(t *testing.T) {
 	p.note("a")(at.Add(time.Millisecond))
 	open := p.note("a")
 	p.note("b")
-	if n := p.beyond(g, at.Add(2*time.Millisecond)); n != 2 {
+	if n := p.beyond(&g, at.Add(2*time.Millisecond)); n != 2 {
 		t.Errorf("%d", n)
 	}
 	open(at.Add(3 * time.Millisecond))
 	g.Counted = at.Add(4 * time.Millisecond)
-	if n := p.beyond(g, at.Add(5*time.Millisecond)); n != 0 {
+	if n := p.beyond(&g, at.Add(5*time.Millisecond)); n != 0 {
 		t.Errorf("%d that the presence counts", n)
 	}
 	g.Counted = time.Time{} // a clock that is far behind
-	if n := p.beyond(g, at.Add(placedFor+3*time.Millisecond)); n != 0 || len(p.by["a"]) != 0 {
+	if n := p.beyond(&g, at.Add(placedFor+3*time.Millisecond)); n != 0 || p.by["a"] != nil {
 		t.Errorf("%d of a while ago", n)
 	}
 }

@@ -177,6 +177,20 @@ func (b *bucket) publish(ctx context.Context, msg *nats.Msg, k kind, id string, 
 	return revision, nil
 }
 
+// refresh brings what stands under a key into the mirror, which has turned out to be behind.
+func (b *bucket) refresh(ctx context.Context, k kind, id string) {
+	r, revision, err := b.read(ctx, k, id)
+	if err != nil || revision == 0 {
+		return // the watch brings it
+	}
+	if l, ok := r.(Lease); ok {
+		if r, err = pack(l); err != nil {
+			return
+		}
+	}
+	b.mirror.wrote(k, id, r, revision)
+}
+
 // revised is a record at a revision; packed leases know theirs.
 func revised(r record, revision uint64) record {
 	c, ok := r.(*compact)

@@ -3,78 +3,156 @@ package state
 import (
 	"encoding/binary"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"math"
+	"net/netip"
+	"slices"
 	"sync"
 	"time"
 	"unique"
+
+	"github.com/culvertnet/culvert/internal/wire"
 )
 
-// compact is a [Lease] as the mirror keeps it. A million of them have to fit into a node's memory, so what many sessions have
-// in common is there once, and claims are kept without their names.
+// compact is a [Lease] as the mirror keeps it. A million of them have to fit into a node's memory, and the garbage collector has to
+// look at each pointer in them: what many sessions have in common is there once, and all else is in one text.
 type compact struct {
 	network, gateway, gatewayName, over unique.Handle[string]
 	grants                              unique.Handle[string] // Rules and Grants, as JSON
-	expires, longest                    int64                 // Unix nanoseconds
+	expires, longest                    int64                 // see nanos
 	revision                            uint64
-	claims                              string // see packClaims
-	rest                                string // everything else, as JSON
+	rest                                string // see pack
 }
 
 // shared is what sessions of the same rules have in common.
 type shared struct {
-	Rules  json.RawMessage
-	Grants json.RawMessage
+	Rules  []string
+	Grants []wire.Grant
 }
 
-func (c *compact) until() time.Time   { return time.Unix(0, c.expires) }
-func (c *compact) lasting() time.Time { return time.Unix(0, c.longest) }
+func (c *compact) until() time.Time   { return fromNanos(c.expires) }
+func (c *compact) lasting() time.Time { return fromNanos(c.longest) }
+
+// nanos is a time as Unix nanoseconds; the zero time, which has none, as the least of all.
+func nanos(t time.Time) int64 {
+	if t.IsZero() {
+		return math.MinInt64
+	}
+	return t.UnixNano()
+}
+
+func fromNanos(n int64) time.Time {
+	if n == math.MinInt64 {
+		return time.Time{}
+	}
+	return time.Unix(0, n).UTC()
+}
 
 // pack shrinks a lease. What it cannot encode is no lease that was ever stored.
+//
+// The rest is texts, each its length (a varint) and its bytes: key, session (empty where it is the key's), secret hash, standby, its name,
+// the former gateways and the addresses, each behind their number; then three times of 8 bytes, and the claims, see packClaims.
 func pack(l Lease) (*compact, error) {
-	rules, err := json.Marshal(l.Rules)
-	if err != nil {
-		return nil, fmt.Errorf("pack a lease's rules: %w", err)
-	}
-	grants, err := json.Marshal(l.Grants)
+	both, err := json.Marshal(shared{l.Rules, l.Grants})
 	if err != nil {
 		return nil, fmt.Errorf("pack a lease's grants: %w", err)
 	}
-	both, err := json.Marshal(shared{rules, grants})
-	if err != nil {
-		return nil, fmt.Errorf("pack a lease's grants: %w", err)
+	session := l.Session
+	if session == l.Key.SessionID() {
+		session = ""
 	}
-	c := &compact{
+	b := make([]byte, 0, 1024)
+	for _, text := range []string{string(l.Key[:]), session, string(l.SecretHash), l.Standby, l.StandbyName} {
+		b = appendText(b, text)
+	}
+	b = binary.AppendUvarint(b, uint64(len(l.Former)))
+	for _, f := range l.Former {
+		b = appendText(b, f)
+	}
+	b = binary.AppendUvarint(b, uint64(len(l.Addresses)))
+	for _, a := range l.Addresses {
+		b = appendText(b, string(a.AsSlice()))
+	}
+	for _, t := range []time.Time{l.Issued, l.Created, l.Ends} {
+		b = binary.BigEndian.AppendUint64(b, uint64(nanos(t))) //nolint:gosec // back by the same way
+	}
+	return &compact{
 		network: unique.Make(l.Network), gateway: unique.Make(l.Gateway), gatewayName: unique.Make(l.GatewayName), over: unique.Make(l.Over),
-		grants: unique.Make(string(both)), expires: l.Expires.UnixNano(), longest: l.Longest.UnixNano(), revision: l.Revision, claims: packClaims(l.Claims),
-	}
-	l.Network, l.Gateway, l.GatewayName, l.Over, l.Rules, l.Grants, l.Claims = "", "", "", "", nil, nil, nil
-	rest, err := json.Marshal(l)
-	if err != nil {
-		return nil, fmt.Errorf("pack a lease: %w", err)
-	}
-	c.rest = string(rest)
-	return c, nil
+		grants: unique.Make(string(both)), expires: nanos(l.Expires), longest: nanos(l.Longest), revision: l.Revision, rest: string(appendClaims(b, l.Claims)),
+	}, nil
 }
 
 // lease gives the lease back; it shares nothing with c.
 func (c *compact) lease() (l Lease, err error) {
-	if err := json.Unmarshal([]byte(c.rest), &l); err != nil {
-		return l, fmt.Errorf("unpack a lease: %w", err)
-	}
 	var s shared
 	if err := json.Unmarshal([]byte(c.grants.Value()), &s); err != nil {
 		return l, fmt.Errorf("unpack a lease's grants: %w", err)
 	}
-	if err := json.Unmarshal(s.Rules, &l.Rules); err != nil {
-		return l, fmt.Errorf("unpack a lease's rules: %w", err)
+	r := reader{b: []byte(c.rest)}
+	key := r.text()
+	l = Lease{
+		Session: r.text(), SecretHash: []byte(r.text()), Standby: r.text(), StandbyName: r.text(), Rules: s.Rules, Grants: s.Grants,
+		Network: c.network.Value(), Gateway: c.gateway.Value(), GatewayName: c.gatewayName.Value(), Over: c.over.Value(),
+		Expires: fromNanos(c.expires), Longest: fromNanos(c.longest), Revision: c.revision,
 	}
-	if err := json.Unmarshal(s.Grants, &l.Grants); err != nil {
-		return l, fmt.Errorf("unpack a lease's grants: %w", err)
+	copy(l.Key[:], key)
+	if l.Session == "" {
+		l.Session = l.Key.SessionID()
 	}
-	l.Network, l.Gateway, l.GatewayName, l.Over = c.network.Value(), c.gateway.Value(), c.gatewayName.Value(), c.over.Value()
-	l.Revision = c.revision
-	l.Claims, err = unpackClaims(c.claims)
+	if len(l.SecretHash) == 0 {
+		l.SecretHash = nil
+	}
+	for range r.number() {
+		l.Former = append(l.Former, r.text())
+	}
+	for range r.number() {
+		a, _ := netip.AddrFromSlice([]byte(r.text()))
+		l.Addresses = append(l.Addresses, a)
+	}
+	l.Issued, l.Created, l.Ends = r.time(), r.time(), r.time()
+	if r.short {
+		return l, errCut
+	}
+	l.Claims, err = unpackClaims(r.b)
 	return l, err
+}
+
+// errCut says that a packed lease is not whole.
+var errCut = errors.New("unpack a lease: it is cut off")
+
+// reader takes a packed lease apart.
+type reader struct {
+	b     []byte
+	short bool // there was less than was asked for
+}
+
+// number reads a varint that is no more than the bytes that are left.
+func (r *reader) number() uint64 {
+	n, used := binary.Uvarint(r.b)
+	if used <= 0 || n > uint64(len(r.b)-used) { //nolint:gosec // not negative
+		r.b, r.short = nil, true
+		return 0
+	}
+	r.b = r.b[used:]
+	return n
+}
+
+func (r *reader) text() string {
+	n := r.number()
+	text := string(r.b[:n])
+	r.b = r.b[n:]
+	return text
+}
+
+func (r *reader) time() time.Time {
+	if len(r.b) < 8 {
+		r.b, r.short = nil, true
+		return time.Time{}
+	}
+	n := binary.BigEndian.Uint64(r.b)
+	r.b = r.b[8:]
+	return fromNanos(int64(n)) //nolint:gosec // see pack
 }
 
 // head is what can be told of a packed lease at once.
@@ -126,55 +204,71 @@ func claimName(n byte) (string, bool) {
 	return t.name[n], true
 }
 
-// packClaims writes claims one after the other: the name's number, or 255 and the name, then the value. A text is its length
-// (a varint) and its bytes.
-func packClaims(claims map[string]string) string {
-	size := 0
-	for _, v := range claims {
-		size += len(v) + 3
+// appendClaims writes claims one after the other, in the order of their names: the name's number, or 255 and the name, then the value. Several
+// claims of a job often have the same value: from the second time on that is an empty text and the number of the claim that has it, counted from 0,
+// or 255 where the value is empty.
+func appendClaims(b []byte, claims map[string]string) []byte {
+	var room [64]string
+	names := room[:0]
+	for name := range claims {
+		names = append(names, name)
 	}
-	b := make([]byte, 0, size)
-	for name, v := range claims {
+	slices.Sort(names)
+	for i, name := range names {
 		n := claimNumber(name)
 		b = append(b, n)
 		if n == maxClaimNames {
 			b = appendText(b, name)
 		}
-		b = appendText(b, v)
+		v := claims[name]
+		like := slices.IndexFunc(names[:min(i, maxClaimNames)], func(o string) bool { return claims[o] == v })
+		switch {
+		case v == "":
+			b = append(b, 0, maxClaimNames)
+		case like >= 0:
+			b = append(b, 0, byte(like)) //nolint:gosec // below maxClaimNames
+		default:
+			b = appendText(b, v)
+		}
 	}
-	return string(b)
+	return b
 }
 
 func appendText(b []byte, s string) []byte {
 	return append(binary.AppendUvarint(b, uint64(len(s))), s...)
 }
 
-func unpackClaims(s string) (map[string]string, error) {
-	if s == "" {
+func unpackClaims(b []byte) (map[string]string, error) {
+	if len(b) == 0 {
 		return nil, nil
 	}
 	out := make(map[string]string, 32)
-	for b := []byte(s); len(b) > 0; {
-		n := b[0]
-		b = b[1:]
-		name, ok := claimName(n)
-		if n == maxClaimNames {
-			name, b, ok = cutText(b)
+	var values []string
+	for r := (reader{b: b}); len(r.b) > 0; {
+		name, ok := claimName(r.byte())
+		if !ok {
+			name = r.text()
 		}
-		v, rest, whole := cutText(b)
-		if !ok || !whole {
-			return nil, fmt.Errorf("unpack a lease's claims: they are cut off")
+		v := r.text()
+		if v == "" {
+			if like := int(r.byte()); like < len(values) {
+				v = values[like]
+			}
 		}
-		out[name], b = v, rest
+		if r.short {
+			return nil, errCut
+		}
+		out[name], values = v, append(values, v)
 	}
 	return out, nil
 }
 
-func cutText(b []byte) (s string, rest []byte, ok bool) {
-	n, used := binary.Uvarint(b)
-	if used <= 0 || n > uint64(len(b)-used) { //nolint:gosec // not negative
-		return "", nil, false
+func (r *reader) byte() byte {
+	if len(r.b) == 0 {
+		r.short = true
+		return 0
 	}
-	end := used + int(n) //nolint:gosec // at most len(b)
-	return string(b[used:end]), b[end:], true
+	n := r.b[0]
+	r.b = r.b[1:]
+	return n
 }

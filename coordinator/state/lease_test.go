@@ -1,6 +1,7 @@
 package state
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
@@ -286,5 +287,30 @@ func TestAdoptAfterHalfALease(t *testing.T) {
 	must(s.AdoptLease(t.Context(), l))
 	if got := addresses(s)[id]; got != "s1" {
 		t.Errorf("the address is held by %q", got)
+	}
+}
+
+// A write whose acknowledgement was lost is in the bucket, and not in the mirror yet: who writes over it is told, and reads it from then on.
+func TestWriteThatNobodyAcknowledged(t *testing.T) {
+	s := open(t, Options{})
+	l := must(s.CreateLease(t.Context(), testLease("s1", time.Now()), Pool{V4: netip.MustParsePrefix("10.0.0.0/24")}))
+	lost := l
+	lost.GatewayName = "lost"
+	if _, err := s.bucket.js.Publish(t.Context(), subjects+prefixes[leaseKind]+"s1", must(json.Marshal(lost)), jetstream.WithMsgTTL(time.Minute)); err != nil {
+		t.Fatal(err)
+	}
+	l.GatewayName = "mine"
+	if _, err := s.UpdateLease(t.Context(), l); !errors.Is(err, ErrConflict) {
+		t.Errorf("written over: %v", err)
+	}
+	got := must(s.Lease(t.Context(), "s1"))
+	if got.GatewayName != "lost" {
+		t.Errorf("read %+v", got)
+	}
+	if err := s.EndLease(t.Context(), "s1"); err != nil {
+		t.Error(err)
+	}
+	if _, err := s.Lease(t.Context(), "s1"); !errors.Is(err, ErrNotFound) {
+		t.Errorf("ended: %v", err)
 	}
 }

@@ -25,21 +25,25 @@ func gatewaySubject(instance string) string { return "culvert.gateway." + token(
 
 // service is one call of Serve.
 type service struct {
-	store  *Store
-	handle func(ctx context.Context, msg []byte) []byte
-	sub    *nats.Subscription
-	gone   chan struct{} // closed once the subscription delivers no more
-	slots  chan struct{} // one for each call in progress
-	calls  sync.WaitGroup
-	once   sync.Once
+	store    *Store
+	instance string
+	handle   func(ctx context.Context, msg []byte) []byte
+	sub      *nats.Subscription // nil where the state is embedded: see here.go
+	gone     chan struct{}      // closed once the subscription delivers no more
+	slots    chan struct{}      // one for each call in progress
+	calls    sync.WaitGroup
+	once     sync.Once
 }
 
 // Serve takes the messages for a gateway whose stream this node holds. Each is handled in a goroutine of its own, under
 // a context that ends when the asker stops waiting or the store closes. A nil answer says that the gateway is lost:
 // the asker gets [ErrAway]. stop waits for calls in progress; messages that have arrived by then are still handled.
 func (s *Store) Serve(instance string, handle func(ctx context.Context, msg []byte) []byte) (stop func(), err error) {
-	v := &service{store: s, handle: handle, gone: make(chan struct{}), slots: make(chan struct{}, maxCalls)}
-	if err := v.subscribe(instance); err != nil {
+	v := &service{store: s, instance: instance, handle: handle, gone: make(chan struct{}), slots: make(chan struct{}, maxCalls)}
+	if s.embedded != nil {
+		return s.serveHere(v)
+	}
+	if err := v.subscribe(); err != nil {
 		return nil, fmt.Errorf("serve a gateway: %w", err)
 	}
 	// Other nodes may ask as soon as we return, so the server must know of the subscription by then.
@@ -50,14 +54,14 @@ func (s *Store) Serve(instance string, handle func(ctx context.Context, msg []by
 	return v.stop, nil
 }
 
-func (v *service) subscribe(instance string) (err error) {
+func (v *service) subscribe() (err error) {
 	s := v.store
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
 		return errors.New("the store is closed")
 	}
-	if v.sub, err = s.conn.Subscribe(gatewaySubject(instance), v.take); err != nil {
+	if v.sub, err = s.conn.Subscribe(gatewaySubject(v.instance), v.take); err != nil {
 		return err
 	}
 	v.sub.SetClosedHandler(func(string) { close(v.gone) })
@@ -93,10 +97,14 @@ func timeoutOf(msg *nats.Msg) time.Duration {
 // stop ends the subscription, lets it deliver what has arrived, and waits for the calls.
 func (v *service) stop() {
 	v.once.Do(func() {
-		if v.store.conn.Status() != nats.CONNECTED || v.sub.Drain() != nil {
-			_ = v.sub.Unsubscribe() // nothing to drain from; an error says that it is gone already
+		if v.sub == nil {
+			v.leaveHere()
+		} else {
+			if v.store.conn.Status() != nats.CONNECTED || v.sub.Drain() != nil {
+				_ = v.sub.Unsubscribe() // nothing to drain from; an error says that it is gone already
+			}
+			<-v.gone
 		}
-		<-v.gone
 		v.calls.Wait()
 		v.store.mu.Lock()
 		delete(v.store.serving, v)
@@ -111,6 +119,9 @@ func (s *Store) Ask(ctx context.Context, instance string, msg []byte) ([]byte, e
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, askTimeout)
 		defer cancel()
+	}
+	if s.embedded != nil {
+		return s.askHere(ctx, instance, msg)
 	}
 	deadline, _ := ctx.Deadline()
 	wait := strconv.FormatInt(max(time.Until(deadline).Milliseconds(), 1), 10)

@@ -9,8 +9,15 @@ import (
 	"time"
 )
 
-func TestAsk(t *testing.T) {
-	s := open(t, Options{})
+// bothWays tests messages within the process, as they go where the state is embedded, and by way of NATS.
+func bothWays(t *testing.T, test func(*testing.T, *Store)) {
+	t.Run("embedded", func(t *testing.T) { test(t, open(t, Options{})) })
+	t.Run("nats", func(t *testing.T) { test(t, open(t, Options{NATS: []string{natsServer(t).ClientURL()}})) })
+}
+
+func TestAsk(t *testing.T) { bothWays(t, tryAsk) }
+
+func tryAsk(t *testing.T, s *Store) {
 	if _, err := s.Ask(t.Context(), "gw.1", []byte("x")); !errors.Is(err, ErrAway) {
 		t.Errorf("nobody serves: %v", err)
 	}
@@ -35,8 +42,9 @@ func TestAsk(t *testing.T) {
 	}
 }
 
-func TestAnswerThatTheGatewayIsLost(t *testing.T) {
-	s := open(t, Options{})
+func TestAnswerThatTheGatewayIsLost(t *testing.T) { bothWays(t, tryAnswerThatTheGatewayIsLost) }
+
+func tryAnswerThatTheGatewayIsLost(t *testing.T, s *Store) {
 	defer must(s.Serve("lost", func(context.Context, []byte) []byte { return nil }))()
 	defer must(s.Serve("empty", func(context.Context, []byte) []byte { return []byte{} }))()
 	if _, err := s.Ask(t.Context(), "lost", nil); !errors.Is(err, ErrAway) {
@@ -47,8 +55,9 @@ func TestAnswerThatTheGatewayIsLost(t *testing.T) {
 	}
 }
 
-func TestAskersPatienceBoundsTheHandler(t *testing.T) {
-	s := open(t, Options{})
+func TestAskersPatienceBoundsTheHandler(t *testing.T) { bothWays(t, tryAskersPatienceBoundsTheHandler) }
+
+func tryAskersPatienceBoundsTheHandler(t *testing.T, s *Store) {
 	ended := make(chan error, 1)
 	stop := must(s.Serve("slow", func(ctx context.Context, _ []byte) []byte {
 		<-ctx.Done()
@@ -66,8 +75,9 @@ func TestAskersPatienceBoundsTheHandler(t *testing.T) {
 	stop()
 }
 
-func TestStopWaitsForCalls(t *testing.T) {
-	s := open(t, Options{})
+func TestStopWaitsForCalls(t *testing.T) { bothWays(t, tryStopWaitsForCalls) }
+
+func tryStopWaitsForCalls(t *testing.T, s *Store) {
 	entered, finish := make(chan struct{}), make(chan struct{})
 	stop := must(s.Serve("gw", func(_ context.Context, msg []byte) []byte {
 		if string(msg) == "wait" {
@@ -100,8 +110,9 @@ func TestStopWaitsForCalls(t *testing.T) {
 	}
 }
 
-func TestCloseEndsCalls(t *testing.T) {
-	s := open(t, Options{})
+func TestCloseEndsCalls(t *testing.T) { bothWays(t, tryCloseEndsCalls) }
+
+func tryCloseEndsCalls(t *testing.T, s *Store) {
 	entered := make(chan struct{})
 	must(s.Serve("gw", func(ctx context.Context, _ []byte) []byte {
 		close(entered)

@@ -1,6 +1,8 @@
 package state
 
 import (
+	"cmp"
+	"slices"
 	"sync"
 	"time"
 	"unique"
@@ -37,6 +39,7 @@ type mirror struct {
 	generation uint64
 	seen       uint64                        // what the watch has brought; our own writes up to here are known already
 	held       map[unique.Handle[string]]int // leases that are not over, by gateway
+	takers     map[string][]presence         // gateways that take sessions, by network, fewest sessions first; nil once one has changed
 
 	ready     chan struct{} // closed once a first watch has brought everything
 	readyOnce sync.Once
@@ -117,8 +120,11 @@ func (m *mirror) wrote(k kind, id string, r record, revision uint64) {
 
 // set replaces an entry, or deletes it where e is nil, and counts what gateways hold; mu is held.
 func (m *mirror) set(k kind, id string, e *entry) {
-	if k == leaseKind {
+	switch k {
+	case leaseKind:
 		m.count(m.entries[k][id].record, -1)
+	case gatewayKind:
+		m.takers = nil
 	}
 	if e == nil {
 		delete(m.entries[k], id)
@@ -148,6 +154,31 @@ func (m *mirror) heldBy(instance string) int {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
 	return m.held[unique.Make(instance)]
+}
+
+// takersOf gives the gateways of a network that take sessions, fewest sessions first, expired or not. They are not the caller's to
+// change: every join asks for them.
+func (m *mirror) takersOf(network string) []presence {
+	m.mu.RLock()
+	list, known := m.takers[network], m.takers != nil
+	m.mu.RUnlock()
+	if known {
+		return list
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.takers = map[string][]presence{}
+	for _, e := range m.entries[gatewayKind] {
+		if p, ok := e.record.(presence); ok && !p.Leaving {
+			m.takers[p.Network] = append(m.takers[p.Network], p)
+		}
+	}
+	for _, list := range m.takers {
+		slices.SortFunc(list, func(a, b presence) int {
+			return cmp.Or(cmp.Compare(a.Sessions, b.Sessions), cmp.Compare(a.Instance, b.Instance))
+		})
+	}
+	return m.takers[network]
 }
 
 // get gives a record that is there, expired or not, and its revision; nil and 0 where there is none.

@@ -1,7 +1,6 @@
 package state
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -58,17 +57,14 @@ func (s *Store) DropPresence(ctx context.Context, instance string) error {
 }
 
 // Gateways lists the live gateways of a network from the node's own mirror, fewest sessions first, leaving ones left
-// out. What it gives is the caller's to keep.
+// out. The list is the caller's to keep, the gateways' candidates are not to be changed.
 func (s *Store) Gateways(network string) []Presence {
-	var out []Presence
-	for _, r := range s.bucket.mirror.all(gatewayKind, s.now()) {
-		if p := r.(presence).Presence; p.Network == network && !p.Leaving {
-			p.Candidates = slices.Clone(p.Candidates)
-			out = append(out, p)
+	list, now := s.bucket.mirror.takersOf(network), s.now()
+	out := make([]Presence, 0, len(list))
+	for i := range list {
+		if now.Before(list[i].Expires) {
+			out = append(out, list[i].Presence)
 		}
 	}
-	slices.SortFunc(out, func(a, b Presence) int {
-		return cmp.Or(cmp.Compare(a.Sessions, b.Sessions), cmp.Compare(a.Instance, b.Instance))
-	})
 	return out
 }

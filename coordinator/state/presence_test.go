@@ -47,8 +47,8 @@ func TestPresence(t *testing.T) {
 	expect("lab", "lab.1")
 	expect("none")
 
-	s.Gateways("corp")[1].Candidates[0].Kind = wire.Mapped
-	if s.Gateways("corp")[1].Candidates[0].Kind != wire.Host {
+	s.Gateways("corp")[1].Name = "mine"
+	if s.Gateways("corp")[1].Name == "mine" {
 		t.Error("a caller changed what is stored")
 	}
 	c.turn(time.Second)

@@ -91,6 +91,7 @@ type Store struct {
 	mu      sync.Mutex
 	closed  bool
 	serving map[*service]struct{}
+	here    map[string][]*service // by gateway, the oldest first, where the state is embedded
 }
 
 // Open starts or connects to NATS and makes the bucket ready: it returns once everything that was stored before is in
@@ -100,7 +101,7 @@ func Open(ctx context.Context, opts Options) (*Store, error) {
 	if err := opts.Validate(); err != nil {
 		return nil, err
 	}
-	s := &Store{log: opts.Logger, now: opts.now, serving: map[*service]struct{}{}}
+	s := &Store{log: opts.Logger, now: opts.now, serving: map[*service]struct{}{}, here: map[string][]*service{}}
 	s.life, s.end = context.WithCancel(context.WithoutCancel(ctx))
 	if err := s.open(ctx, opts); err != nil {
 		return nil, errors.Join(err, s.Close())

@@ -150,6 +150,7 @@ func (g *Gateway) build() (err error) {
 	g.stream = &stream{
 		url: o.Coordinator + wire.PathGateway, network: o.Network, client: g.client, credential: o.credential,
 		hello: g.hello, welcome: g.welcome, handle: g.handle, join: g.offers.Wait, out: g.out, log: g.log,
+		failed: g.metrics.streamFailed,
 	}
 	return g.metrics.serve(o.Metrics, g)
 }

@@ -24,6 +24,7 @@ type metrics struct {
 	admitted atomic.Uint64
 	renewals atomic.Uint64
 	refusals *prometheus.CounterVec // by code, of which there are few
+	streams  *prometheus.CounterVec // likewise
 
 	mu   sync.Mutex
 	past wire.FlowCounts // of sessions that are over
@@ -34,9 +35,22 @@ type metrics struct {
 }
 
 func newMetrics() *metrics {
-	return &metrics{refusals: prometheus.NewCounterVec(prometheus.CounterOpts{
-		Name: "culvert_gateway_refused_total", Help: "Offers and renewals refused, by problem code.",
-	}, []string{"code"})}
+	return &metrics{
+		refusals: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "culvert_gateway_refused_total", Help: "Offers and renewals refused, by problem code.",
+		}, []string{"code"}),
+		streams: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "culvert_gateway_stream_failures_total", Help: "Streams to the coordinator that ended or did not come about, by problem code.",
+		}, []string{"code"}),
+	}
+}
+
+// streamFailed counts a stream. Its code may be the coordinator's word, which is not to make series at will.
+func (m *metrics) streamFailed(code problem.Code) {
+	if !code.Known() {
+		code = problem.Failed
+	}
+	m.streams.WithLabelValues(string(code)).Inc()
 }
 
 // serve starts the page at address; an empty one serves none.
@@ -50,7 +64,7 @@ func (m *metrics) serve(address string, g *Gateway) error {
 			"give another address with --metrics")
 	}
 	registry := prometheus.NewRegistry()
-	registry.MustRegister(m.refusals, snapshot{g}, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	registry.MustRegister(m.refusals, m.streams, snapshot{g}, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	m.register(registry, g)
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{MaxRequestsInFlight: 4, Timeout: 5 * time.Second}))
@@ -60,8 +74,8 @@ func (m *metrics) serve(address string, g *Gateway) error {
 			problem.Write(w, problem.New(problem.NoGateway, "the gateway is draining", "it takes no new sessions and is about to stop"))
 			return
 		}
-		if !g.stream.up() {
-			problem.Write(w, problem.New(problem.Unreachable, "no stream to the coordinator", "look at the gateway's log"))
+		if err := g.stream.ready(); err != nil {
+			problem.Write(w, err)
 			return
 		}
 		_, _ = fmt.Fprintln(w, "ok")
@@ -76,6 +90,9 @@ func (m *metrics) serve(address string, g *Gateway) error {
 func (g *Gateway) health() string {
 	if g.Draining() {
 		return "draining"
+	}
+	if p := g.stream.trouble.Load(); p != nil && permanent(p) {
+		return "alive, but without the coordinator: " + p.Error()
 	}
 	return "ok"
 }

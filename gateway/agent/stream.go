@@ -9,12 +9,14 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net/http"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/coder/websocket"
 
+	"github.com/culvertnet/culvert/internal/egress"
 	"github.com/culvertnet/culvert/internal/problem"
 	"github.com/culvertnet/culvert/internal/wire"
 )
@@ -29,7 +31,8 @@ const (
 	offerTimeout    = 8 * time.Second // to verify and admit; the coordinator has given up by then
 	firstRetry      = 200 * time.Millisecond
 	lastRetry       = 2 * time.Second // jobs wait for this one when the coordinator is back
-	refusedRetry    = time.Minute     // after a refusal that only a person can lift
+	firstRefused    = 5 * time.Second // after a refusal that only a person can lift, who may be at it
+	lastRefused     = time.Minute
 	settled         = 3 * time.Second
 	credentialEvery = 10 * time.Second // how often the credential's file is looked at
 	goodbye         = time.Second      // for the coordinator to close in good order
@@ -51,6 +54,8 @@ type stream struct {
 
 	state    atomic.Int32 // 1 while welcomed
 	connects atomic.Uint64
+	trouble  atomic.Pointer[problem.Error] // why there is no stream: the last try's error; nil while welcomed, and before the first
+	failed   func(problem.Code)            // counts a try; may be nil
 }
 
 // up reports whether the coordinator has welcomed the gateway.
@@ -58,26 +63,25 @@ func (s *stream) up() bool { return s.state.Load() == 1 }
 
 // run keeps the stream until ctx ends.
 func (s *stream) run(ctx context.Context) {
-	wait := backoff{first: firstRetry, last: lastRetry}
+	wait, refused := backoff{first: firstRetry, last: lastRetry}, backoff{first: firstRefused, last: lastRefused}
 	for ctx.Err() == nil {
 		began := time.Now()
 		welcomed, err := s.once(ctx)
 		if ctx.Err() != nil {
 			return
 		}
-		if welcomed && time.Since(began) > settled {
-			wait.reset()
+		if welcomed {
+			refused.reset()
+			if time.Since(began) > settled {
+				wait.reset()
+			}
 		}
-		delay := wait.next()
+		next := &wait
 		if permanent(err) {
-			delay = jitter(refusedRetry)
-			p := problem.From(err)
-			s.log.Error("the coordinator refuses this gateway", "network", s.network, "addr", s.url, "code", p.Code,
-				"err", p.Message, "next", p.Next, "retry", delay)
-		} else {
-			s.log.Warn("no stream to the coordinator", "network", s.network, "addr", s.url, "code", problem.CodeOf(err),
-				"err", err, "cause", errors.Unwrap(problem.From(err)), "retry", delay)
+			next = &refused
 		}
+		delay := next.next()
+		s.tell(err, delay)
 		select {
 		case <-time.After(delay):
 		case <-ctx.Done():
@@ -85,11 +89,42 @@ func (s *stream) run(ctx context.Context) {
 	}
 }
 
+// tell says why there is no stream: in the log, in metrics, and to whoever asks how the gateway is.
+func (s *stream) tell(err error, retry time.Duration) {
+	p := problem.From(err)
+	s.trouble.Store(p)
+	if s.failed != nil {
+		s.failed(p.Code)
+	}
+	if permanent(err) {
+		s.log.Error("the coordinator is not to be had until somebody mends this", "network", s.network, "addr", s.url, "code", p.Code,
+			"err", p.Message, "next", p.Next, "cause", errors.Unwrap(p), "retry", retry)
+		return
+	}
+	s.log.Warn("no stream to the coordinator", "network", s.network, "addr", s.url, "code", p.Code,
+		"err", err, "cause", errors.Unwrap(p), "retry", retry)
+}
+
+// ready is nil while the coordinator has welcomed the gateway, else why it has not.
+func (s *stream) ready() error {
+	if s.up() {
+		return nil
+	}
+	p := s.trouble.Load()
+	switch {
+	case p == nil:
+		return problem.New(problem.Unreachable, "no stream to the coordinator yet", "look at the gateway's log")
+	case permanent(p):
+		return problem.New(p.Code, "no stream to the coordinator: "+p.Message, p.Next)
+	}
+	return problem.New(problem.Unreachable, "no stream to the coordinator: "+p.Message, p.Next)
+}
+
 // permanent reports whether only a person can lift a refusal. Anything else may come from something on the way.
 func permanent(err error) bool {
 	switch problem.CodeOf(err) {
 	case problem.Unauthorized, problem.Incompatible, problem.NoNetwork, problem.Denied, problem.BadConfig,
-		problem.TokenInvalid, problem.TokenIssuer, problem.TokenAudience:
+		problem.TokenInvalid, problem.TokenIssuer, problem.TokenAudience, problem.UnknownName, problem.Certificate, problem.NoTLS:
 		return true
 	}
 	return false
@@ -113,6 +148,7 @@ func (s *stream) once(ctx context.Context) (welcomed bool, err error) {
 		return false, err
 	}
 	s.connects.Add(1)
+	s.trouble.Store(nil)
 	s.state.Store(1)
 	defer s.state.Store(0)
 	s.log.Info("stream to the coordinator is up", "network", s.network, "addr", s.url)
@@ -136,6 +172,11 @@ func (s *stream) dial(ctx context.Context, credential wire.Secret) (*websocket.C
 	}
 	if p, ok := errors.AsType[*problem.Error](err); ok {
 		return nil, p // a proxy's word
+	}
+	if t, ok := s.client.Transport.(*egress.Transport); ok {
+		if p := t.Fault(strings.TrimSuffix(s.url, wire.PathGateway), err); p != nil {
+			return nil, p
+		}
 	}
 	return nil, problem.Wrap(err, problem.Unreachable, "the coordinator cannot be reached",
 		"check its URL, that it runs, and that the way out is open (HTTPS_PROXY is honoured)")

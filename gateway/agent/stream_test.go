@@ -6,12 +6,17 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/culvertnet/culvert/internal/problem"
 	"github.com/culvertnet/culvert/internal/wire"
@@ -182,6 +187,7 @@ func TestStreamSurvivesNonsense(t *testing.T) {
 func TestPermanentRefusals(t *testing.T) {
 	for code, want := range map[problem.Code]bool{
 		problem.Unauthorized: true, problem.NoNetwork: true, problem.Incompatible: true,
+		problem.UnknownName: true, problem.Certificate: true, problem.NoTLS: true,
 		problem.Unreachable: false, problem.Failed: false, problem.RateLimited: false,
 	} {
 		c := startCoordinator(t)
@@ -230,4 +236,79 @@ func TestBackoff(t *testing.T) {
 			t.Fatalf("first retry after %v", d)
 		}
 	}
+}
+
+// TestRefusedGatewaySaysSo: a gateway whose secret is wrong says so, with code and next step, to whoever asks how it is, and in its
+// metrics; once it has been let in, no more.
+func TestRefusedGatewaySaysSo(t *testing.T) {
+	w := newWorld(t, nil)
+	w.coord.hello()
+	eventually(t, "the stream is up", w.gateway.stream.up)
+	if text := strings.TrimSpace(w.page(t, "/healthz")); text != "ok" {
+		t.Errorf("health %q", text)
+	}
+	w.coord.script(func(c *coordinator) {
+		c.refuse = problem.New(problem.Unauthorized, "this gateway is not enrolled", "compare its credential")
+	})
+	w.coord.drop()
+	says := func(page string) bool {
+		text := w.page(t, page)
+		return strings.Contains(text, "unauthorized") && strings.Contains(text, "not enrolled") && strings.Contains(text, "compare its credential")
+	}
+	eventually(t, "it is not ready, and says why", func() bool { return says("/readyz") })
+	if !says("/healthz") {
+		t.Errorf("health %q", w.page(t, "/healthz"))
+	}
+	if n := w.scrape(t)[`culvert_gateway_stream_failures_total{code="unauthorized"}`]; n == 0 {
+		t.Error("metrics do not show it")
+	}
+	w.coord.script(func(c *coordinator) { c.refuse = nil })
+	w.coord.hello()
+	eventually(t, "it is ready again", func() bool { return strings.TrimSpace(w.page(t, "/readyz")) == "ok" })
+	if text := strings.TrimSpace(w.page(t, "/healthz")); text != "ok" {
+		t.Errorf("health %q", text)
+	}
+}
+
+// TestRefusalsAreTriedSlowly: what only a person can lift is tried again after seconds, and then less and less; another coordinator's codes
+// make no series of their own.
+func TestRefusalsAreTriedSlowly(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := newMetrics()
+		var tries []time.Time
+		s := &stream{
+			credential: func() (wire.Secret, error) {
+				tries = append(tries, time.Now())
+				return "", nil
+			},
+			client: &http.Client{Transport: refusing{}}, url: "http://127.0.0.1/", out: newOutbox(), log: slog.New(slog.DiscardHandler), failed: m.streamFailed,
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
+		defer cancel()
+		s.run(ctx)
+		if n := len(tries); n < 11 || n > 30 {
+			t.Errorf("%d tries in ten minutes", n)
+		}
+		if first := tries[1].Sub(tries[0]); first < firstRefused/2 || first > firstRefused {
+			t.Errorf("first tried again after %v", first)
+		}
+		m.streamFailed("made-up")
+		if p := problem.From(s.ready()); p.Code != problem.Unauthorized || p.Next != "next" {
+			t.Errorf("ready: %v", p)
+		}
+		series := make(chan prometheus.Metric, 8)
+		m.streams.Collect(series)
+		if n := len(series); n != 2 {
+			t.Errorf("%d series", n)
+		}
+	})
+}
+
+// refusing is a coordinator that knows no gateway.
+type refusing struct{}
+
+func (refusing) RoundTrip(*http.Request) (*http.Response, error) {
+	w := httptest.NewRecorder()
+	problem.Write(w, problem.New(problem.Unauthorized, "no", "next"))
+	return w.Result(), nil
 }

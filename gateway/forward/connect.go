@@ -128,11 +128,11 @@ func (f *Forwarder) dialFirst(ctx context.Context, network string, targets []net
 }
 
 // dial opens a connected socket to an address.
-func (f *Forwarder) dial(ctx context.Context, network string, to netip.AddrPort) (net.Conn, error) {
-	d := net.Dialer{KeepAliveConfig: net.KeepAliveConfig{
-		Enable: true, Idle: keepaliveIdle, Interval: keepaliveInterval, Count: keepaliveCount,
-	}}
-	return d.DialContext(ctx, network, to.String())
+func dial(ctx context.Context, network string, to netip.AddrPort) (net.Conn, error) {
+	if network == "tcp" {
+		return dialTCP(ctx, to)
+	}
+	return new(net.Dialer).DialContext(ctx, network, to.String())
 }
 
 // turnAway counts and logs a flow that came to nothing because of err, and says what its job is to see.

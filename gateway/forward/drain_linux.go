@@ -4,6 +4,7 @@ import (
 	"errors"
 	"os"
 	"syscall"
+	"unsafe"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
 )
@@ -27,15 +28,16 @@ var errFull = errors.New("the socket takes no more for now")
 // Write is called by the stack with its connection locked: it does not block. What it does not take, the stack keeps.
 func (s *sink) Write(b []byte) (int, error) {
 	for {
-		n, err := syscall.Write(s.fd, b)
+		wrote, _, errno := syscall.RawSyscall(syscall.SYS_WRITE, uintptr(s.fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)))
+		n := int(wrote)
 		switch {
-		case errors.Is(err, syscall.EINTR):
+		case errno == syscall.EINTR:
 			continue
-		case errors.Is(err, syscall.EAGAIN):
+		case errno == syscall.EAGAIN:
 			s.full = true
 			return 0, errFull
-		case err != nil:
-			s.fail = os.NewSyscallError("write", err)
+		case errno != 0:
+			s.fail = os.NewSyscallError("write", errno)
 			return 0, s.fail
 		case n < len(b):
 			s.full = true

@@ -1,10 +1,10 @@
 package forward
 
 import (
-	"errors"
 	"io"
 	"os"
 	"syscall"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/tcpip"
@@ -32,32 +32,40 @@ func (f *feed) Read(b []byte) (int, error) {
 		return 0, nil
 	}
 	for {
-		n, err := syscall.Read(f.fd, b)
+		// A raw call, because it does not wait, see [udpconn.Batch].
+		n, _, errno := syscall.RawSyscall(syscall.SYS_READ, uintptr(f.fd), uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)))
 		switch {
-		case errors.Is(err, syscall.EINTR):
+		case errno == syscall.EINTR:
 			continue
-		case err != nil:
-			return 0, os.NewSyscallError("read", err)
+		case errno != 0:
+			return 0, os.NewSyscallError("read", errno)
 		case n == 0:
 			return 0, io.ErrUnexpectedEOF
 		}
-		f.left -= n
-		return n, nil
+		f.left -= int(n)
+		return int(n), nil
 	}
 }
 
 // move makes one write to the stack. It runs under the poller; false says that there is nothing to read and it is to wait.
 func (f *feed) move(fd uintptr) bool {
-	f.sent, f.full, f.err = 0, false, nil
-	held, err := unix.IoctlGetInt(int(fd), unix.SIOCINQ)
-	if err != nil {
-		f.err = os.NewSyscallError("ioctl", err)
-		return true
+	f.fd, f.left, f.sent, f.full, f.err = int(fd), 0, 0, false, nil
+	for f.left == 0 {
+		// Looking at so much without a buffer copies nothing, and says what the socket holds, or that it has ended (tcp(7), MSG_TRUNC).
+		held, _, errno := syscall.RawSyscall6(unix.SYS_RECVFROM, fd, 0, streamBuffer, unix.MSG_PEEK|unix.MSG_TRUNC|unix.MSG_DONTWAIT, 0, 0)
+		switch {
+		case errno == unix.EAGAIN:
+			return false
+		case errno == unix.EINTR:
+		case errno != 0:
+			f.err = os.NewSyscallError("recvfrom", errno)
+			return true
+		case held == 0:
+			f.err = io.EOF
+			return true
+		}
+		f.left = int(held)
 	}
-	if held == 0 {
-		return f.ended(int(fd))
-	}
-	f.fd, f.left = int(fd), min(held, streamBuffer)
 	n, terr := f.r.ep.Write(f, tcpip.WriteOptions{})
 	f.sent = int(n)
 	switch terr.(type) {
@@ -66,22 +74,6 @@ func (f *feed) move(fd uintptr) bool {
 		f.full = true
 	default:
 		f.err = netstack.Errno(terr)
-	}
-	return true
-}
-
-// ended tells a socket that holds nothing yet from one that has ended; false says to wait.
-func (f *feed) ended(fd int) bool {
-	var one [1]byte
-	n, _, err := unix.Recvfrom(fd, one[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
-	switch {
-	case errors.Is(err, unix.EAGAIN):
-		return false
-	case errors.Is(err, unix.EINTR) || n > 0: // something has come meanwhile
-	case err != nil:
-		f.err = os.NewSyscallError("recvfrom", err)
-	default:
-		f.err = io.EOF
 	}
 	return true
 }

@@ -66,6 +66,7 @@ func (f *Forwarder) handleTCP(id stack.TransportEndpointID, pkt *stack.PacketBuf
 
 // serveTCP carries one connection: it dials the target and only then completes the job's handshake.
 func (f *Forwarder) serveTCP(r *tcp.ForwarderRequest) {
+	stretch()
 	fl := f.requests.get(r.ID())
 	defer fl.close()
 	target, err := f.connect(fl, "tcp")
@@ -73,7 +74,7 @@ func (f *Forwarder) serveTCP(r *tcp.ForwarderRequest) {
 		refuse(fl, r, err)
 		return
 	}
-	conn := target.(*net.TCPConn)
+	conn := target.(tcpConn)
 	if !fl.onReset(func() { resetConn(conn) }) {
 		f.complete(r, true)
 		return
@@ -88,12 +89,24 @@ func (f *Forwarder) serveTCP(r *tcp.ForwarderRequest) {
 	if !fl.onReset(ep.Abort) {
 		return
 	}
-	keepAlive(ep)
 	w := newWindow(ep, &fl.s.purse, fl.floors)
 	defer w.close()
-	fl.onRest(w.rest)
-	(&relay{fl: fl, ep: ep, wq: &wq, conn: conn, window: w}).run()
+	re := &relay{fl: fl, ep: ep, wq: &wq, conn: conn, window: w}
+	fl.onRest(re.rest)
+	re.run()
 }
+
+// stretch grows the stack of a new goroutine at once to what carrying takes. Otherwise it grows in steps, and each moves all that is on it
+// by then: a twentieth of what a short connection costs.
+//
+//go:noinline
+func stretch() {
+	var room [12 << 10]byte
+	keep(&room)
+}
+
+//go:noinline
+func keep(*[12 << 10]byte) {}
 
 // refuse shows the job what happened to the dial: a reset where the target refused, an ICMP error where it does not answer.
 func refuse(fl *flow, r *tcp.ForwarderRequest, err error) {
@@ -110,6 +123,22 @@ func refuse(fl *flow, r *tcp.ForwarderRequest, err error) {
 	f.complete(r, !sent)
 }
 
+// rest is called now and then while nothing is carried. The first time both sides get their keepalives: most connections are over before,
+// and setting them takes as many system calls as carrying a question and an answer.
+func (r *relay) rest() {
+	r.window.rest()
+	r.once.Do(func() {
+		keepAlive(r.ep)
+		r.keepTarget()
+	})
+}
+
+func (r *relay) keepTarget() {
+	_ = r.conn.SetKeepAliveConfig(net.KeepAliveConfig{ // fails where it is closed
+		Enable: true, Idle: keepaliveIdle, Interval: keepaliveInterval, Count: keepaliveCount,
+	})
+}
+
 func keepAlive(ep tcpip.Endpoint) {
 	idle := tcpip.KeepaliveIdleOption(keepaliveIdle)
 	interval := tcpip.KeepaliveIntervalOption(keepaliveInterval)
@@ -120,7 +149,7 @@ func keepAlive(ep tcpip.Endpoint) {
 }
 
 // resetConn closes a connection with a reset.
-func resetConn(c *net.TCPConn) {
+func resetConn(c tcpConn) {
 	_ = c.SetLinger(0)
 	_ = c.Close()
 }
@@ -134,10 +163,11 @@ type relay struct {
 	fl     *flow
 	ep     tcpip.Endpoint
 	wq     *waiter.Queue
-	conn   *net.TCPConn
+	conn   tcpConn
 	window *window
-	total  int64 // bytes carried to the job
-	deaf   bool  // the target takes nothing more; up's, and run's once that has ended
+	once   sync.Once // see rest
+	total  int64     // bytes carried to the job
+	deaf   bool      // the target takes nothing more; up's, and run's once that has ended
 }
 
 // run returns when both directions have ended. A direction that fails resets the flow; one that ends well closes its
@@ -145,6 +175,7 @@ type relay struct {
 func (r *relay) run() {
 	var up sync.WaitGroup
 	up.Go(func() {
+		stretch()
 		if r.up() != nil {
 			r.fl.reset(wire.CauseReset)
 		}

@@ -135,7 +135,7 @@ func read(m *dns.Msg, q question) (a Answer, alias string, ttl time.Duration) {
 			return a, "", ttl
 		}
 		if q.qtype == dns.TypeCNAME {
-			a.Alias, ttl = next, t
+			a.Alias, ttl = next, min(ttl, t)
 			return a, alias, ttl
 		}
 		alias, ttl = next, min(ttl, t)

@@ -16,7 +16,7 @@ import (
 
 const (
 	patience = 4 * time.Second // less than a health check's own limit
-	most     = 256             // bytes of an answer that are shown
+	most     = 1024            // bytes of an answer that are shown
 )
 
 // Question is to a program that serves /healthz and /readyz.

@@ -2,6 +2,7 @@ package netstack
 
 import (
 	"net/netip"
+	"runtime"
 	"sync"
 	"time"
 
@@ -314,6 +315,7 @@ func (l *lanes) block() bool {
 	}
 	select {
 	case <-l.ready:
+		runtime.Gosched() // who is about to send something as well goes first: then it leaves in the same batch
 	case <-l.timer.C:
 		l.writeOff()
 	}

@@ -17,6 +17,9 @@ const (
 	WrongMethod  Code = "wrong-method" // the resource knows no such method
 	Unauthorized Code = "unauthorized" // a gateway that is not enrolled
 	Unreachable  Code = "unreachable"  // the coordinator, or something on the way to it, does not answer
+	UnknownName  Code = "unknown-name" // the coordinator's name does not exist
+	Certificate  Code = "certificate"  // the coordinator's certificate is not trusted
+	NoTLS        Code = "no-tls"       // https, but what answers does not speak TLS
 	Incompatible Code = "incompatible" // the two sides speak different versions
 	Cancelled    Code = "cancelled"    // the caller gave up
 	Timeout      Code = "timeout"      // a time limit ran out
@@ -46,6 +49,7 @@ const (
 	NoPath          Code = "no-path"          // no path to the gateway came up in time
 	NotUsable       Code = "not-usable"       // connected, but a wait-for target did not answer in time
 	AlreadyUp       Code = "already-up"       // a tunnel of this name runs already
+	Overlap         Code = "overlap"          // two networks of a job grant the same name or range
 	NotUp           Code = "not-up"           // no tunnel of this name runs
 	NeedsPrivilege  Code = "needs-privilege"  // the mode needs root or capabilities
 	Unsupported     Code = "unsupported"      // not on this platform
@@ -79,6 +83,9 @@ var table = map[Code]facts{
 	NotFound:     {http.StatusNotFound, ExitFailed, false},
 	Unauthorized: {http.StatusUnauthorized, ExitFailed, false},
 	Unreachable:  {http.StatusServiceUnavailable, ExitFailed, true},
+	UnknownName:  {http.StatusBadGateway, ExitFailed, false},
+	Certificate:  {http.StatusBadGateway, ExitFailed, false},
+	NoTLS:        {http.StatusBadGateway, ExitFailed, false},
 	Incompatible: {http.StatusBadRequest, ExitFailed, false},
 	Cancelled:    {http.StatusServiceUnavailable, ExitFailed, false},
 	Timeout:      {http.StatusGatewayTimeout, ExitTimeout, true},
@@ -108,12 +115,16 @@ var table = map[Code]facts{
 	NoPath:          {http.StatusGatewayTimeout, ExitTimeout, true},
 	NotUsable:       {http.StatusGatewayTimeout, ExitTimeout, false},
 	AlreadyUp:       {http.StatusConflict, ExitFailed, false},
+	Overlap:         {http.StatusConflict, ExitFailed, false},
 	NotUp:           {http.StatusNotFound, ExitFailed, false},
 	NeedsPrivilege:  {http.StatusForbidden, ExitFailed, false},
 	Unsupported:     {http.StatusNotImplemented, ExitFailed, false},
 	FlowDenied:      {http.StatusForbidden, ExitDenied, false},
 	FlowUnreachable: {http.StatusBadGateway, ExitFailed, false},
 }
+
+// Known reports whether this program knows the code. Of those that others send there may be any number.
+func (c Code) Known() bool { _, ok := table[c]; return ok }
 
 // Status is the code's HTTP status; 500 for a code this program does not know.
 func (c Code) Status() int {

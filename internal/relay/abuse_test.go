@@ -273,7 +273,7 @@ func TestStrangersLeaveNothingBehind(t *testing.T) {
 	flood(300)
 	seen := func() uint64 {
 		st := s.Stats()
-		return st.Junk + st.Strangers + st.STUN + st.Stale + st.Refused + st.Limited + st.Unread
+		return st.Junk + st.Unserved + st.Strangers + st.STUN + st.Stale + st.Refused + st.Limited + st.Unread
 	}
 	eventually(t, "all is counted", func() bool { return seen() >= sent })
 	if grown := measure() - before; grown > 1<<20 {
@@ -371,13 +371,24 @@ func TestWebSocketsJunkGoesNowhere(t *testing.T) {
 	msg := AppendBlockHeader(make([]byte, headroom), 40, 10)
 	msg = append(msg, bytes.Repeat([]byte{1}, 40)...)                                                                                 // no frames
 	msg = append(AppendBlockHeader(msg, 20, 0), make([]byte, 20)...)                                                                  // no STUN
-	msg = append(AppendBlockHeader(msg, 44, 0), nat.BindingRequest(txid())...)                                                        // not here
+	msg = append(AppendBlockHeader(msg, 44, 0), nat.BindingRequest(txid())...)                                                        // not here, though well-formed
 	msg = append(AppendBlockHeader(msg, 5, 5), 0x40|byte(s.channel>>24), byte(s.channel>>16), byte(s.channel>>8), byte(s.channel), 9) // another's
 	if err := e.socket.writeMessage(msg); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "all is counted", func() bool { st := s.Stats(); return st.Junk == 6 && st.Strangers == 1 })
+	eventually(t, "all is counted", func() bool { st := s.Stats(); return st.Junk == 5 && st.Unserved == 1 && st.Strangers == 1 })
 	bind(t, e, own, Client, func(b *Bind) { b.Unbind = true })
+	s.unharmed(t)
+}
+
+// TestWhatIsNotServedIsNotMalformed: netcheck's request for an answer from another port gets none, and is no sign of an attack.
+func TestWhatIsNotServedIsNotMalformed(t *testing.T) {
+	s := newScene(t, nil)
+	for _, msg := range [][]byte{nat.ChangeRequest(txid(), true), nat.ChangeRequest(txid(), false)} {
+		_, _ = s.stranger.conn.Write(msg)
+	}
+	_, _ = s.stranger.conn.Write(nat.BindingRequest(txid())[:21])
+	eventually(t, "all is counted", func() bool { st := s.Stats(); return st.Unserved == 2 && st.Junk == 1 })
 	s.unharmed(t)
 }
 

@@ -20,7 +20,7 @@ func (s *Server) answer(dst, msg []byte, from origin, now int64, count *counts) 
 	if nat.MessageType(msg) == nat.TypeBindingRequest && from.link == nil {
 		answer, ok := AppendBindingResponse(dst, msg, from.addr, func() Offer { return s.offer(from) })
 		if !ok {
-			count.junk.Add(1)
+			count.misfit(msg)
 			return dst
 		}
 		count.stun.Add(1)
@@ -28,7 +28,7 @@ func (s *Server) answer(dst, msg []byte, from origin, now int64, count *counts) 
 	}
 	b, ok := ParseBind(msg)
 	if !ok {
-		count.junk.Add(1)
+		count.misfit(msg)
 		return dst
 	}
 	a := Answer{ID: b.ID, Unbind: b.Unbind}

@@ -435,7 +435,9 @@ func BenchmarkFlood(b *testing.B) {
 	took, used, after := time.Since(start), r.cpu()-busy, r.stats()
 	close(stop)
 	flood.Wait()
-	handled := func(s Stats) uint64 { return s.Junk + s.Strangers + s.STUN + s.Stale + s.Refused + s.Limited }
+	handled := func(s Stats) uint64 {
+		return s.Junk + s.Unserved + s.Strangers + s.STUN + s.Stale + s.Refused + s.Limited
+	}
 	slices.Sort(delays)
 	b.ReportMetric(float64(handled(after)-handled(before))/took.Seconds(), "junk/s")
 	b.ReportMetric(float64(after.Unread-before.Unread)/took.Seconds(), "unread/s")

@@ -1,12 +1,17 @@
 package relay
 
-import "sync/atomic"
+import (
+	"sync/atomic"
+
+	"github.com/culvertnet/culvert/internal/nat"
+)
 
 // counts are the counters of one UDP socket, or of all WebSockets.
 type counts struct {
 	packets, bytes                                  atomic.Uint64
 	stranger, alone, overRate, overShare, overQueue atomic.Uint64
-	junk, stun, bound, refused, stale, limited      atomic.Uint64
+	junk, unserved                                  atomic.Uint64
+	stun, bound, refused, stale, limited            atomic.Uint64
 	unanswered, written                             atomic.Uint64
 }
 
@@ -25,7 +30,9 @@ type Stats struct {
 	OverQueue uint64 // dropped: a queue was full, ours or the kernel's
 	Unread    uint64 // dropped by the kernel before they were read
 
-	Junk    uint64 // messages that are none, or that ask for nothing that is served
+	Junk     uint64 // messages that are none
+	Unserved uint64 // STUN that asks for what a relay does not serve
+
 	STUN    uint64 // Binding requests answered
 	Bound   uint64 // binds and unbinds that succeeded
 	Refused uint64 // binds with a ticket that is not taken
@@ -33,6 +40,19 @@ type Stats struct {
 	Limited uint64 // binds dropped because a source asks for too many verifications
 
 	Unanswered uint64 // questions and stale binds that were dropped because there were too many
+}
+
+// misfit counts a STUN message that gets no answer. Well-formed ones are no sign of anything: netcheck asks every server for an answer
+// from another port (RFC 5780, section 7.2).
+func (c *counts) misfit(msg []byte) {
+	a := nat.Walk(msg)
+	for a.Next() {
+	}
+	if a.Bad {
+		c.junk.Add(1)
+	} else {
+		c.unserved.Add(1)
+	}
 }
 
 // Stats gives the counters.
@@ -58,6 +78,7 @@ func (s *Stats) add(c *counts) {
 	s.OverShare += c.overShare.Load()
 	s.OverQueue += c.overQueue.Load()
 	s.Junk += c.junk.Load()
+	s.Unserved += c.unserved.Load()
 	s.STUN += c.stun.Load()
 	s.Bound += c.bound.Load()
 	s.Refused += c.refused.Load()

@@ -36,10 +36,12 @@ type inbox struct {
 	// release has packets for the device that have waited, if it is not nil.
 	release *mender
 
-	turns   *turns // nil where packets go to the device as they come
-	of      *Peer  // whom the last packet came from: it may have …
-	granted int    // so many more past its queue …
-	entered int    // and has had so many that are not in the sums yet
+	turns   *turns   // nil where packets go to the device as they come
+	of      *Peer    // whom the last packet came from: it may have …
+	granted int      // so many more past its queue …
+	entered []uint64 // and has had these that are not in the sums yet, by their keys
+
+	keys []uint64 // what the device gets that will come out at the TUN, if all goes well
 }
 
 // fill copies packets out until there are no more, or no room. It gives how many the device gets, and whether there may be more.
@@ -47,10 +49,10 @@ func (in *inbox) fill(a arrivals, bufs [][]byte, sizes []int, eps []conn.Endpoin
 	if l, ok := a.(*letter); ok {
 		return l.fill(bufs, sizes, eps), false
 	}
-	data := 0
+	in.keys = in.keys[:0]
 	defer func() {
 		in.tally()
-		in.in.take(data)
+		in.in.enter(in.keys)
 		in.account(nil)
 	}()
 	for n < len(bufs) {
@@ -60,10 +62,13 @@ func (in *inbox) fill(a arrivals, bufs [][]byte, sizes []int, eps []conn.Endpoin
 				continue
 			}
 			eps[n] = m.peer
-			if in.turns != nil {
-				in.turns.entered(m.peer, 1)
+			if isData(bufs[n][:sizes[n]]) {
+				key := flightKey(bufs[n])
+				if in.turns != nil {
+					in.turns.entered(m.peer, key)
+				}
+				in.keys = append(in.keys, key)
 			}
-			data++
 			n++
 			continue
 		}
@@ -80,7 +85,7 @@ func (in *inbox) fill(a arrivals, bufs [][]byte, sizes []int, eps []conn.Endpoin
 		}
 		sizes[n], eps[n] = copy(bufs[n], packet), p
 		if isData(packet) {
-			data++ // it will come out at the TUN, if all goes well
+			in.keys = append(in.keys, flightKey(packet))
 		}
 		n++
 	}
@@ -97,7 +102,7 @@ func (in *inbox) queued(p *Peer, packet []byte) bool {
 	if in.turns == nil || messageType(packet) != device.MessageTransportType {
 		return false
 	}
-	if p != in.of || in.granted == 0 && in.entered > 0 {
+	if p != in.of || in.granted == 0 && len(in.entered) > 0 {
 		in.account(p)
 		in.granted = in.turns.grant(p)
 	}
@@ -106,8 +111,8 @@ func (in *inbox) queued(p *Peer, packet []byte) bool {
 		return true
 	}
 	if in.granted--; isData(packet) {
-		in.entered++
-	} else if in.entered == 0 {
+		in.entered = append(in.entered, flightKey(packet))
+	} else if len(in.entered) == 0 {
 		in.of = nil // ask again
 	}
 	return false
@@ -115,10 +120,10 @@ func (in *inbox) queued(p *Peer, packet []byte) bool {
 
 // account puts what has gone to the device past the queues into the sums; next is whose packets come now.
 func (in *inbox) account(next *Peer) {
-	if in.entered > 0 {
-		in.turns.entered(in.of, in.entered)
+	if len(in.entered) > 0 {
+		in.turns.entered(in.of, in.entered...)
 	}
-	in.of, in.granted, in.entered = next, 0, 0
+	in.of, in.granted, in.entered = next, 0, in.entered[:0]
 }
 
 // mended counts a packet of a peer, and reports whether the device shall see it now: it may be a parity, or wait for what is missing.

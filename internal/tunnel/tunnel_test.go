@@ -34,12 +34,18 @@ type end struct {
 
 func newEnd(t *testing.T) *end {
 	t.Helper()
+	return newEndWith(t, Options{})
+}
+
+func newEndWith(t *testing.T, opts Options) *end {
+	t.Helper()
 	key, err := wire.NewPrivateKey()
 	if err != nil {
 		t.Fatal(err)
 	}
 	ct := tuntest.NewChannelTUN()
-	tunnel, err := New(Options{Key: key, TUN: ct.TUN()})
+	opts.Key, opts.TUN = key, ct.TUN()
+	tunnel, err := New(opts)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -42,7 +42,8 @@ const (
 // packets wait in a queue of its own, and the queues are served in turns by bytes (deficit round robin). Meanwhile the socket is read on, so
 // that the kernel drops nothing: what is too much is dropped from the queue of who sends too much.
 //
-// The goroutine that reads from the socket puts in and takes out; the peers' goroutines in the device say what has come out at the TUN.
+// The goroutine that reads from the socket puts in and takes out; the peers' goroutines in the device say what has come out at the TUN, see
+// [flight].
 type turns struct {
 	owner func(netip.Addr) *Peer // of an address inside the tunnel; nil for nobody
 
@@ -54,6 +55,7 @@ type turns struct {
 	looked     time.Time          // when those were last written off of which nothing came out
 	busy       int                // peers with packets here or in the device
 	room       chan struct{}      // one token: the device may have room
+	keys       [takeMost]uint64   // take's
 
 	crowded atomic.Bool // something waits
 	dropped atomic.Uint64
@@ -63,8 +65,9 @@ type turns struct {
 type turn struct {
 	peer    *Peer
 	chunks  []*chunk
-	bytes   int // in chunks
-	inside  int // packets in the device
+	bytes   int     // in chunks
+	inside  int     // packets in the device …
+	flight  *flight // … which are these; nil where there are none
 	moved   time.Time
 	deficit int
 	next    *turn
@@ -115,30 +118,44 @@ func (ts *turns) grant(p *Peer) int {
 	return max(0, min(grantMost, ts.share(&p.turn)-p.turn.inside))
 }
 
-// entered counts packets that have gone to the device.
-func (ts *turns) entered(p *Peer, n int) {
+// entered counts packets that have gone to the device, by their keys.
+func (ts *turns) entered(p *Peer, keys ...uint64) {
 	ts.mu.Lock()
 	defer ts.mu.Unlock()
-	ts.enter(&p.turn, n, time.Now())
+	ts.enter(&p.turn, keys, time.Now())
 }
 
-func (ts *turns) enter(t *turn, n int, now time.Time) {
-	if t.gone || n == 0 {
+func (ts *turns) enter(t *turn, keys []uint64, now time.Time) {
+	if t.gone || len(keys) == 0 {
 		return
 	}
 	was := t.isBusy()
 	if t.inside == 0 {
-		t.moved = now
+		t.moved, t.flight = now, flights.Get().(*flight)
 		ts.flying[t] = struct{}{}
 	}
-	t.inside += n
-	ts.inside += n
+	for _, key := range keys {
+		ts.now(t, t.flight.push(key))
+	}
 	ts.note(t, was)
 }
 
-// left counts packets that have come out of the device, all of one peer.
-func (ts *turns) left(bufs [][]byte, offset int) {
-	p := ts.owner(source(bufs[0][offset:]))
+// now sets how many packets of a peer are in the device.
+func (ts *turns) now(t *turn, n int) {
+	ts.inside += n - t.inside
+	if t.inside = n; n > 0 {
+		return
+	}
+	if delete(ts.flying, t); t.flight != nil {
+		t.flight.clear()
+		flights.Put(t.flight)
+		t.flight = nil
+	}
+}
+
+// left is told of packets that have come out of the device, all of one peer, which has the address from; the last one has this key.
+func (ts *turns) left(from netip.Addr, key uint64) {
+	p := ts.owner(from)
 	if p == nil {
 		return
 	}
@@ -146,13 +163,10 @@ func (ts *turns) left(bufs [][]byte, offset int) {
 	defer ts.mu.Unlock()
 	t := &p.turn
 	was := t.isBusy()
-	n := min(len(bufs), t.inside)
-	t.inside -= n
-	ts.inside -= n
-	t.moved, t.lost = time.Now(), false
-	if t.inside == 0 {
-		delete(ts.flying, t)
+	if t.inside > 0 {
+		ts.now(t, t.flight.pop(key))
 	}
+	t.moved, t.lost = time.Now(), false
 	ts.note(t, was)
 	ts.enqueue(t)
 	if ts.head != nil {
@@ -262,16 +276,17 @@ func (ts *turns) take(bufs [][]byte, sizes []int, eps []conn.Endpoint) (n int) {
 	}
 	for most := min(len(bufs), takeMost); n < most && ts.head != nil && ts.inside < insideLimit; {
 		t := ts.head
-		data, was := 0, t.isBusy()
+		was := t.isBusy()
+		keys := ts.keys[:0]
 		for room := min(most, n+ts.share(t)-t.inside); n < room && t.bytes > 0 && t.deficit > 0; n++ {
 			sizes[n], eps[n] = t.pop(bufs[n]), t.peer
 			if ts.bytes -= sizes[n]; isData(bufs[n][:sizes[n]]) {
-				data++
+				keys = append(keys, flightKey(bufs[n]))
 			}
 			t.deficit -= sizes[n] + packetCost
 		}
 		ts.note(t, was)
-		ts.enter(t, data, now)
+		ts.enter(t, keys, now)
 		if n < most || t.bytes == 0 || t.deficit <= 0 {
 			ts.dequeue()
 			ts.enqueue(t)
@@ -307,9 +322,8 @@ func (ts *turns) expire(now time.Time) {
 			continue
 		}
 		was := t.isBusy()
-		ts.inside -= t.inside
-		t.inside, t.lost = 0, true
-		delete(ts.flying, t)
+		t.lost = true
+		ts.now(t, 0)
 		ts.note(t, was)
 		ts.enqueue(t)
 	}
@@ -322,10 +336,9 @@ func (ts *turns) forget(p *Peer) {
 	t := &p.turn
 	was := t.isBusy()
 	ts.bytes -= t.bytes
-	ts.inside -= t.inside
 	t.free(len(t.chunks))
-	t.bytes, t.inside, t.gone = 0, 0, true
-	delete(ts.flying, t)
+	t.bytes, t.gone = 0, true
+	ts.now(t, 0)
 	ts.note(t, was)
 	ts.crowded.Store(ts.bytes > 0)
 }

@@ -99,14 +99,11 @@ func (c *crossing) takeTurn() map[int][]uint64 {
 	return got
 }
 
-// comeOut has n packets of a peer come out at the TUN.
+// comeOut has n packets of a peer come out at the TUN: those that have been in the device for the longest.
 func (c *crossing) comeOut(peer, n int) {
-	if n == 0 {
-		return
+	if f := c.peers[peer].turn.flight; n > 0 && f != nil {
+		c.turns.left(netip.AddrFrom4([4]byte{0, 0, 0, byte(peer)}), f.keys[(f.head+min(n, f.n)-1)%flightMost])
 	}
-	packet := make([]byte, 20)
-	packet[0], packet[15] = 0x45, byte(peer)
-	c.turns.left(slices.Repeat([][]byte{packet}, n), 0)
 }
 
 // TestFloodInTheTunnel: one job sends ten times what the device takes, another a third of that. The second one loses nothing and waits
@@ -317,6 +314,11 @@ func TestTurnsProperty(t *testing.T) {
 		}
 		if lost := total - arrived - uint64(waiting); lost != c.turns.dropped.Load() && gone == [3]bool{} {
 			t.Errorf("of %d packets %d went on, %d wait and %d were dropped", total, arrived, waiting, c.turns.dropped.Load())
+		}
+		for _, p := range c.peers {
+			if f := p.turn.flight; (f == nil) != (p.turn.inside == 0) || f != nil && f.n != p.turn.inside {
+				t.Errorf("%d packets are inside, and they are %+v", p.turn.inside, f)
+			}
 		}
 		if bytes != c.turns.bytes || flying != c.turns.inside || c.turns.crowded.Load() != (bytes > 0) {
 			t.Errorf("%d bytes and %d packets inside, want %d and %d", c.turns.bytes, c.turns.inside, bytes, flying)

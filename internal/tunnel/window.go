@@ -1,9 +1,12 @@
 package tunnel
 
 import (
+	"net/netip"
+	"sync"
 	"sync/atomic"
 	"time"
 
+	"golang.zx2c4.com/wireguard/device"
 	"golang.zx2c4.com/wireguard/tun"
 )
 
@@ -12,11 +15,15 @@ import (
 // only wait. With it they wait in the kernel's queues, where the sender's TCP notices.
 //
 // The device drops packets without a word (no session yet, a failed decryption), so the count drifts. Whoever waits for
-// longer than maxWait therefore starts the count anew: the bound is soft, and nothing ever stops here.
+// longer than maxWait therefore starts the count anew: the bound is soft, and nothing ever stops here. Towards the TUN the count is that of
+// a [flight], so that packets that come twice hold up nobody.
 type window struct {
 	limit int64 // packets; 0 means no bound
 	used  atomic.Int64
 	freed chan struct{}
+
+	mu     sync.Mutex
+	flight flight
 }
 
 const maxWait = 5 * time.Millisecond
@@ -42,11 +49,42 @@ func (w *window) give(n int) {
 		w.used.CompareAndSwap(left, 0)
 	}
 	if left < w.limit {
-		select {
-		case w.freed <- struct{}{}:
-		default:
-		}
+		signal(w.freed)
 	}
+}
+
+// enter counts packets in, by their keys.
+func (w *window) enter(keys []uint64) {
+	if w.limit == 0 || len(keys) == 0 {
+		return
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, key := range keys {
+		w.flight.push(key)
+	}
+	w.used.Store(int64(w.flight.n))
+}
+
+// leave counts out the packet with this key and all that were before it.
+func (w *window) leave(key uint64) {
+	if w.limit == 0 {
+		return
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	left := int64(w.flight.pop(key))
+	if w.used.Store(left); left < w.limit {
+		signal(w.freed)
+	}
+}
+
+// reset starts the count anew.
+func (w *window) reset() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.flight.clear()
+	w.used.Store(0)
 }
 
 // wait returns when there is room, or after maxWait. timer belongs to the caller.
@@ -60,7 +98,7 @@ func (w *window) wait(timer *time.Timer) {
 		select {
 		case <-w.freed:
 		case <-timer.C:
-			w.used.Store(0)
+			w.reset()
 			return
 		}
 	}
@@ -88,12 +126,19 @@ func (d *windowed) Read(bufs [][]byte, sizes []int, offset int) (int, error) {
 	return n, err
 }
 
-// Write makes room for the packets it has written.
+// Write makes room for the packets it has written. What they are is read before: the TUN may write over them.
 func (d *windowed) Write(bufs [][]byte, offset int) (int, error) {
+	if len(bufs) == 0 || offset < device.MessageTransportHeaderSize {
+		return d.Device.Write(bufs, offset)
+	}
+	key, from := lastOut(bufs, offset), netip.Addr{}
+	if d.turns != nil {
+		from = source(bufs[0][offset:])
+	}
 	n, err := d.Device.Write(bufs, offset)
-	d.in.give(len(bufs))
-	if d.turns != nil && len(bufs) > 0 {
-		d.turns.left(bufs, offset)
+	d.in.leave(key)
+	if d.turns != nil {
+		d.turns.left(from, key)
 	}
 	return n, err
 }
