@@ -3,11 +3,13 @@ package main
 import (
 	"bufio"
 	"context"
+	"crypto/ed25519"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/url"
@@ -68,7 +70,12 @@ func openStore(ctx context.Context, cfg *config.Config) (audit.Source, func(), e
 		return nil, nil, err
 	}
 	closeStore := func() { _ = store.Close() }
-	key, former, err := audit.Keys(ctx, store, cfg.Audit.KeyFile, cfg.Audit.FormerKeys, true)
+	var key ed25519.PrivateKey
+	var former []ed25519.PublicKey
+	err = state.Patiently(ctx, slog.Default(), func() (err error) { // a cluster that has just lost a server elects
+		key, former, err = audit.Keys(ctx, store, cfg.Audit.KeyFile, cfg.Audit.FormerKeys, true)
+		return err
+	})
 	if err != nil {
 		closeStore()
 		return nil, nil, err

@@ -23,7 +23,7 @@ const (
 	// escapeAfter is how long a server may be without a leader of our streams before another one is asked: longer than an election
 	// takes, because then it is the server that is cut off from the others.
 	escapeAfter = 10 * time.Second
-	escapeAgain = 5 * time.Second // where it says itself that it is cut off, but not more often
+	escapeAgain = time.Second // where it is seen before that that it is cut off, but not more often
 
 	callPatience  = 12 * time.Second // all tries of a call, where its caller has less time to spare: a server's death, noticed late, and an election
 	startPatience = time.Minute      // at the start: for a cluster that was started together with us, or has just lost a server
@@ -142,7 +142,7 @@ func leaderless(err error) bool {
 	if apiErr, ok := errors.AsType[*jetstream.APIError](err); ok {
 		return apiErr.Code == http.StatusServiceUnavailable
 	}
-	for _, passing := range []error{errComing, errNewLeader, context.DeadlineExceeded, nats.ErrTimeout, nats.ErrNoResponders, nats.ErrDisconnected, nats.ErrConnectionReconnecting,
+	for _, passing := range []error{errComing, errNewLeader, errCutOff, context.DeadlineExceeded, nats.ErrTimeout, nats.ErrNoResponders, nats.ErrDisconnected, nats.ErrConnectionReconnecting,
 		nats.ErrStaleConnection, jetstream.ErrNoStreamResponse} {
 		if errors.Is(err, passing) {
 			return true

@@ -2,10 +2,12 @@ package state
 
 import (
 	"context"
+	"crypto/sha256"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"sync"
 	"time"
 
@@ -28,16 +30,18 @@ const (
 
 	lostSubject = "culvert.lost" // what one node misses, all look for
 
-	slowCall      = 300 * time.Millisecond  // a call that takes longer has the leader looked for
-	rollCall      = 250 * time.Millisecond  // for members to answer
-	leaderCall    = 250 * time.Millisecond  // for a leader to answer, and for the server that we are connected to
-	electionWait  = 1600 * time.Millisecond // for a leader, once an election has been asked for: whoever is behind may stand first, and the other one after him
-	askedWait     = 800 * time.Millisecond  // where another node seems to have asked
-	reconnectTime = 100 * time.Millisecond  // for a connection to another server
-	maxReconnects = 3                       // of an alarm
-	electionAgain = 20 * time.Millisecond   // between looks at whether there is one
-	rollEvery     = 5 * time.Second         // the term is looked up while all is well
-	settling      = 3 * time.Second         // after an election: servers that are slow then need no other one
+	slowCall      = 300 * time.Millisecond // a call that takes longer has the leader looked for
+	rollCall      = 250 * time.Millisecond // for members to answer
+	leaderCall    = 250 * time.Millisecond // for a leader to answer, and for the server that we are connected to
+	electionWait  = time.Second            // for a leader, and up to half longer, once an election has been asked for
+	askedWait     = 700 * time.Millisecond // and up to twice that, where one is under way already
+	slowLeader    = 500 * time.Millisecond // for one whose server answers
+	reconnectTime = 100 * time.Millisecond // for a connection to another server
+	maxMoves      = 4                      // to other servers, of an alarm
+	silence       = 500 * time.Millisecond // of members that a leader has just written to
+	electionAgain = 20 * time.Millisecond  // between looks at whether there is one
+	rollEvery     = 5 * time.Second        // the term is looked up while all is well
+	settling      = 3 * time.Second        // after an election: servers that are slow then need no other one
 )
 
 // errNewLeader ends a try that was waiting for an answer of a leader that is no longer one.
@@ -56,6 +60,7 @@ type election struct {
 	settled time.Time // when a leader was elected last
 	warned  bool      // that nobody answers
 	term    uint64    // the latest that was heard of while there was a leader
+	leading string    // who led last, by peerOf
 
 	alarms chan bool // true: nobody leads; false: a call takes long
 
@@ -112,9 +117,9 @@ func (e *election) look(ctx context.Context) {
 	if e.group, e.members = info.RaftGroup, len(info.Replicas)+1; e.members < 3 {
 		return
 	}
-	term, answered := e.roll(ctx, 0, e.members)
+	term, peers := e.roll(ctx, 0, e.members)
 	e.term = max(e.term, term)
-	if answered == 0 && !e.warned && ctx.Err() == nil {
+	if len(peers) == 0 && !e.warned && ctx.Err() == nil {
 		e.warned = true
 		e.log.Warn("no nats server answers a request for votes: if one dies that leads, joins wait up to 9 s", "subject", votesSubject+e.group)
 	}
@@ -128,7 +133,20 @@ func (e *election) leader(ctx context.Context) (*jetstream.ClusterInfo, bool) {
 	if err != nil || info.Cluster == nil || info.Cluster.Leader == "" {
 		return nil, false
 	}
+	e.leading = peerOf(info.Cluster.Leader)
 	return info.Cluster, true
+}
+
+// peerOf is the name by which a server takes part in Raft, as of nats-server 2.2 to 2.15. If another version names it otherwise, no member is taken
+// for the leader.
+func peerOf(server string) string {
+	const digits = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+	sum := sha256.Sum256([]byte(server))
+	name := sum[:peerLength]
+	for i, b := range name {
+		name[i] = digits[int(b)%len(digits)]
+	}
+	return string(name)
 }
 
 // hold does what an alarm asks for: it has the members elect a leader, unless there is one. It reports whether one was elected.
@@ -136,58 +154,98 @@ func (e *election) hold(ctx context.Context, nobody bool) bool {
 	if e.members < 3 || e.group == "" || !nobody && time.Since(e.settled) < settling {
 		return false
 	}
-	began, before, wait := time.Now(), e.term, electionWait
-	for reconnects := 0; ctx.Err() == nil && reconnects < maxReconnects; {
+	began, before := time.Now(), e.term
+	for moves := 0; ctx.Err() == nil && moves < maxMoves; {
 		enough := e.members
 		if nobody {
 			enough = e.members/2 + 1
 		}
-		leads, lives, term, answered := e.inquire(ctx, enough)
+		f := e.inquire(ctx, enough)
+		most := 2*f.answered > e.members
+		cutOff := f.leads && f.alone && !nobody && f.answered < e.members
 		switch {
-		case leads:
-			return e.found(term, began, before)
-		case !lives: // nothing is known of the leader
-			reconnects++
-			e.lost()
-			e.release()
-			e.pause(ctx, reconnectTime)
-			continue
-		case answered == 0: // we may not ask, or the server that we ask through is the one that is lost
-			reconnects++
-			_ = e.votes.ForceReconnect()
-			e.pause(ctx, reconnectTime)
-			continue
-		case 2*answered <= e.members: // most are away, or the server that we ask through is cut off from them
-			_ = e.votes.ForceReconnect()
-			e.lost()
+		case f.leads && !cutOff:
+			return e.found(f.term, began, before)
+		case f.heard && !nobody && !cutOff && f.lives && e.await(ctx, slowLeader):
+			return e.found(f.term, began, before)
+		case cutOff, !f.lives, !most, f.heard && moves == 0: // we ask through servers that are lost or cut off, maybe with the leader; or most members are away
+			moves++
+			e.move(ctx, cutOff || !f.lives || f.heard || f.answered > 0, !most)
+		case !nobody && (f.heard || f.answered == e.members): // all are there that matter, among them a leader that is slow
 			return false
-		case !nobody && answered == e.members: // all are there, among them a leader that is slow
-			return false
-		case term > e.term && before == e.term: // somebody has asked already
-			e.term, wait = term, askedWait
-		default:
-			e.term, wait = term+1, electionWait
-			e.send(e.term)
-		}
-		if e.await(ctx, wait) {
+		case e.await(ctx, e.ask(f.term)):
 			return e.found(e.term, began, before)
 		}
 	}
 	return false
 }
 
-// inquire asks at once whether the leader leads, the server that we are connected to lives, and how many members answer, in which term.
-func (e *election) inquire(ctx context.Context, enough int) (leads, lives bool, term uint64, answered int) {
+// ask asks for an election, unless the term has moved: then others have asked, or members stand, and a later term would end that. It gives how
+// long a leader is to be waited for, which is not the same for nodes that wait at once.
+func (e *election) ask(term uint64) time.Duration {
+	moved := term > e.term
+	e.term = max(term, e.term)
+	if moved {
+		return askedWait + rand.N(askedWait)
+	}
+	e.term++
+	e.send(e.term)
+	return electionWait + rand.N(electionWait/2)
+}
+
+// move leaves the server that is asked for the leader, or the one that is asked for votes, for another one.
+func (e *election) move(ctx context.Context, asked, votes bool) {
+	if asked {
+		e.lost()
+		e.release()
+	}
+	if votes {
+		_ = e.votes.ForceReconnect() // an error says that it is closed
+	}
+	e.pause(ctx, reconnectTime)
+}
+
+// finding is what an inquiry has found.
+type finding struct {
+	leads    bool // somebody says that he leads
+	alone    bool // and has not heard from most members lately
+	lives    bool // the server that we are connected to
+	term     uint64
+	answered int  // members
+	heard    bool // among them who led last
+}
+
+// inquire asks at once whether the leader leads, the server that we are connected to lives, and which members answer, in which term.
+func (e *election) inquire(ctx context.Context, enough int) (f finding) {
+	last := e.leading
 	var asking sync.WaitGroup
-	asking.Go(func() { _, leads = e.leader(ctx) })
+	asking.Go(func() {
+		var info *jetstream.ClusterInfo
+		if info, f.leads = e.leader(ctx); f.leads {
+			f.alone = alone(info, silence)
+		}
+	})
 	asking.Go(func() {
 		ctx, cancel := context.WithTimeout(ctx, leaderCall)
 		defer cancel()
-		lives = e.conn.FlushWithContext(ctx) == nil
+		f.lives = e.conn.FlushWithContext(ctx) == nil
 	})
-	term, answered = e.roll(ctx, 0, enough)
+	term, peers := e.roll(ctx, 0, enough)
 	asking.Wait()
-	return leads, lives, term, answered
+	f.term, f.answered, f.heard = term, len(peers), peers[last]
+	return f
+}
+
+// alone reports whether a leader has heard from most members, itself among them, longer ago than that. One that is cut off takes itself for the leader for
+// another 10 to 20 s, and those who ask through it hear nothing else.
+func alone(info *jetstream.ClusterInfo, than time.Duration) bool {
+	heard := 1
+	for _, r := range info.Replicas {
+		if r.Active < than {
+			heard++
+		}
+	}
+	return 2*heard <= len(info.Replicas)+1
 }
 
 // await waits for a leader.
@@ -234,35 +292,35 @@ func (e *election) release() {
 	clear(e.waiting)
 }
 
-// roll asks all members for their term with a request for votes of the term asked, 0 to change nothing, and gives the latest and how many
+// roll asks all members for their term with a request for votes of the term asked, 0 to change nothing, and gives the latest and which
 // members have answered. It is over with the answers of enough of them.
-func (e *election) roll(ctx context.Context, asked uint64, enough int) (term uint64, answered int) {
+func (e *election) roll(ctx context.Context, asked uint64, enough int) (term uint64, peers map[string]bool) {
 	inbox := e.votes.NewInbox()
 	answers := make(chan *nats.Msg, 16)
 	sub, err := e.votes.ChanSubscribe(inbox, answers)
 	if err != nil {
-		return 0, 0
+		return 0, nil
 	}
 	defer func() { _ = sub.Unsubscribe() }()
 	if err := e.votes.PublishRequest(votesSubject+e.group, inbox, voteRequest(asked)); err != nil {
-		return 0, 0
+		return 0, nil
 	}
-	peers := map[string]bool{}
+	peers = map[string]bool{}
 	for over := time.After(rollCall); len(peers) < enough; {
 		select {
 		case m := <-answers:
 			if t, peer, ok := parseVote(m.Data); ok {
 				term, peers[peer] = max(term, t), true
 			} else if m.Header.Get("Status") == "503" { // nobody hears this
-				return 0, 0
+				return 0, nil
 			}
 		case <-over:
-			return term, len(peers)
+			return term, peers
 		case <-ctx.Done():
-			return term, len(peers)
+			return term, peers
 		}
 	}
-	return term, len(peers)
+	return term, peers
 }
 
 // send asks for an election.

@@ -85,12 +85,11 @@ func TestElections(t *testing.T) {
 	defer e.votes.Close()
 	eventually(t, "all members tell their term", func() bool {
 		e.look(t.Context())
-		_, answered := e.roll(t.Context(), 0, max(1, e.members))
-		return e.term > 0 && answered == 3
+		_, peers := e.roll(t.Context(), 0, max(1, e.members))
+		return e.term > 0 && len(peers) == 3 && peers[e.leading]
 	})
 	eventually(t, "an alarm finds the leader, and leaves it alone", func() bool {
-		leads, _, _, _ := e.inquire(t.Context(), e.members)
-		return leads && !e.hold(t.Context(), false)
+		return e.inquire(t.Context(), e.members).leads && !e.hold(t.Context(), false)
 	})
 	before := e.term
 	e.send(before + 1)
@@ -155,5 +154,55 @@ func TestVoteRequest(t *testing.T) {
 		if _, _, ok := parseVote([]byte(b)); ok {
 			t.Errorf("%q is taken", b)
 		}
+	}
+}
+
+// TestAlone: a leader counts while most members, itself among them, have been heard.
+func TestAlone(t *testing.T) {
+	for _, c := range []struct {
+		active []time.Duration
+		want   bool
+	}{
+		{nil, false},
+		{[]time.Duration{time.Millisecond, time.Millisecond}, false},
+		{[]time.Duration{time.Millisecond, time.Hour}, false},
+		{[]time.Duration{time.Second, time.Hour}, true},
+		{[]time.Duration{0, time.Second, time.Second, time.Second}, true},
+		{[]time.Duration{0, 0, time.Second, time.Second}, false},
+	} {
+		info := &jetstream.ClusterInfo{Leader: "n1"}
+		for _, a := range c.active {
+			info.Replicas = append(info.Replicas, &jetstream.PeerInfo{Active: a})
+		}
+		if got := alone(info, silence); got != c.want {
+			t.Errorf("%v: %t", c.active, got)
+		}
+	}
+}
+
+// TestPeerOf: as nats-server names its members.
+func TestPeerOf(t *testing.T) {
+	for server, want := range map[string]string{"n1": "fjFyEjc1", "n2": "44jzkV9D", "n3": "BXScrY9i"} {
+		if got := peerOf(server); got != want {
+			t.Errorf("%s is %s", server, got)
+		}
+	}
+}
+
+// TestAskOnce: who sees that the term has moved asks for none, and who saw it stand still asks for the next one.
+func TestAskOnce(t *testing.T) {
+	srv := natsServer(t)
+	e := &election{term: 7, votes: must(nats.Connect(srv.ClientURL())), group: "g"}
+	defer e.votes.Close()
+	heard := make(chan *nats.Msg, 4)
+	must(e.votes.ChanSubscribe(votesSubject+"g", heard))
+	if wait := e.ask(9); e.term != 9 || wait < askedWait || wait > 2*askedWait {
+		t.Errorf("a term that has moved: %d, %s", e.term, wait)
+	}
+	if wait := e.ask(8); e.term != 10 || wait < electionWait {
+		t.Errorf("one that stands still: %d, %s", e.term, wait)
+	}
+	if m := <-heard; string(m.Data) != string(voteRequest(10)) {
+		t.Errorf("%q was sent", m.Data)
 	}
 }

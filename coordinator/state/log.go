@@ -255,11 +255,22 @@ func (l *Log) Get(ctx context.Context, seq uint64) ([]byte, error) {
 	return msg.Data, nil
 }
 
+// outdated is how long a cluster's leader may have heard from no majority and still be believed what it says of the log's end: members that have
+// nothing to do answer every second.
+const outdated = 2500 * time.Millisecond
+
+// errCutOff says that what a server said may be long out of date.
+var errCutOff = errors.New("the server that answers is cut off from the others")
+
 // Info says what the log holds at this moment.
 func (l *Log) Info(ctx context.Context) (LogInfo, error) {
 	var info *jetstream.StreamInfo
 	err := l.escape.tries(ctx, func(ctx context.Context) (err error) {
 		info, err = l.stream.Info(ctx)
+		if err == nil && info.Cluster != nil && alone(info.Cluster, outdated) {
+			l.escape.cutOff()
+			err = errCutOff
+		}
 		return err
 	})
 	if err != nil {

@@ -22,6 +22,7 @@ import (
 	"time"
 
 	"github.com/culvertnet/culvert/internal/lab"
+	"github.com/culvertnet/culvert/internal/lab/vm"
 	"github.com/culvertnet/culvert/internal/stage"
 )
 
@@ -125,17 +126,15 @@ func boot(t *testing.T, s *stage.Stage, job *stage.Job) *guest {
 	must(t, s.Runner.ServeGuest(guestNet))
 	image := filepath.Join(t.TempDir(), "initrd")
 	must(t, os.WriteFile(image, initrd(t, dir, s), 0o600))
-	kernels, err := filepath.Glob(filepath.Join(dir, "boot/vmlinuz-*"))
-	if err != nil || len(kernels) != 1 {
-		t.Fatalf("%s has kernels %v, %v", dir, kernels, err)
-	}
+	kernel, err := vm.Kernel(dir)
+	must(t, err)
 	log, err := os.Create(filepath.Join(job.Home(), "console"))
 	must(t, err)
 	defer log.Close()
 	proc, err := s.Runner.Start(lab.Program{
 		Path: program(t, "qemu-system-x86_64"),
 		Args: []string{"-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "1024", "-nographic", "-nodefaults", "-no-reboot",
-			"-serial", "stdio", "-kernel", kernels[0], "-initrd", image,
+			"-serial", "stdio", "-kernel", kernel, "-initrd", image,
 			"-append", fmt.Sprintf("console=ttyS0 quiet panic=-1 reboot=t guest.addr=%s/%d guest.via=%s", guestAddr, guestNet.Bits(), guestNet.Addr()),
 			"-netdev", "tap,id=n0,ifname=" + lab.TapDevice + ",script=no,downscript=no", "-device", "virtio-net-pci,netdev=n0,romfile="},
 		Stdout: log, Stderr: log,
@@ -384,39 +383,31 @@ var wantModules = []string{"virtio_pci", "virtio_net", "wireguard", "veth", "nf_
 // initrd makes the machine's file system: modules, programs, and the files that they read.
 func initrd(t *testing.T, dir string, s *stage.Stage) []byte {
 	t.Helper()
-	var a archive
-	a.file("init", read(t, filepath.Join(dir, "guest")), 0o755)
-	a.file("bin/kernel.test", read(t, filepath.Join(dir, "kernel.test")), 0o755)
-	a.file("bin/culvert", read(t, s.Binary("culvert")), 0o755)
-	a.dynamic(t, map[string]string{"wg": program(t, "wg"), "node": tool(t, nodeEnv, "node")})
+	var a vm.Archive
+	a.File("init", read(t, filepath.Join(dir, "guest")), 0o755)
+	a.File("bin/kernel.test", read(t, filepath.Join(dir, "kernel.test")), 0o755)
+	a.File("bin/culvert", read(t, s.Binary("culvert")), 0o755)
+	addDynamic(t, &a, map[string]string{"wg": program(t, "wg"), "node": tool(t, nodeEnv, "node")})
 	for _, name := range []string{"main.mjs", "post.mjs", "client.mjs", "runner.mjs", "release.json"} {
-		a.file("action/"+name, read(t, filepath.Join("../../action", name)), 0o644)
+		a.File("action/"+name, read(t, filepath.Join("../../action", name)), 0o644)
 	}
-	a.file("ca.pem", read(t, s.CAFile()), 0o644)
-	deps, err := filepath.Glob(filepath.Join(dir, "lib/modules/*/modules.dep"))
-	if err != nil || len(deps) != 1 {
-		t.Fatalf("%s has no list of modules: %v, %v", dir, deps, err)
-	}
-	list := moduleList(string(read(t, deps[0])))
-	for _, name := range list {
-		a.file("lib/modules/"+name, read(t, filepath.Join(filepath.Dir(deps[0]), name)), 0o644)
-	}
-	a.file("modules", []byte(strings.Join(list, "\n")+"\n"), 0o644)
-	return a.end()
+	a.File("ca.pem", read(t, s.CAFile()), 0o644)
+	must(t, a.Modules(dir, wantModules...))
+	return a.End()
 }
 
-// dynamic adds programs with the libraries that they need.
-func (a *archive) dynamic(t *testing.T, programs map[string]string) {
+// addDynamic adds programs with the libraries that they need.
+func addDynamic(t *testing.T, a *vm.Archive, programs map[string]string) {
 	t.Helper()
 	added := map[string]bool{}
 	for name, path := range programs {
-		a.file("bin/"+name, read(t, path), 0o755)
+		a.File("bin/"+name, read(t, path), 0o755)
 		libraries, err := exec.CommandContext(t.Context(), "ldd", path).Output()
 		must(t, err)
 		for _, word := range strings.Fields(string(libraries)) {
 			if strings.HasPrefix(word, "/") && !added[word] {
 				added[word] = true
-				a.file(word[1:], read(t, word), 0o755)
+				a.File(word[1:], read(t, word), 0o755)
 			}
 		}
 	}
@@ -427,54 +418,4 @@ func read(t *testing.T, path string) []byte {
 	data, err := os.ReadFile(path)
 	must(t, err)
 	return data
-}
-
-// moduleList gives wantModules and all that they need, in the order in which they are to be loaded. deps is modules.dep(5).
-func moduleList(deps string) (list []string) {
-	needs := map[string][]string{} // by name
-	for line := range strings.Lines(deps) {
-		file, more, _ := strings.Cut(line, ":")
-		needed := strings.Fields(more)
-		slices.Reverse(needed) // as modprobe loads them
-		needs[strings.TrimSuffix(filepath.Base(file), ".ko")] = append(needed, file)
-	}
-	for _, name := range wantModules {
-		for _, file := range needs[name] {
-			if !slices.Contains(list, file) {
-				list = append(list, file)
-			}
-		}
-	}
-	return list
-}
-
-// archive is a cpio archive in the "newc" format, which the kernel unpacks (Documentation/driver-api/early-userspace/buffer-format.rst).
-type archive struct {
-	buf  bytes.Buffer
-	dirs []string
-}
-
-func (a *archive) file(name string, data []byte, mode uint32) {
-	for i, c := range name {
-		if c == '/' && !slices.Contains(a.dirs, name[:i]) {
-			a.dirs = append(a.dirs, name[:i])
-			a.entry(name[:i], nil, 0o040755)
-		}
-	}
-	a.entry(name, data, 0o100000|mode)
-}
-
-func (a *archive) entry(name string, data []byte, mode uint32) {
-	fmt.Fprintf(&a.buf, "070701%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%s\x00",
-		0, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(name)+1, 0, name)
-	a.pad()
-	a.buf.Write(data)
-	a.pad()
-}
-
-func (a *archive) pad() { a.buf.Write(make([]byte, -a.buf.Len()&3)) }
-
-func (a *archive) end() []byte {
-	a.entry("TRAILER!!!", nil, 0)
-	return a.buf.Bytes()
 }

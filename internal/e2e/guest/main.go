@@ -55,7 +55,53 @@ func run() error {
 	if err := network(); err != nil {
 		return err
 	}
+	if err := errors.Join(disk(), begin()); err != nil {
+		return err
+	}
 	return serve()
+}
+
+// disk mounts the machine's disk, if it has one, where the kernel's command line says: guest.disk=DEVICE:FOLDER.
+func disk() error {
+	device, at, ok := strings.Cut(option("guest.disk"), ":")
+	if !ok {
+		return nil
+	}
+	for range 200 { // the driver finds it a while after it was loaded
+		if _, err := os.Stat(device); err == nil {
+			break
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	if err := os.MkdirAll(at, 0o755); err != nil {
+		return err
+	}
+	if err := unix.Mount(device, at, "ext4", 0, ""); err != nil {
+		return fmt.Errorf("mount %s: %w", device, err)
+	}
+	return nil
+}
+
+// begin starts the program whose path and arguments are the lines of the file /begin, if there is one. It is not started again: that it ends
+// is for the test to see.
+func begin() error {
+	text, err := os.ReadFile("/begin")
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	words := strings.Split(strings.TrimSpace(string(text)), "\n")
+	cmd := exec.Command(words[0], words[1:]...)
+	cmd.Env, cmd.Stdout, cmd.Stderr = []string{"PATH=/bin", "HOME=/tmp"}, os.Stdout, os.Stderr
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	go func() { // ends with the machine
+		fmt.Println("guest:", words[0], "ended:", cmd.Wait())
+	}()
+	return nil
 }
 
 // modules loads what the image has, in the order of its list.

@@ -7,6 +7,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -122,6 +123,8 @@ func (c *cluster) startNATS(i int) {
 	at := func(port uint16) netip.AddrPort { return netip.AddrPortFrom(c.hosts[i].Addr(), port) }
 	doc := fmt.Sprintf(`
 server_name: n%d
+logtime: true
+debug: %t
 listen: "%s"
 http: "%s"
 jetstream: {store_dir: %q, max_mem: 64MB, max_file: 2GB, sync_interval: always}
@@ -136,7 +139,7 @@ accounts: {
   CULVERT: {jetstream: enabled, users: [{user: culvert, password: culvert}]}
 }
 cluster: {name: culvert, ping_interval: "1s", ping_max: 2, listen: "%s", routes: ["%s"]}
-`, i+1, at(natsPort), at(pagePort), filepath.Join(c.dir, fmt.Sprintf("nats%d", i)), public, at(routePort), c.each(routePort, "nats://", `", "`))
+`, i+1, os.Getenv(keepEnv) != "", at(natsPort), at(pagePort), filepath.Join(c.dir, fmt.Sprintf("nats%d", i)), public, at(routePort), c.each(routePort, "nats://", `", "`))
 	if err := os.WriteFile(file, []byte(doc), 0o600); err != nil {
 		c.t.Fatal(err)
 	}
@@ -198,10 +201,15 @@ func (c *cluster) streams(i int) map[string]stream {
 // The streams that a join needs.
 var needed = []string{"KV_culvert", "culvert_audit"}
 
+// wholeAgain is how long a cluster may take until every replica is up to date again. A server that led while it was cut off takes back what
+// it was given meanwhile one message in two seconds (nats-server 2.15).
+const wholeAgain = 5 * time.Minute
+
 // leader waits until the cluster is whole, every replica of what joins need up to date, and gives the server that leads the leases.
 func (c *cluster) leader() int {
 	c.t.Helper()
-	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(50 * time.Millisecond) {
+	began := time.Now()
+	for time.Since(began) < wholeAgain {
 		whole, leader := 0, -1
 		for i := range c.hosts {
 			all := c.streams(i)
@@ -225,8 +233,12 @@ func (c *cluster) leader() int {
 			}
 		}
 		if whole == len(needed) && leader >= 0 {
+			if took := time.Since(began); took > 10*time.Second {
+				c.t.Logf("the cluster is whole again after another %s", took.Round(time.Second))
+			}
 			return leader
 		}
+		time.Sleep(50 * time.Millisecond)
 	}
 	c.t.Fatal("the cluster is never whole again")
 	return 0
@@ -292,8 +304,14 @@ func (c *cluster) run(n *node, args ...string) (out []byte) {
 // joined gives the sessions that the audit log has a join's record of.
 func (c *cluster) joined(n *node) map[string]bool {
 	c.t.Helper()
+	return joinsIn(c.t, c.run(n, "audit", "export"))
+}
+
+// joinsIn gives the sessions that an export has a join's record of.
+func joinsIn(t testing.TB, export []byte) map[string]bool {
+	t.Helper()
 	found := map[string]bool{}
-	lines := bufio.NewScanner(bytes.NewReader(c.run(n, "audit", "export")))
+	lines := bufio.NewScanner(bytes.NewReader(export))
 	lines.Buffer(nil, 1<<20)
 	for lines.Scan() {
 		var r struct {
@@ -305,13 +323,36 @@ func (c *cluster) joined(n *node) map[string]bool {
 			} `json:"metadata"`
 		}
 		if err := json.Unmarshal(lines.Bytes(), &r); err != nil {
-			c.t.Fatalf("%s: %v", lines.Bytes(), err)
+			t.Fatalf("%s: %v", lines.Bytes(), err)
 		}
 		if r.Metadata.EventCode == "session.join" {
 			found[r.Session.UID] = true
 		}
 	}
 	return found
+}
+
+// keepEnv names a folder to which every log is copied in the end; the servers then tell all they do.
+const keepEnv = "CULVERT_E2E_LOGS"
+
+// keep copies the logs to a folder of the test's own below dir.
+func (c *cluster) keep(dir string) {
+	dir = filepath.Join(dir, fmt.Sprintf("%s-%d", strings.ReplaceAll(c.t.Name(), "/", "-"), time.Now().Unix()))
+	err := os.MkdirAll(dir, 0o755)
+	copyOf := func(log, name string) {
+		data, rerr := os.ReadFile(log)
+		err = errors.Join(err, rerr, os.WriteFile(filepath.Join(dir, name), data, 0o644))
+	}
+	for i := range c.hosts {
+		copyOf(c.nats[i].log, fmt.Sprintf("nats%d", i))
+	}
+	for i, n := range c.nodes {
+		copyOf(n.log, fmt.Sprintf("coordinator%d", i))
+	}
+	if err != nil {
+		c.t.Log(err)
+	}
+	c.t.Logf("the logs are in %s", dir)
 }
 
 // tell shows the logs.

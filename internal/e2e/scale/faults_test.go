@@ -24,7 +24,9 @@ func newTrial(t testing.TB, args ...string) *trial {
 	t.Helper()
 	c := newCluster(t)
 	t.Cleanup(func() {
-		if t.Failed() {
+		if dir := os.Getenv(keepEnv); dir != "" {
+			c.keep(dir)
+		} else if t.Failed() {
 			c.tell()
 		}
 	})
@@ -195,7 +197,7 @@ func TestClusterLeadersDie(t *testing.T) {
 	if n, err := strconv.Atoi(os.Getenv("CULVERT_E2E_KILLS")); err == nil {
 		times = n
 	}
-	for _, f := range []fault{leaderDies, leaderIsCutOff, leaderFreezes} {
+	for _, f := range []fault{leaderDies, serverDies, leaderIsCutOff, leaderIsCutOffFromServers, leaderFreezes} {
 		t.Run(f.name, func(t *testing.T) {
 			tr := newTrial(t, "--rate", "40", "--duration", "5m")
 			tr.most = 4 * time.Second // the servers by themselves take that at least
