@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"net"
 	"time"
 
 	"github.com/culvertnet/culvert/client/agent"
@@ -27,15 +28,19 @@ func (c *checkCommand) run(ctx context.Context, env environment, flags common) e
 			return err
 		}
 	}
-	client, err := control.NewClient(flags.Name)
-	if err != nil {
-		return err
+	var clients []*control.Client
+	for _, name := range flags.names() {
+		client, err := control.NewClient(name)
+		if err != nil {
+			return err
+		}
+		clients = append(clients, client)
 	}
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	all := checkResults{Results: []wire.ReachResult{}}
 	for _, target := range c.Target {
-		result, err := client.Check(ctx, target)
+		result, err := granting(ctx, clients, target).Check(ctx, target)
 		if err != nil && len(c.Target) > 1 && problem.CodeOf(err) == problem.FlowUnreachable { // its name; the others may have answers
 			result, err = wire.ReachResult{Target: target, Verdict: wire.Unreachable, Reason: problem.From(err).Message}, nil
 		}
@@ -54,6 +59,17 @@ func (c *checkCommand) run(ctx context.Context, env environment, flags common) e
 		return exit(code)
 	}
 	return nil
+}
+
+// granting picks the tunnel to whose network a target belongs, or the first where it belongs to none: that one's gateway says why not.
+func granting(ctx context.Context, clients []*control.Client, target string) *control.Client {
+	host, _, _ := net.SplitHostPort(target) // checked before
+	for _, client := range clients[1:] {
+		if claim, err := client.Claim(ctx); err == nil && claim.Covers(host) {
+			return client
+		}
+	}
+	return clients[0]
 }
 
 // resultText writes one result as people read it.

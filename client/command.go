@@ -29,8 +29,11 @@ type environment struct {
 // common are the flags of every command.
 type common struct {
 	JSON bool   `name:"json" env:"CULVERT_JSON" help:"Print JSON on standard output: the result, or a problem document (RFC 9457)."`
-	Name string `env:"CULVERT_NAME" default:"culvert" help:"Name of the tunnel, where a user runs several."`
+	Name string `env:"CULVERT_NAME" default:"culvert" help:"Name of the tunnel, where a user runs several. All commands but up take several names, separated by commas."`
 }
+
+// names are the tunnels that a command is about.
+func (c common) names() []string { return strings.Split(c.Name, ",") }
 
 // commands is the command line.
 type commands struct {

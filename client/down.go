@@ -14,7 +14,27 @@ import (
 type downCommand struct{}
 
 func (*downCommand) run(ctx context.Context, env environment, flags common) error {
-	client, err := control.NewClient(flags.Name)
+	var failed []error
+	for _, name := range flags.names() {
+		if err := endTunnel(ctx, name); err != nil {
+			failed = append(failed, err)
+			continue
+		}
+		if flags.JSON {
+			print(env.stdout, map[string]string{"state": string(control.Ended)})
+			continue
+		}
+		fmt.Fprintln(env.stdout, "down")
+	}
+	if len(failed) > 0 {
+		return failed[0]
+	}
+	return nil
+}
+
+// endTunnel ends the tunnel of one name.
+func endTunnel(ctx context.Context, name string) error {
+	client, err := control.NewClient(name)
 	if err != nil {
 		return err
 	}
@@ -28,10 +48,5 @@ func (*downCommand) run(ctx context.Context, env environment, flags common) erro
 		}
 		return err
 	}
-	if flags.JSON {
-		print(env.stdout, map[string]string{"state": string(control.Ended)})
-		return nil
-	}
-	fmt.Fprintln(env.stdout, "down")
 	return nil
 }

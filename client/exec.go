@@ -26,13 +26,19 @@ func (c *execCommand) run(ctx context.Context, _ environment, flags common) erro
 	if len(argv) == 0 {
 		return problem.New(problem.Usage, "there is no program to run", "write culvert exec -- CMD")
 	}
-	st, err := readStatus(ctx, flags.Name)
-	if err != nil {
-		return err
-	}
-	if st.State != control.Up && st.State != control.Rejoining {
-		return problem.New(problem.NotUp, fmt.Sprintf("the tunnel named %q is %s, not up", flags.Name, st.State),
-			"wait for `culvert up` to return")
+	var st control.Status // of the last with a proxy, which leads to the others' networks as well
+	for _, name := range flags.names() {
+		now, err := readStatus(ctx, name)
+		if err != nil {
+			return err
+		}
+		if now.State != control.Up && now.State != control.Rejoining {
+			return problem.New(problem.NotUp, fmt.Sprintf("the tunnel named %q is %s, not up", name, now.State),
+				"wait for `culvert up` to return")
+		}
+		if now.Proxy != "" || st.State == "" {
+			st = now
+		}
 	}
 	program, err := exec.LookPath(argv[0])
 	if err != nil {

@@ -16,15 +16,26 @@ import (
 type statusCommand struct{}
 
 func (*statusCommand) run(ctx context.Context, env environment, flags common) error {
-	st, err := readStatus(ctx, flags.Name)
-	if err != nil {
-		return err
+	names := flags.names()
+	for i, name := range names {
+		st, err := readStatus(ctx, name)
+		switch {
+		case err != nil:
+			return err
+		case flags.JSON:
+			print(env.stdout, st)
+			continue
+		case i > 0:
+			fmt.Fprintln(env.stdout)
+		}
+		if len(names) > 1 {
+			fmt.Fprintf(env.stdout, "%s:\n", name)
+		}
+		if err := writeStatus(env.stdout, st, time.Now()); err != nil {
+			return err
+		}
 	}
-	if flags.JSON {
-		print(env.stdout, st)
-		return nil
-	}
-	return writeStatus(env.stdout, st, time.Now())
+	return nil
 }
 
 func readStatus(ctx context.Context, name string) (control.Status, error) {

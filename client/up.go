@@ -11,6 +11,7 @@ import (
 	"os"
 	"runtime"
 	"runtime/debug"
+	"strings"
 	"sync"
 	"time"
 
@@ -36,6 +37,8 @@ type upCommand struct {
 	ProxyListen  string        `env:"CULVERT_PROXY_LISTEN" default:"127.0.0.1:0" placeholder:"IP:PORT" help:"Where the proxy of mode proxy listens; loopback only."`
 	Forward      []string      `env:"CULVERT_FORWARD" placeholder:"PORT:HOST:PORT" help:"Have this port of loopback lead to a target in the network, in every mode: 5432:db.internal:5432. Repeatable."`
 	Direct       []string      `env:"CULVERT_DIRECT" placeholder:"DEST" help:"Keep this outside the tunnel, whatever is granted: an address, a CIDR, a host name, or github for GitHub's services. Repeatable."`
+	Shared       bool          `env:"CULVERT_SHARED" help:"Let every user of this machine use the interface. Otherwise it is this user's, root's and the system's own services', except on GitHub's own runners and where root itself starts it."`
+	Job          string        `env:"CULVERT_JOB" placeholder:"RUNNER/JOB" help:"Which runner of this machine this is, and which of its jobs. Tunnels that other jobs of the same runner have left are ended first."`
 	InsecureHTTP bool          `name:"insecure-http" env:"CULVERT_INSECURE_HTTP" help:"Allow plain http:// to a coordinator that is not on loopback."`
 	LogLevel     slog.Level    `env:"CULVERT_LOG_LEVEL" default:"warn" placeholder:"LEVEL" help:"What to log on standard error until the tunnel is up: debug, info, warn or error."`
 	LogFile      string        `env:"CULVERT_LOG_FILE" placeholder:"FILE" help:"Log to this file as well, also once the tunnel is up."`
@@ -49,6 +52,7 @@ func (c *upCommand) run(ctx context.Context, env environment, flags common) erro
 	if err := c.check(env, flags); err != nil {
 		return err
 	}
+	endLeftovers(ctx, c.Job)
 	ready, err := launch(ctx, env)
 	if err != nil {
 		return err
@@ -93,6 +97,8 @@ func (c *upCommand) options(env environment, log *slog.Logger) (agent.Options, e
 		Coordinator:  c.Coordinator,
 		Network:      c.Network,
 		Mode:         c.mode(),
+		Job:          c.Job,
+		User:         c.user(env),
 		Pins:         pins,
 		WaitFor:      c.WaitFor,
 		Direct:       c.Direct,
@@ -108,6 +114,32 @@ func (c *upCommand) options(env environment, log *slog.Logger) (agent.Options, e
 			return token.FromEnv(env.getenv, client)
 		},
 	}, nil
+}
+
+// user is whose interface it is to be, 0 for everybody's. GitHub's own runners are one job's as a whole, and root can be any user.
+func (c *upCommand) user(env environment) int {
+	users := control.Users()
+	switch user := users[len(users)-1]; {
+	case c.Shared || env.getenv("RUNNER_ENVIRONMENT") == "github-hosted":
+		return 0
+	case users[0] > 0: // not root, and yet with the right to make an interface
+		return users[0]
+	default:
+		return user // who called sudo
+	}
+}
+
+// endLeftovers ends the tunnels that other jobs of this runner have left: it runs one at a time. What does not end now does with its lease.
+func endLeftovers(ctx context.Context, job string) {
+	runner, _, ok := strings.Cut(job, "/")
+	if !ok || runner == "" {
+		return
+	}
+	for _, other := range control.Tunnels(ctx, "") {
+		if strings.HasPrefix(other.Job, runner+"/") && other.Job != job {
+			_ = endTunnel(ctx, other.Name)
+		}
+	}
 }
 
 // runnerHosts are the servers that the runner reports to: names that the job cannot do without.
@@ -150,6 +182,7 @@ func (c *upCommand) stay(ctx context.Context, env environment, flags common) err
 	if err != nil {
 		return err
 	}
+	opts.Name = flags.Name
 	var tunnel *agent.Agent
 	var work sync.WaitGroup
 	ctx, end := context.WithCancel(ctx)
@@ -249,6 +282,9 @@ func show(env environment, flags common, r agent.Ready) {
 func writeReady(w io.Writer, r agent.Ready) {
 	fmt.Fprintf(w, "up: network %s as %s, gateway %s by a path %s (%.1f ms), %.0f ms in all\n",
 		r.Network, r.Address, r.Gateway, r.Path.Words(), r.Path.RTT, r.Timings.Total)
+	for _, left := range r.LeftOut {
+		fmt.Fprintf(w, "%s: granted, but directly connected here; it stays outside the tunnel\n", left)
+	}
 	if r.Proxy != "" {
 		fmt.Fprintf(w, "proxy: %s (SOCKS5 and HTTP); `culvert exec -- CMD` uses it\n", r.Proxy)
 	}

@@ -17,6 +17,7 @@ import (
 	"net/url"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/culvertnet/culvert/client/control"
@@ -55,6 +56,9 @@ type Options struct {
 	ProxyListen  string        // in mode proxy; default a free port of 127.0.0.1
 	ProxyUsers   []int         // who may use the proxy and the forwards, by user id; default the process's own
 	Forwards     []proxy.Forward
+	Name         string    // of the tunnel, by which others of the user know it; "" where it has no control socket
+	Job          string    // whose tunnel it is, see [control.Claim]
+	User         int       // whose interface it is, see [host.Options]; 0 for everybody's
 	Client       string    // program, version and platform, for the coordinator's log
 	Started      time.Time // what timings count from; default now
 	Logger       *slog.Logger
@@ -85,8 +89,10 @@ type Ready struct {
 	Gateway string       `json:"gateway"`
 	Path    control.Path `json:"path"`
 	Proxy   string       `json:"proxy,omitempty"` // "IP:port" in mode proxy
-	Mode    Mode         `json:"mode"`
-	Timings Timings      `json:"timings"`
+	// LeftOut is what is granted and stays with a link of this host's own, as in "172.17.0.0/16 to docker0".
+	LeftOut []string `json:"left_out,omitempty"`
+	Mode    Mode     `json:"mode"`
+	Timings Timings  `json:"timings"`
 }
 
 // Timings tells how long after the start each thing was there, in milliseconds. They overlap.
@@ -121,7 +127,9 @@ func (o *Options) Validate() error {
 		o.startNames = systemNames
 	}
 	if o.openLink == nil {
-		o.openLink, o.tools = openLink, uapi.Dir
+		user := o.User
+		o.openLink = func(mode Mode, log *slog.Logger) (link, error) { return openLink(mode, user, log) }
+		o.tools = uapi.Dir
 	}
 	if o.lookup == nil {
 		o.lookup = func(ctx context.Context, host string) ([]netip.Addr, error) {
@@ -208,6 +216,8 @@ type Agent struct {
 	routes    routes
 
 	resolving resolving
+	others    others
+	disputed  atomic.Bool // another tunnel of the same programs leads to the range of service addresses, too
 }
 
 // New makes an agent. It asks nothing of the network yet, but says at once when no token can be had.
@@ -269,6 +279,9 @@ func (a *Agent) run(ctx context.Context) error {
 	s, err := a.establish(joining, a.opts.WaitFor)
 	cancel()
 	if err != nil {
+		return err
+	}
+	if err := a.clash(ctx); err != nil {
 		return err
 	}
 	a.ready(s)
@@ -373,6 +386,7 @@ func (a *Agent) startProxy() error {
 		Inside:   a.inside,
 		Lookup:   a.lookupInside,
 		Explain:  a.explain,
+		Other:    a.elsewhere,
 		Users:    a.opts.ProxyUsers,
 		Logger:   a.log,
 	})
@@ -402,6 +416,9 @@ func (a *Agent) ready(s *session) {
 		r.Proxy = a.proxy.Addr().String()
 	}
 	a.mu.Unlock()
+	a.routes.mu.Lock()
+	r.LeftOut = texts(a.routes.left)
+	a.routes.mu.Unlock()
 	a.note(control.Up, "up")
 	a.log.Info("up", "session", s.ID, "network", s.Network, "gateway", gw.Name, "addr", r.Path.Remote)
 	a.opts.OnReady(r)

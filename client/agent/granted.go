@@ -21,7 +21,9 @@ func (a *Agent) setNames(n *wire.Names) {
 
 // newNames makes what looks granted names up.
 func (a *Agent) newNames() *granted.Resolver {
-	return granted.NewResolver(a.dialInside, append([]string{a.opts.url.Hostname()}, a.opts.Reserved...)...)
+	r := granted.NewResolver(a.dialInside, append([]string{a.opts.url.Hostname()}, a.opts.Reserved...)...)
+	r.OnAddress = a.onAddress
+	return r
 }
 
 // lookupInside gives the address of a granted name; ok is false for other hosts, which this host knows.

@@ -28,23 +28,27 @@ type link interface {
 	// SetMTU bounds the packets that go into the tunnel, in bytes.
 	SetMTU(mtu int) error
 	// SetRoutes makes want go into the tunnel, less keep; it tells what else was left out.
-	SetRoutes(want []netip.Prefix, keep []netip.Addr) (left []netip.Prefix, err error)
+	SetRoutes(want []netip.Prefix, keep []netip.Addr) (left []host.Yield, err error)
+	// Shared is what other tunnels that the same programs use lead to as well, and Lead has single addresses lead here all the same.
+	Shared() []netip.Prefix
+	Lead(...netip.Addr) error
 	// Established takes stock of the connections through the tunnel and gives what resets these and no others.
 	Established() (reset func() error, err error)
 	// DialContext opens a connection to "IP:port" through the tunnel.
 	DialContext(ctx context.Context, network, address string) (net.Conn, error)
 }
 
-func openLink(mode Mode, log *slog.Logger) (link, error) {
+// openLink makes the link of a mode; user is whose interface it is.
+func openLink(mode Mode, user int, log *slog.Logger) (link, error) {
 	switch mode {
 	case ModeTUN:
-		i, err := host.Open(host.Options{Logger: log})
+		i, err := host.Open(host.Options{User: user, Logger: log})
 		if err != nil {
 			return nil, err
 		}
 		return newHostLink(i), nil
 	case ModeKernel:
-		return openKernel(log)
+		return openKernel(user, log)
 	}
 	d, err := netstack.New(netstack.Options{Logger: log})
 	if err != nil {
@@ -77,12 +81,12 @@ type kernelLink struct {
 	device *kernel.Device
 }
 
-func openKernel(log *slog.Logger) (link, error) {
+func openKernel(user int, log *slog.Logger) (link, error) {
 	d, err := kernel.Open(kernel.Options{})
 	if err != nil {
 		return nil, err
 	}
-	i, err := host.Adopt(host.Options{Name: d.Name(), Logger: log})
+	i, err := host.Adopt(host.Options{Name: d.Name(), User: user, Logger: log})
 	if err != nil {
 		_ = d.Close()
 		return nil, err
@@ -142,7 +146,13 @@ func (l *stackLink) SetMTU(mtu int) error {
 }
 
 // SetRoutes has nothing to do: the agent itself asks what is inside.
-func (l *stackLink) SetRoutes([]netip.Prefix, []netip.Addr) ([]netip.Prefix, error) { return nil, nil }
+func (l *stackLink) SetRoutes([]netip.Prefix, []netip.Addr) ([]host.Yield, error) { return nil, nil }
+
+// Shared is nothing: no program sends here by itself.
+func (l *stackLink) Shared() []netip.Prefix { return nil }
+
+// Lead has nothing to do either.
+func (l *stackLink) Lead(...netip.Addr) error { return nil }
 
 // Established is about the stack's connections.
 func (l *stackLink) Established() (func() error, error) {

@@ -57,7 +57,7 @@ func (a *Agent) useNames(ctx context.Context, gw wire.Gateway) {
 		return
 	}
 	split, err := a.opts.startNames(ctx, names.Options{
-		Interface: name, Names: want, Reserved: append([]string{a.opts.url.Hostname()}, a.opts.Reserved...), Logger: a.log,
+		Interface: name, Names: want, User: a.opts.User, Reserved: append([]string{a.opts.url.Hostname()}, a.opts.Reserved...), Logger: a.log,
 	})
 	if err != nil {
 		if !errors.Is(err, context.Canceled) {

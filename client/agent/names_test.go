@@ -57,7 +57,7 @@ func (namedLink) Name() string { return "culvert9" }
 
 func withInterface(opts *Options) {
 	opts.openLink = func(_ Mode, log *slog.Logger) (link, error) {
-		l, err := openLink(ModeProxy, log)
+		l, err := openLink(ModeProxy, 0, log)
 		return namedLink{l}, err
 	}
 }

@@ -14,7 +14,7 @@ type routes struct {
 	mu   sync.Mutex
 	want []netip.Prefix
 	keep []netip.Addr // the gateway's candidates; outside's addresses and aside's come on top
-	left []netip.Prefix
+	left []host.Yield
 }
 
 // never are destinations that no gateway gets, whatever it says: this host itself, its links, and where clouds keep their metadata and
@@ -58,7 +58,7 @@ func (a *Agent) applyRoutes() error {
 		return err
 	}
 	if !slices.Equal(left, a.routes.left) && len(left) > 0 {
-		a.log.Warn("some of what is granted is directly connected, and stays outside the tunnel", "routes", left)
+		a.log.Warn("some of what is granted is directly connected, and stays outside the tunnel", "routes", texts(left))
 	}
 	a.routes.left = left
 	return nil
@@ -81,7 +81,11 @@ func (a *Agent) inside(addr netip.Addr) bool {
 	a.routes.mu.Lock()
 	defer a.routes.mu.Unlock()
 	addr = addr.Unmap() // loopback is this host whatever a route covers, as it is for the kernel
-	return !addr.IsLoopback() && contains(a.routes.want, addr) && !contains(a.routes.left, addr) && !a.aside.holds(addr)
+	return !addr.IsLoopback() && contains(a.routes.want, addr) && !yielded(a.routes.left, addr) && !a.aside.holds(addr)
+}
+
+func yielded(left []host.Yield, addr netip.Addr) bool {
+	return slices.ContainsFunc(left, func(y host.Yield) bool { return y.Prefix.Contains(addr) })
 }
 
 func contains(prefixes []netip.Prefix, addr netip.Addr) bool {

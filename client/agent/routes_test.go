@@ -8,6 +8,7 @@ import (
 
 	"pgregory.net/rapid"
 
+	"github.com/culvertnet/culvert/client/host"
 	"github.com/culvertnet/culvert/internal/wire"
 )
 
@@ -46,7 +47,7 @@ type recorded struct {
 }
 
 // SetRoutes implements link.
-func (r *recorded) SetRoutes(_ []netip.Prefix, keep []netip.Addr) ([]netip.Prefix, error) {
+func (r *recorded) SetRoutes(_ []netip.Prefix, keep []netip.Addr) ([]host.Yield, error) {
 	r.keep = keep
 	return nil, nil
 }

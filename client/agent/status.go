@@ -1,8 +1,9 @@
 package agent
 
 import (
+	"fmt"
 	"math"
-	"net/netip"
+
 	"os"
 	"slices"
 	"sync"
@@ -180,10 +181,10 @@ func (s *session) describe(st *control.Status) {
 	sortEvents(st.History)
 }
 
-func texts[T netip.Addr | netip.Prefix](list []T) []string {
+func texts[T fmt.Stringer](list []T) []string {
 	out := make([]string, 0, len(list))
 	for _, v := range list {
-		out = append(out, any(v).(interface{ String() string }).String())
+		out = append(out, v.String())
 	}
 	return out
 }

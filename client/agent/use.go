@@ -41,6 +41,11 @@ func (s *session) use(ctx context.Context, waitFor []string) error {
 		s.agent.useNames(ctx, s.gateway)
 		return nil
 	})
+	group.Go(func() error {
+		<-shaken
+		s.agent.leadNames(ctx, s)
+		return nil
+	})
 	for _, target := range waitFor {
 		group.Go(func() error {
 			<-shaken

@@ -111,6 +111,8 @@ type Event struct {
 type Handler interface {
 	// Status is the tunnel at this moment.
 	Status() Status
+	// Claim is what the tunnel has of the host.
+	Claim() Claim
 	// Check asks the gateway whether "host:port" can be reached.
 	Check(ctx context.Context, target string) (wire.ReachResult, error)
 	// Down ends the tunnel and returns when it is closed, or ctx ended.

@@ -47,6 +47,9 @@ func (s *Server) Serve(h Handler) {
 	mux.HandleFunc("GET "+pathStatus, func(w http.ResponseWriter, _ *http.Request) {
 		reply(w, h.Status())
 	})
+	mux.HandleFunc("GET "+pathClaim, func(w http.ResponseWriter, _ *http.Request) {
+		reply(w, h.Claim())
+	})
 	mux.HandleFunc("POST "+pathCheck, func(w http.ResponseWriter, r *http.Request) {
 		check(w, r, h)
 	})

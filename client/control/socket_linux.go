@@ -1,15 +1,41 @@
 package control
 
 import (
+	"bufio"
 	"fmt"
 	"net"
 	"os"
+	"strconv"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
 
 // address is an abstract socket's name (unix(7)): it vanishes with the process, and belongs to a network namespace.
 func address(name string, uid int) string { return fmt.Sprintf("@culvert/%d/%s", uid, name) }
+
+// sockets lists the names of tunnels whose sockets are users', from /proc/net/unix: the last column is the name.
+func sockets(users []int) []string {
+	file, err := os.Open("/proc/net/unix")
+	if err != nil {
+		return nil
+	}
+	defer file.Close()
+	var names []string
+	for lines := bufio.NewScanner(file); lines.Scan(); {
+		_, rest, ok := strings.Cut(lines.Text(), " @culvert/")
+		if !ok {
+			continue
+		}
+		user, name, _ := strings.Cut(rest, "/")
+		for _, uid := range users {
+			if user == strconv.Itoa(uid) {
+				names = append(names, name)
+			}
+		}
+	}
+	return names
+}
 
 func listen(name string) (net.Listener, error) {
 	return net.Listen("unix", address(name, os.Geteuid()))

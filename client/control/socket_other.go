@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"syscall"
 	"time"
 )
@@ -25,6 +26,18 @@ func folder(uid int) string {
 }
 
 func address(name string, uid int) string { return filepath.Join(folder(uid), name+".sock") }
+
+// sockets lists the names of tunnels whose sockets are users'. One whose process was killed does not answer.
+func sockets(users []int) []string {
+	var names []string
+	for _, uid := range users {
+		paths, _ := filepath.Glob(filepath.Join(folder(uid), "*.sock")) // a bad pattern has no match
+		for _, path := range paths {
+			names = append(names, strings.TrimSuffix(filepath.Base(path), ".sock"))
+		}
+	}
+	return names
+}
 
 func listen(name string) (net.Listener, error) {
 	uid := os.Geteuid()

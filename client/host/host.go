@@ -22,8 +22,11 @@ const DefaultMTU = 1420
 
 // Options configure an [Interface].
 type Options struct {
-	Name   string       // of the network interface, at most 15 bytes; default "culvert0", the next free number where taken
-	MTU    int          // bytes, 1280 (RFC 8200, section 5) to 65535; default 1420
+	Name string // of the network interface, at most 15 bytes; default "culvert0", the next free number where taken
+	MTU  int    // bytes, 1280 (RFC 8200, section 5) to 65535; default 1420
+	// User is whose tunnel this is, by user id: other ordinary users of the host can send nothing into it, and where another user's
+	// tunnel leads to the same places, each user's programs get their own. 0 is everybody's.
+	User   int
 	Logger *slog.Logger // default: none
 }
 
@@ -111,15 +114,37 @@ func (i *Interface) SetMTU(mtu int) error { return i.link.setMTU(mtu) }
 // Skipped gives the addresses of the last [Interface.SetAddresses] that the host cannot take because it has IPv6 switched off.
 func (i *Interface) Skipped() []netip.Addr { return i.link.skippedAddresses() }
 
+// Yield is a part of what is granted that stays with a link of the host's own.
+type Yield struct {
+	Prefix netip.Prefix
+	Link   string // the name of the interface; "" where the host routes this one address elsewhere
+}
+
+// String says what stays where, as in "172.17.0.0/16 to docker0".
+func (y Yield) String() string {
+	if y.Link == "" {
+		return y.Prefix.String()
+	}
+	return y.Prefix.String() + " to " + y.Link
+}
+
 // SetRoutes makes exactly these destinations go into the tunnel, less keep (what must stay outside: the tunnel's own peers,
 // the coordinator) and less the subnets that are directly connected. It returns what was left out for that reason.
 //
 // A prefix that the host routes elsewhere already, 0.0.0.0/0 above all, is installed as its two halves: being longer, they
 // win over the existing route without replacing it. New routes are added before old ones go, so that traffic for the tunnel
 // never passes outside in between.
-func (i *Interface) SetRoutes(want []netip.Prefix, keep []netip.Addr) (left []netip.Prefix, err error) {
+func (i *Interface) SetRoutes(want []netip.Prefix, keep []netip.Addr) (left []Yield, err error) {
 	return i.link.setRoutes(want, keep)
 }
+
+// Shared gives what of the last [Interface.SetRoutes] another tunnel of the host led to before, whose programs are those of this one as well:
+// by the route alone nobody gets here.
+func (i *Interface) Shared() []netip.Prefix { return i.link.sharedRoutes() }
+
+// Lead has single addresses lead here, for as long as the routes of [Interface.SetRoutes] hold them, whoever else leads there with a wider
+// route. What is directly connected stays outside.
+func (i *Interface) Lead(addrs ...netip.Addr) error { return i.link.lead(addrs) }
 
 // Bound is a [net.Dialer.Control] that has connections go through this interface where another tunnel of the host leads to the same place.
 func (i *Interface) Bound(network, address string, c syscall.RawConn) error {

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"slices"
+	"strconv"
 	"sync"
 
 	"github.com/vishvananda/netlink"
@@ -41,8 +42,12 @@ type link struct {
 	nl      *netlink.Handle // of the network namespace in which the link was made; nil once closed
 	attrs   netlink.Link
 	skipped []netip.Addr
-	shield  *nft.Table // nil where the host has no nftables
-	warned  bool       // that routes of IPv6 are skipped
+	shield  *nft.Table     // nil where the host has no nftables
+	warned  bool           // that routes of IPv6 are skipped
+	user    int            // whose it is, 0 for everybody's
+	shared  []netip.Prefix // see [Interface.Shared]
+	singles []netip.Prefix // see [Interface.Lead]
+	routed  []netip.Prefix // by the last setRoutes, singles left out
 }
 
 func openLink(opts Options) (*link, error) {
@@ -55,7 +60,7 @@ func openLink(opts Options) (*link, error) {
 		_ = file.Close()
 		return nil, explain(err, opts.Name)
 	}
-	l := &link{log: opts.Logger}
+	l := &link{log: opts.Logger, user: opts.User}
 	l.dev = newDevice(native, l.release)
 	if l.name, err = l.dev.Name(); err == nil {
 		err = l.bringUp()
@@ -69,7 +74,7 @@ func openLink(opts Options) (*link, error) {
 
 // adoptLink takes over an interface by its name.
 func adoptLink(opts Options) (*link, error) {
-	l := &link{log: opts.Logger, name: opts.Name}
+	l := &link{log: opts.Logger, user: opts.User, name: opts.Name}
 	if err := l.bringUp(); err != nil {
 		l.release()
 		return nil, explain(err, l.name)
@@ -121,9 +126,16 @@ func (l *link) bringUp() (err error) {
 	}
 	// No link-local address of its own, whose router solicitations would go into the tunnel. Fails where IPv6 is off.
 	_ = l.nl.LinkSetIP6AddrGenMode(l.attrs, addrGenNone)
-	_ = l.nl.LinkSetGSOMaxSegs(l.attrs, segments)   // costs throughput where it fails, and nothing else
-	if l.shield, err = shield(l.name); err != nil { // before anything can come in
-		l.log.Warn("nothing keeps the gateway from opening connections to this host", "err", err)
+	_ = l.nl.LinkSetGSOMaxSegs(l.attrs, segments)           // costs throughput where it fails, and nothing else
+	if l.shield, err = shield(l.name, l.user); err != nil { // before anything can come in
+		l.log.Warn("nothing keeps the gateway from opening connections to this host, nor other users of it from the tunnel", "err", err)
+	}
+	if err := l.nl.LinkSetAlias(l.attrs, aliasPrefix+strconv.Itoa(l.user)); err != nil {
+		return fmt.Errorf("say whose %s is: %w", l.name, err)
+	}
+	loosen(l.name)
+	if err := settle(l.nl); err != nil {
+		l.log.Warn("another user's tunnel on this host may take what is for this one", "err", err)
 	}
 	if err := l.nl.LinkSetUp(l.attrs); err != nil {
 		return fmt.Errorf("set %s up: %w", l.name, err)
@@ -140,6 +152,7 @@ func (l *link) release() {
 	if l.nl != nil {
 		if l.attrs != nil {
 			_ = l.nl.LinkDel(l.attrs) // fails where it is gone already
+			_ = settle(l.nl)          // as the next tunnel would
 		}
 		l.nl.Close()
 		l.nl = nil

@@ -32,8 +32,8 @@ func (*link) bound(string, string, syscall.RawConn) error { return nil }
 
 func (*link) established() (func() error, error) { return nil, unsupported() }
 
-func (*link) setRoutes([]netip.Prefix, []netip.Addr) ([]netip.Prefix, error) {
-	return nil, unsupported()
-}
+func (*link) setRoutes([]netip.Prefix, []netip.Addr) ([]Yield, error) { return nil, unsupported() }
+func (*link) sharedRoutes() []netip.Prefix                            { return nil }
+func (*link) lead([]netip.Addr) error                                 { return unsupported() }
 
 func privileged() bool { return false }

@@ -1,6 +1,7 @@
 package host
 
 import (
+	"cmp"
 	"net/netip"
 	"slices"
 )
@@ -18,6 +19,22 @@ func plan(want []netip.Prefix, keep []netip.Addr, connected []netip.Prefix) (rou
 	wanted, links := spansOf(want), spansOf(connected)
 	left = prefixesOf(intersect(wanted, links))
 	return prefixesOf(subtract(subtract(wanted, links), spansOf(single))), left
+}
+
+// yields tells of each part that was left out to which link it goes; what is lost goes to none that is known.
+func yields(left, lost []netip.Prefix, connected []Yield) []Yield {
+	var all []Yield
+	for _, c := range connected {
+		for _, p := range prefixesOf(intersect(spansOf(left), spansOf([]netip.Prefix{c.Prefix}))) {
+			all = append(all, Yield{p, c.Link})
+		}
+	}
+	slices.SortFunc(all, func(a, b Yield) int { return cmp.Or(a.Prefix.Compare(b.Prefix), cmp.Compare(a.Link, b.Link)) })
+	all = slices.Compact(all)
+	for _, p := range lost {
+		all = append(all, Yield{Prefix: p})
+	}
+	return all
 }
 
 // Without gives what lies in want and not in cut, as the fewest prefixes, sorted.

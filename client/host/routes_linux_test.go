@@ -30,7 +30,7 @@ func setRoutes(t *testing.T, i *Interface, want []netip.Prefix, keep []netip.Add
 	t.Helper()
 	left, err := i.SetRoutes(want, keep)
 	check(t, err)
-	return left
+	return prefixesIn(left)
 }
 
 func TestSetRoutes(t *testing.T) {

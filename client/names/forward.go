@@ -27,12 +27,16 @@ const (
 	idleTimeout   = 10 * time.Second
 )
 
+// control prepares a socket before it is used; see [net.Dialer].
+type control = func(network, address string, c syscall.RawConn) error
+
 // forwarder answers DNS queries by passing them on: granted names to the gateway, everything else to the system's own servers.
 // It reads no more of a message than its question and, from the gateway, the addresses in the answer.
 type forwarder struct {
 	scope    *scope
 	upstream func() []netip.AddrPort // the system's servers, as they are now
-	control  func(network, address string, c syscall.RawConn) error
+	control  control                 // of sockets towards the system's servers
+	inside   control                 // of sockets towards the gateway's
 	log      *slog.Logger
 	tunnel   uint16 // the port that the gateway's servers answer on
 
@@ -172,13 +176,13 @@ func (f *forwarder) answer(network string, query []byte) []byte {
 		return nil
 	}
 	if !f.scope.covers(question.Name.String()) {
-		return f.ask(network, query, header, question, f.upstream())
+		return f.ask(network, query, header, question, f.upstream(), f.control)
 	}
 	servers := make([]netip.AddrPort, len(f.scope.servers))
 	for i, addr := range f.scope.servers {
 		servers[i] = netip.AddrPortFrom(addr, f.tunnel)
 	}
-	answer := f.ask(network, query, header, question, servers)
+	answer := f.ask(network, query, header, question, servers, f.inside)
 	if !f.credible(answer) {
 		f.log.Warn("the gateway answers a name with an address that is not its to give", "name", question.Name.String())
 		return failure(header, question)
@@ -198,19 +202,19 @@ func parseQuery(msg []byte) (dnsmessage.Header, dnsmessage.Question, error) {
 }
 
 // ask passes a query on, to one server after the other, and gives the first answer to it, or word that none came.
-func (f *forwarder) ask(network string, query []byte, h dnsmessage.Header, q dnsmessage.Question, servers []netip.AddrPort) []byte {
+func (f *forwarder) ask(network string, query []byte, h dnsmessage.Header, q dnsmessage.Question, servers []netip.AddrPort, control control) []byte {
 	for _, server := range servers[:min(len(servers), 3)] {
-		if answer, err := f.exchange(network, query, h.ID, server); err == nil {
+		if answer, err := f.exchange(network, query, h.ID, server, control); err == nil {
 			return answer
 		}
 	}
 	return failure(h, q)
 }
 
-func (f *forwarder) exchange(network string, query []byte, id uint16, server netip.AddrPort) ([]byte, error) {
+func (f *forwarder) exchange(network string, query []byte, id uint16, server netip.AddrPort, control control) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(f.ctx, answerTimeout)
 	defer cancel()
-	conn, err := (&net.Dialer{Control: f.control}).DialContext(ctx, network, server.String())
+	conn, err := (&net.Dialer{Control: control}).DialContext(ctx, network, server.String())
 	if err != nil {
 		return nil, err
 	}

@@ -76,6 +76,9 @@ func (r *Resolver) hear(from netip.Addr, message []byte) {
 			r.heard = slices.Delete(r.heard, 0, 1)
 		}
 		r.heard = append(r.heard, named)
+		if r.OnAddress != nil {
+			r.OnAddress(named.Addr)
+		}
 	}
 }
 

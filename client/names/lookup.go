@@ -26,6 +26,10 @@ const (
 // Resolver looks granted names up for this program itself: at the gateway, through the tunnel. It asks for no other names, and
 // believes no address outside the range that services have theirs from. It is safe for concurrent use.
 type Resolver struct {
+	// OnAddress, set before use, is told each address that the gateway's servers give to a name under a wildcard, before whoever asked is.
+	// It is called in the packet path.
+	OnAddress func(netip.Addr)
+
 	dial     func(ctx context.Context, network, address string) (net.Conn, error)
 	reserved []string
 

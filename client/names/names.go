@@ -28,6 +28,8 @@ import (
 type Options struct {
 	Interface string // of the tunnel, through which the servers of Names are reached
 	Names     wire.Names
+	// User is whose tunnel it is, by user id, where it is not everybody's: other ordinary users' queries are left alone.
+	User int
 	// Reserved are hosts that the runner itself lives on, such as the coordinator's: a gateway that claims them, or a domain that
 	// holds them, is not believed. [Reserved] adds GitHub's and the clouds'.
 	Reserved []string

@@ -6,6 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
 	"syscall"
 
 	"github.com/google/nftables/binaryutil"
@@ -15,100 +18,198 @@ import (
 	"github.com/culvertnet/culvert/client/nft"
 )
 
-// ownMark is the mark of the forwarder's own queries, which are not redirected to it again: "clvt".
-const ownMark = 0x636c7674
+// Marks of forwarders' own queries. A query that a tunnel's forwarder passes on must not come back to it, but may have to go to the
+// forwarder of another tunnel of the same job: so a mark tells whose query it is and by which tunnel's forwarder it was passed on, and
+// each table takes those of tunnels with higher numbers than its own. Fresh queries come to the highest number first.
+//
+//	0x63 | whose: 0 anybody's, else made of the user's id (16 bits) | number of the tunnel's interface (8 bits)
+const (
+	markBase   = 0x63 << 24
+	markBits   = 0xff << 24
+	whoseBits  = 0xffff << 8
+	numberBits = 0xff
+	anybody    = 0
+)
+
+// whose is a user in a mark.
+func whose(user int) uint32 {
+	if user == 0 {
+		return anybody
+	}
+	return uint32(1+user%0xffff) << 8
+}
+
+// number is the number of a tunnel's interface; names of another kind have none.
+func number(name string) uint32 {
+	digits := strings.TrimLeft(name, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ-_.")
+	n, _ := strconv.ParseUint(digits, 10, 31)
+	return uint32(min(n, maxNumber))
+}
+
+// maxNumber keeps priorities between those of connection tracking, -200, and of destination NAT, -100 (linux/netfilter_ipv4.h).
+const maxNumber = 99
 
 // natStatus is IPS_DST_NAT of linux/netfilter/nf_conntrack_common.h: the connection was redirected.
 const natStatus = 1 << 5
 
-// redirect is the forwarder with the nftables table that brings queries to it.
+// redirect is the forwarders with the nftables table that brings queries to them.
 type redirect struct {
-	forwarder *forwarder
-	table     *nft.Table
+	forwarders []*forwarder
+	table      *nft.Table
 }
 
 func (*redirect) name() string { return "nftables" }
 
 // close removes the table first, so that no query finds nobody.
 func (r *redirect) close() error {
-	err := r.table.Close()
-	r.forwarder.close()
+	var err error
+	if r.table != nil {
+		err = r.table.Close()
+	}
+	for _, f := range r.forwarders {
+		f.close()
+	}
 	return err
+}
+
+// serve starts a forwarder for queries that are whose's, and gives its port.
+func (r *redirect) serve(ctx context.Context, opts Options, s *scope, whose uint32) (uint16, error) {
+	f := &forwarder{scope: s, upstream: systemServers(resolverFiles), log: opts.Logger,
+		control: mark(markBase | whose | number(opts.Interface)), inside: over(opts.Interface)}
+	if err := startForwarder(ctx, "[::]:0", f); err != nil {
+		return 0, err
+	}
+	r.forwarders = append(r.forwarders, f)
+	return f.port(), nil
 }
 
 // startRedirect redirects containers' queries, and the host's own where no other mechanism serves it.
 func startRedirect(ctx context.Context, opts Options, s *scope, has func(string) bool) (mechanism, error) {
-	f := &forwarder{scope: s, upstream: systemServers(resolverFiles), control: markOwn, log: opts.Logger}
-	if err := startForwarder(ctx, "[::]:0", f); err != nil {
-		return nil, err
-	}
-	t := rules{port: f.port(), servers: s.servers, host: !has("systemd-resolved")}
-	made, err := nft.Create("culvert_"+opts.Interface, t.fill)
-	if errors.Is(err, nft.ErrUnsupported) { // as in kernels without nft_fib
-		t.all = true
-		made, err = nft.Create("culvert_"+opts.Interface, t.fill)
+	r := &redirect{}
+	t := rules{number: number(opts.Interface), servers: s.servers, host: !has("systemd-resolved"), user: opts.User}
+	var err error
+	if t.port, err = r.serve(ctx, opts, s, anybody); err == nil && t.user > 0 && t.host {
+		t.userPort, err = r.serve(ctx, opts, s, whose(t.user))
 	}
 	if err == nil {
-		return &redirect{forwarder: f, table: made}, nil
+		r.table, err = nft.Create("culvert_"+opts.Interface, t.fill)
 	}
-	f.close()
+	if errors.Is(err, nft.ErrUnsupported) { // as in kernels without nft_fib
+		t.all = true
+		r.table, err = nft.Create("culvert_"+opts.Interface, t.fill)
+	}
+	if err == nil {
+		return r, nil
+	}
+	_ = r.close()
 	if errors.Is(err, nft.ErrUnsupported) {
 		err = fmt.Errorf("%w: %w", errUnsupported, err)
 	}
 	return nil, fmt.Errorf("redirect dns: %w", err)
 }
 
-// markOwn marks a socket of the forwarder.
-func markOwn(_, _ string, c syscall.RawConn) error {
-	var failed error
-	err := c.Control(func(fd uintptr) { failed = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_MARK, ownMark) })
-	return errors.Join(err, failed)
+// mark marks a socket of a forwarder.
+func mark(mark uint32) func(_, _ string, c syscall.RawConn) error {
+	return func(_, _ string, c syscall.RawConn) error {
+		var failed error
+		err := c.Control(func(fd uintptr) { failed = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_MARK, int(mark)) })
+		return errors.Join(err, failed)
+	}
 }
 
-// rules are the ruleset, in nft's words:
+// over has a socket use this interface: other networks' gateways have the same addresses.
+func over(name string) func(_, _ string, c syscall.RawConn) error {
+	return func(_, _ string, c syscall.RawConn) error {
+		return c.Control(func(fd uintptr) { _ = unix.BindToDevice(int(fd), name) }) // without it the routes decide
+	}
+}
+
+// rules are the ruleset, in nft's words, for the tunnel with number N:
 //
 //	table inet culvert_IF {
 //	    flags owner
-//	    chain containers { type nat hook prerouting priority dstnat
+//	    chain containers { type nat hook prerouting priority dstnat - N
 //	        fib daddr type local return                            # a server of this host's, as podman's networks have for their own names
-//	        meta iifkind "bridge" [daddr a server → return]  udp,tcp dport 53 redirect to :PORT }
-//	    chain host { type nat hook output priority -100         # only where nothing else serves the host
-//	        meta mark OWN return  [daddr a server → return]  udp,tcp dport 53 redirect to :PORT }
-//	    chain direct { type filter hook input priority filter  # the port serves redirected queries only
+//	        [daddr a server → return]
+//	        meta iifkind "bridge"  udp,tcp dport 53 redirect to :PORT }
+//	    chain host { type nat hook output priority -100 - N
+//	        [daddr a server → return]
+//	        meta mark & (0xff000000 | WHOSE) == OWN  meta mark & 0xff > N  udp,tcp dport 53 redirect to :PORT
+//	        meta mark & 0xff000000 == OWN return
+//	        udp,tcp dport 53 redirect to :PORT }                   # only where nothing else serves the host
+//	    chain direct { type filter hook input priority filter      # the port serves redirected queries only
 //	        udp,tcp dport PORT ct status & dnat == 0 drop }
 //	}
+//
+// A tunnel that is one user's has a second port for that user's queries, the last rule but one once more for it, and in the last rule
+// "meta skuid USER … USERPORT" and "meta skuid < 1000 … PORT".
 type rules struct {
-	port    uint16
-	servers []netip.Addr
-	host    bool
-	all     bool // take containers' queries to this host, too
+	number   uint32
+	port     uint16
+	userPort uint16 // 0 where the tunnel is everybody's
+	user     int
+	servers  []netip.Addr
+	host     bool
+	all      bool // take containers' queries to this host, too
 }
 
 func (t rules) fill(b *nft.Batch) {
-	b.Chain("containers", "nat", unix.NF_INET_PRE_ROUTING, -100)
+	b.Chain("containers", "nat", unix.NF_INET_PRE_ROUTING, t.priority())
 	if !t.all {
 		b.Rule("containers", toThisHost(), nft.Verdict(expr.VerdictReturn))
 	}
-	t.redirects(b, "containers", nft.Meta(metaIIFKind, nft.InterfaceName("bridge")))
+	t.past(b, "containers")
+	redirects(b, "containers", t.port, nft.Meta(metaIIFKind, nft.InterfaceName("bridge")))
+	b.Chain("host", "nat", unix.NF_INET_LOCAL_OUT, t.priority())
+	t.past(b, "host")
+	t.passedOn(b)
 	if t.host {
-		b.Chain("host", "nat", unix.NF_INET_LOCAL_OUT, -100)
-		b.Rule("host", nft.Meta(expr.MetaKeyMARK, binaryutil.NativeEndian.PutUint32(ownMark)), nft.Verdict(expr.VerdictReturn))
-		t.redirects(b, "host", nil)
+		t.fresh(b)
 	}
 	b.Chain("direct", "filter", unix.NF_INET_LOCAL_IN, 0)
-	for _, proto := range []byte{unix.IPPROTO_UDP, unix.IPPROTO_TCP} {
-		b.Rule("direct", toPort(proto, t.port), nft.Tracked(expr.CtKeySTATUS, natStatus), nft.Verdict(expr.VerdictDrop))
+	for _, port := range slices.DeleteFunc([]uint16{t.port, t.userPort}, func(port uint16) bool { return port == 0 }) {
+		for _, proto := range []byte{unix.IPPROTO_UDP, unix.IPPROTO_TCP} {
+			b.Rule("direct", toPort(proto, port), nft.Tracked(expr.CtKeySTATUS, natStatus), nft.Verdict(expr.VerdictDrop))
+		}
 	}
 }
 
-// redirects adds what brings DNS to the forwarder; where says which packets of the chain.
-func (t rules) redirects(b *nft.Batch, chain string, where []expr.Any) {
+func (t rules) priority() int { return -100 - int(t.number) }
+
+// past lets the queries to a gateway's own server by.
+func (t rules) past(b *nft.Batch, chain string) {
 	for _, server := range t.servers {
 		b.Rule(chain, toAddr(server), nft.Verdict(expr.VerdictReturn))
 	}
+}
+
+// passedOn takes what forwarders of higher tunnels have passed on.
+func (t rules) passedOn(b *nft.Batch) {
+	redirects(b, "host", t.port, nft.Marked(markBits|whoseBits, markBase|anybody), nft.MarkAbove(numberBits, t.number))
+	if t.userPort != 0 {
+		redirects(b, "host", t.userPort, nft.Marked(markBits|whoseBits, markBase|whose(t.user)), nft.MarkAbove(numberBits, t.number))
+	}
+	b.Rule("host", nft.Marked(markBits, markBase), nft.Verdict(expr.VerdictReturn))
+}
+
+// fresh takes what programs of the host ask.
+func (t rules) fresh(b *nft.Batch) {
+	if t.userPort == 0 {
+		redirects(b, "host", t.port)
+		return
+	}
+	redirects(b, "host", t.userPort, nft.User(t.user))
+	redirects(b, "host", t.port, nft.UserBelow(ordinary))
+}
+
+// ordinary is the first user id that people and runners have (login.defs(5), UID_MIN).
+const ordinary = 1000
+
+// redirects adds what brings DNS to a forwarder; where says which packets of the chain.
+func redirects(b *nft.Batch, chain string, port uint16, where ...[]expr.Any) {
 	for _, proto := range []byte{unix.IPPROTO_UDP, unix.IPPROTO_TCP} {
-		b.Rule(chain, where, toPort(proto, 53), []expr.Any{
-			&expr.Immediate{Register: 1, Data: binary.BigEndian.AppendUint16(nil, t.port)},
+		b.Rule(chain, slices.Concat(where...), toPort(proto, 53), []expr.Any{
+			&expr.Immediate{Register: 1, Data: binary.BigEndian.AppendUint16(nil, port)},
 			&expr.Redir{RegisterProtoMin: 1},
 		})
 	}

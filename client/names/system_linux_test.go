@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/culvertnet/culvert/internal/lab"
+	"github.com/culvertnet/culvert/internal/wire"
 )
 
 // The test binary runs again in namespaces of its own, and once more as a client that is killed.
@@ -233,7 +234,7 @@ func TestRedirectSplitsForHostAndContainers(t *testing.T) {
 func TestForwarderServesRedirectedQueriesOnly(t *testing.T) {
 	m := newMachine(t)
 	s := start(t)
-	port := s.mechanisms[0].(*redirect).forwarder.port()
+	port := s.mechanisms[0].(*redirect).forwarders[0].port()
 	query := []byte("\x00\x01\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\x02db\x08internal\x00\x00\x01\x00\x01")
 	for name, from := range map[string]*namespace{"192.0.2.2": m.cloud, "172.17.0.1": m.container} {
 		var conn net.Conn
@@ -254,6 +255,102 @@ func TestForwarderServesRedirectedQueriesOnly(t *testing.T) {
 		t.Error("a stranger's query went into the tunnel")
 	}
 }
+
+// second adds the tunnel of another network, culvert1, whose gateway has the same address as the first one's and other names.
+func (m *machine) second(t *testing.T) (gateway *server, names wire.Names) {
+	t.Helper()
+	other := newNamespace(t)
+	link := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "culvert1"}, PeerName: "culvert1p", PeerNamespace: netlink.NsFd(other.fd)}
+	check(t, netlink.LinkAdd(link))
+	t.Cleanup(func() { _ = netlink.LinkDel(link) })
+	other.do(func() { up(t, "lo", ""); up(t, "culvert1p", "198.18.0.1/24") })
+	up(t, "culvert1", "198.18.0.3/24")
+	other.do(func() { gateway = newServer(t, "198.18.0.1:53", "198.19.0.9") })
+	names = testNames
+	names.Exact, names.Suffixes = []string{"wiki.lab"}, nil
+	return gateway, names
+}
+
+// Two networks at once, whose gateways have the same address: on the host and in containers each name goes to the gateway that grants it,
+// all others to the system's own servers, and the end of one is not the end of the other.
+func TestTwoNetworks(t *testing.T) {
+	for _, resolved := range []bool{false, true} {
+		t.Run(fmt.Sprintf("resolved %v", resolved), func(t *testing.T) {
+			m := newMachine(t)
+			gateway, names := m.second(t) // before systemd-resolved, which else has to hear of the link first
+			server := cloudDNS
+			if resolved {
+				runResolved(t)
+				server = "127.0.0.53:53"
+			}
+			first := start(t)
+			second, err := Start(t.Context(), Options{Interface: "culvert1", Names: names})
+			check(t, err)
+			t.Cleanup(func() { _ = second.Close() })
+			all := map[string]string{"db.internal.": inTunnel, "wiki.lab.": "198.19.0.9", "github.com.": outside}
+			for name, want := range all {
+				if got := ask(t, nil, "udp", server, name); got != want {
+					t.Errorf("on the host %s resolves to %s", name, got)
+				}
+				for _, network := range []string{"udp", "tcp"} {
+					if got := ask(t, m.container, network, cloudDNS, name); got != want {
+						t.Errorf("in a container, by %s, %s resolves to %s", network, name, got)
+					}
+				}
+			}
+			if m.gateway.saw("wiki.lab.") || gateway.saw("db.internal.") || gateway.saw("github.com.") || m.gateway.saw("github.com.") {
+				t.Error("names went to the wrong gateway")
+			}
+			check(t, first.Close())
+			for name, want := range map[string]string{"db.internal.": outside, "wiki.lab.": "198.19.0.9"} {
+				if got := ask(t, m.container, "udp", cloudDNS, name); got != want {
+					t.Errorf("after the end of the first %s resolves to %s", name, got)
+				}
+			}
+		})
+	}
+}
+
+// Tunnels that belong to different users: a forwarder's queries pass the other user's table untouched, what is anybody's does not.
+func TestMarksTellUsersApart(t *testing.T) {
+	for _, c := range []struct {
+		name          string
+		first, second Options
+		want          string // of the first network's name, for who asks the second's forwarder
+	}{
+		{"one user", Options{User: 3001}, Options{User: 3001}, inTunnel},
+		{"two users", Options{User: 3001}, Options{User: 3002}, outside},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			m := newMachine(t)
+			_, names := m.second(t)
+			c.first.Interface, c.first.Names = "culvert0", testNames
+			c.second.Interface, c.second.Names = "culvert1", names
+			for _, opts := range []Options{c.first, c.second} {
+				s, err := Start(t.Context(), opts)
+				check(t, err)
+				t.Cleanup(func() { _ = s.Close() })
+				if opts.Interface == "culvert0" {
+					continue
+				}
+				f := s.mechanisms[0].(*redirect).forwarders[1]
+				query := []byte("\x00\x01\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\x02db\x08internal\x00\x00\x01\x00\x01")
+				if got := netip.AddrFrom4([4]byte(lastOf(f.answer("udp", query), 4))).String(); got != c.want {
+					t.Errorf("db.internal leads to %s", got)
+				}
+			}
+			for name, want := range map[string]string{"db.internal.": inTunnel, "wiki.lab.": "198.19.0.9"} { // root and containers have both
+				for _, from := range []*namespace{nil, m.container} {
+					if got := ask(t, from, "udp", cloudDNS, name); got != want {
+						t.Errorf("%s resolves to %s", name, got)
+					}
+				}
+			}
+		})
+	}
+}
+
+func lastOf(b []byte, n int) []byte { return b[max(len(b)-n, 0):] }
 
 // child starts a split, says so and waits to be killed.
 func child() {

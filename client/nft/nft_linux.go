@@ -163,6 +163,55 @@ func Tracked(key expr.CtKey, none uint32) []expr.Any {
 	}
 }
 
+// Marked is for packets with this mark, as far as mask goes.
+func Marked(mask, mark uint32) []expr.Any {
+	return append(markIn(mask), Equal(binaryutil.NativeEndian.PutUint32(mark)))
+}
+
+// MarkAbove is for packets whose mark is above this number; mask is one byte at most, the lowest.
+func MarkAbove(mask, number uint32) []expr.Any {
+	return append(markIn(mask&0xff), &expr.Cmp{Op: expr.CmpOpGt, Register: 1, Data: binaryutil.NativeEndian.PutUint32(number)})
+}
+
+func markIn(mask uint32) []expr.Any {
+	return []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyMARK, Register: 1},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: binaryutil.NativeEndian.PutUint32(mask), Xor: make([]byte, 4)},
+	}
+}
+
+// OtherUser is for packets of sockets that are not this user's. Packets without a socket, such as forwarded ones, are nobody's and do not match.
+func OtherUser(user int) []expr.Any {
+	return []expr.Any{
+		&expr.Meta{Key: expr.MetaKeySKUID, Register: 1},
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: binaryutil.NativeEndian.PutUint32(uint32(user))},
+	}
+}
+
+// User is for packets of this user's sockets.
+func User(user int) []expr.Any {
+	return Meta(expr.MetaKeySKUID, binaryutil.NativeEndian.PutUint32(uint32(user)))
+}
+
+// UserFrom is for packets of sockets of users with this id or a higher one.
+func UserFrom(user int) []expr.Any { return users(expr.CmpOpGte, user) }
+
+// UserBelow is for packets of sockets of users with a lower id than this.
+func UserBelow(user int) []expr.Any { return users(expr.CmpOpLt, user) }
+
+func users(op expr.CmpOp, user int) []expr.Any {
+	return []expr.Any{
+		&expr.Meta{Key: expr.MetaKeySKUID, Register: 1},
+		&expr.Byteorder{SourceRegister: 1, DestRegister: 1, Op: expr.ByteorderHton, Len: 4, Size: 4}, // the kernel compares bytes
+		&expr.Cmp{Op: op, Register: 1, Data: binary.BigEndian.AppendUint32(nil, uint32(user))},
+	}
+}
+
+// Reject ends a rule with word to the sender, who need not wait: an ICMP error, "administratively prohibited".
+func Reject() []expr.Any {
+	return []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: unix.NFT_REJECT_ICMPX_ADMIN_PROHIBITED}}
+}
+
 // Equal compares what was loaded.
 func Equal(data []byte) expr.Any { return &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: data} }
 

@@ -11,6 +11,8 @@ import (
 	"syscall"
 	"time"
 
+	foreign "golang.org/x/net/proxy"
+
 	"github.com/culvertnet/culvert/internal/eyeballs"
 	"github.com/culvertnet/culvert/internal/problem"
 )
@@ -30,6 +32,11 @@ func (s *Server) dial(ctx context.Context, target string) (net.Conn, error) {
 	if err != nil || port == 0 {
 		return nil, problem.Wrap(err, problem.BadRequest, fmt.Sprintf("%q is not a port", portText), "")
 	}
+	if s.opts.Other != nil {
+		if other, ok := s.opts.Other(ctx, host); ok {
+			return s.through(ctx, other, target)
+		}
+	}
 	addrs, err := s.resolve(ctx, host)
 	if err != nil {
 		return nil, err
@@ -41,6 +48,19 @@ func (s *Server) dial(ctx context.Context, target string) (net.Conn, error) {
 	conn, err := eyeballs.Dial(ctx, targets, s.dialOne)
 	if err != nil {
 		return nil, s.explain(ctx, target, targets, err)
+	}
+	return conn, nil
+}
+
+// through dials by another tunnel's proxy, which resolves the name.
+func (s *Server) through(ctx context.Context, other netip.AddrPort, target string) (net.Conn, error) {
+	d, err := foreign.SOCKS5("tcp", other.String(), nil, &net.Dialer{})
+	if err != nil {
+		return nil, problem.Wrap(err, problem.Failed, "another tunnel's proxy cannot be used", "")
+	}
+	conn, err := d.(foreign.ContextDialer).DialContext(ctx, "tcp", target)
+	if err != nil {
+		return nil, s.explain(ctx, target, nil, err)
 	}
 	return conn, nil
 }

@@ -45,9 +45,11 @@ type Options struct {
 	Lookup func(ctx context.Context, host string) (addr netip.Addr, ok bool, err error)
 	// Explain says why a destination inside the tunnel was refused, where the gateway knows better than a reset. Optional.
 	Explain func(ctx context.Context, target netip.AddrPort) error
-	Users   []int         // who may connect, by user id; default the process's own
-	Idle    time.Duration // a connection without a byte for so long is closed; default 2 h
-	Logger  *slog.Logger
+	// Other gives the proxy of another tunnel to which a host belongs, a name or an address. Optional.
+	Other  func(ctx context.Context, host string) (netip.AddrPort, bool)
+	Users  []int         // who may connect, by user id; default the process's own
+	Idle   time.Duration // a connection without a byte for so long is closed; default 2 h
+	Logger *slog.Logger
 
 	// lookup resolves a name; the system's resolver unless a test says otherwise.
 	lookup func(ctx context.Context, host string) ([]netip.Addr, error)

@@ -27,13 +27,18 @@ type Suggestion struct {
 	From     time.Time // of the first flow
 	Until    time.Time
 	Sessions int
+	// Repositories are those of the jobs, where their sessions' leases were still known.
+	Repositories []string
 }
 
 // SuggestedLine is one allow line.
 type SuggestedLine struct {
-	Allow    string
-	Flows    uint64
-	Observed bool // some of it went through by an observe line alone, or was denied
+	Allow string
+	Flows uint64
+	// New is what of it no allow line covered when it was used, in as many lines as that takes: Allow itself where nothing of it was.
+	New []string
+	// First and Last are the ends of a range, of which every address was used; invalid for a name and for a single address.
+	First, Last netip.Addr
 }
 
 // use is one target with one protocol and port.
@@ -45,8 +50,8 @@ type use struct {
 }
 
 type used struct {
-	flows    uint64
-	observed bool
+	flows uint64
+	new   bool // no allow line covered it: it was observed, or denied
 }
 
 // Suggester learns from records what was used.
@@ -61,6 +66,7 @@ type learned struct {
 	denied, failed map[string]bool
 	from, until    time.Time
 	sessions       map[string]bool
+	repositories   map[string]bool
 	counted        map[string]bool // flows that are reported more than once
 }
 
@@ -78,10 +84,13 @@ func (s *Suggester) Learn(line []byte) {
 	}
 	n := s.networks[r.Unmapped.Network]
 	if n == nil {
-		n = &learned{uses: map[use]*used{}, denied: map[string]bool{}, failed: map[string]bool{}, sessions: map[string]bool{}, counted: map[string]bool{}}
+		n = &learned{uses: map[use]*used{}, denied: map[string]bool{}, failed: map[string]bool{}, sessions: map[string]bool{}, repositories: map[string]bool{}, counted: map[string]bool{}}
 		s.networks[r.Unmapped.Network] = n
 	}
 	n.sessions[r.Session.UID] = true
+	if job := r.Unmapped.Job; job != nil && job.Repository != "" {
+		n.repositories[job.Repository] = true
+	}
 	for _, f := range r.Unmapped.Flows {
 		n.learn(f, r.Unmapped.Instance, s.Denied)
 	}
@@ -118,7 +127,7 @@ func (n *learned) learn(f wire.FlowRecord, instance string, denied bool) {
 		have = &used{}
 		n.uses[u] = have
 	}
-	have.observed = have.observed || f.Verdict != wire.FlowAllowed
+	have.new = have.new || f.Verdict == wire.FlowObserved || f.Verdict == wire.FlowRefused
 	if id := fmt.Sprint(instance, " ", f.Flow); f.Flow == 0 || !n.counted[id] {
 		n.counted[id] = f.Flow != 0
 		have.flows += max(f.Count, 1)
@@ -164,7 +173,7 @@ func (s *Suggester) Suggestions() []Suggestion {
 	for _, name := range slices.Sorted(maps.Keys(s.networks)) {
 		n := s.networks[name]
 		g := Suggestion{Network: name, From: n.from, Until: n.until, Sessions: len(n.sessions),
-			Denied: slices.Sorted(maps.Keys(n.denied)), Failed: slices.Sorted(maps.Keys(n.failed))}
+			Repositories: slices.Sorted(maps.Keys(n.repositories)), Denied: slices.Sorted(maps.Keys(n.denied)), Failed: slices.Sorted(maps.Keys(n.failed))}
 		g.Lines = linesOf(n.uses)
 		for _, l := range g.Lines {
 			g.Flows += l.Flows
@@ -176,11 +185,10 @@ func (s *Suggester) Suggestions() []Suggestion {
 
 // target is one target and all that was used of it.
 type target struct {
-	prefix   netip.Prefix // invalid for a name
-	name     string
-	ports    map[string][]uint16 // by protocol, sorted
-	flows    uint64
-	observed bool
+	prefix netip.Prefix // invalid for a name
+	name   string
+	ports  map[string][]uint16 // by protocol, sorted
+	uses   map[use]*used
 }
 
 // linesOf makes the lines: targets that were used alike are joined into ranges where nothing else lies in those.
@@ -189,15 +197,14 @@ func linesOf(uses map[use]*used) []SuggestedLine {
 	for u, what := range uses {
 		t := targets[u.target]
 		if t == nil {
-			t = &target{name: u.target, ports: map[string][]uint16{}}
+			t = &target{name: u.target, ports: map[string][]uint16{}, uses: map[use]*used{}}
 			if u.addr.IsValid() {
 				t.prefix = netip.PrefixFrom(u.addr, u.addr.BitLen())
 			}
 			targets[u.target] = t
 		}
 		t.ports[u.proto] = append(t.ports[u.proto], u.port)
-		t.flows += what.flows
-		t.observed = t.observed || what.observed
+		t.uses[u] = what
 	}
 	list := slices.Collect(maps.Values(targets))
 	for _, t := range list {
@@ -253,7 +260,9 @@ func joinHalves(same map[netip.Prefix]*target, p netip.Prefix, t *target) {
 	whole := netip.PrefixFrom(p.Addr(), p.Bits()-1).Masked()
 	delete(same, p)
 	delete(same, other)
-	same[whole] = &target{prefix: whole, ports: t.ports, flows: t.flows + twin.flows, observed: t.observed || twin.observed}
+	uses := maps.Clone(t.uses)
+	maps.Copy(uses, twin.uses)
+	same[whole] = &target{prefix: whole, ports: t.ports, uses: uses}
 }
 
 // sibling is the other half of the range that p is a half of.
@@ -290,11 +299,6 @@ func bracketed(p netip.Prefix) string {
 
 // lines gives a target's lines: one for ICMP, one for TCP and UDP where their ports are the same, else one for each.
 func (t *target) lines() []SuggestedLine {
-	name := t.name
-	if t.prefix.IsValid() {
-		name = bracketed(t.prefix)
-	}
-	line := func(text string) SuggestedLine { return SuggestedLine{text, t.flows, t.observed} }
 	var out []SuggestedLine
 	tcp, udp := t.ports["tcp"], t.ports["udp"]
 	both := len(tcp) > 0 && slices.Equal(tcp, udp)
@@ -306,46 +310,111 @@ func (t *target) lines() []SuggestedLine {
 		if p.skip || len(p.ports) == 0 {
 			continue
 		}
-		for items := range slices.Chunk(ranges(p.ports), policy.MaxPorts) {
-			out = append(out, line(p.protos+" "+name+":"+strings.Join(items, ",")))
+		for _, ports := range portLists(p.ports) {
+			out = append(out, t.line(p.protos, ports))
 		}
 	}
 	if len(t.ports["icmp"]) > 0 {
-		out = append(out, line("icmp "+name))
+		out = append(out, t.line("icmp", nil))
 	}
-	for i := range out {
-		if i > 0 {
-			out[i].Flows = 0 // counted with the first
+	return out
+}
+
+// line makes one line for some of a target's ports, all of one kind, sorted.
+func (t *target) line(protos string, ports []uint16) SuggestedLine {
+	name := t.name
+	if t.prefix.IsValid() {
+		name = bracketed(t.prefix)
+	}
+	l := SuggestedLine{Allow: protos + " " + name}
+	if ports != nil {
+		l.Allow += ":" + strings.Join(ranges(ports), ",")
+	}
+	if t.prefix.IsValid() && !t.prefix.IsSingleIP() {
+		l.First, l.Last = t.prefix.Addr(), last(t.prefix)
+	}
+	unknown, all := map[use]*used{}, true
+	for u, what := range t.uses {
+		if _, in := slices.BinarySearch(ports, u.port); !slices.Contains(strings.Split(protos, ","), u.proto) || ports != nil && !in {
+			continue
+		}
+		if l.Flows += what.flows; what.new {
+			unknown[u] = &used{}
+		} else {
+			all = false
+		}
+	}
+	if all {
+		l.New = []string{l.Allow}
+		return l
+	}
+	for _, one := range linesOf(unknown) { // none of which has anything new in it
+		l.New = append(l.New, one.Allow)
+	}
+	return l
+}
+
+// last is the last address of a range.
+func last(p netip.Prefix) netip.Addr {
+	b := p.Addr().AsSlice()
+	for bit := p.Bits(); bit < len(b)*8; bit++ {
+		b[bit/8] |= 0x80 >> (bit % 8)
+	}
+	addr, _ := netip.AddrFromSlice(b)
+	return addr
+}
+
+// portLists divides sorted ports into lists that a line can hold.
+func portLists(ports []uint16) (out [][]uint16) {
+	for items := range slices.Chunk(spans(ports), policy.MaxPorts) {
+		n := 0
+		for _, s := range items {
+			n += int(s[1]-s[0]) + 1
+		}
+		out = append(out, ports[:n])
+		ports = ports[n:]
+	}
+	return out
+}
+
+// spans gives the first and last ports of neighbours.
+func spans(ports []uint16) (out [][2]uint16) {
+	for i, p := range ports {
+		if i > 0 && p == ports[i-1]+1 {
+			out[len(out)-1][1] = p
+		} else {
+			out = append(out, [2]uint16{p, p})
 		}
 	}
 	return out
 }
 
 // ranges writes sorted ports, neighbours together.
-func ranges(ports []uint16) []string {
-	var out []string
-	for i := 0; i < len(ports); {
-		j := i
-		for j+1 < len(ports) && ports[j+1] == ports[j]+1 {
-			j++
-		}
-		text := strconv.Itoa(int(ports[i]))
-		if j > i {
-			text += "-" + strconv.Itoa(int(ports[j]))
+func ranges(ports []uint16) (out []string) {
+	for _, s := range spans(ports) {
+		text := strconv.Itoa(int(s[0]))
+		if s[1] > s[0] {
+			text += "-" + strconv.Itoa(int(s[1]))
 		}
 		out = append(out, text)
-		i = j + 1
 	}
 	return out
 }
 
-// maxExplained bounds what is listed of denied and failed flows.
-const maxExplained = 20
+// maxExplained bounds what is listed of denied and failed flows, and maxNew what is listed of one line.
+const (
+	maxExplained = 20
+	maxNew       = 4
+)
 
 // Write writes a suggestion as YAML, to be put into a rule.
 func (g *Suggestion) Write(w io.Writer) error {
 	b := &strings.Builder{}
 	fmt.Fprintf(b, "# network %s: what %s did in %d flows, %s to %s\n", g.Network, count(g.Sessions, "session"), g.Flows, stamp(g.From), stamp(g.Until))
+	if n := len(g.Repositories); n > 1 {
+		fmt.Fprintf(b, "# these are jobs of %d repositories, each of which would get what all of them need; --repository takes one: %s\n",
+			n, printable(listed(g.Repositories)))
+	}
 	if len(g.Lines) == 0 {
 		b.WriteString("allow: []\n")
 	} else {
@@ -353,8 +422,8 @@ func (g *Suggestion) Write(w io.Writer) error {
 	}
 	for _, l := range g.Lines {
 		fmt.Fprintf(b, "  - %q", l.Allow)
-		if l.Observed {
-			b.WriteString(" # no allow line covers all of it")
+		if why := l.why(); why != "" {
+			b.WriteString(" # " + why)
 		}
 		b.WriteByte('\n')
 	}
@@ -362,6 +431,29 @@ func (g *Suggestion) Write(w io.Writer) error {
 	explain(b, "let through, but nothing answered", g.Failed)
 	_, err := io.WriteString(w, b.String())
 	return err
+}
+
+// why says what is not plain from the line itself: that it stands for several addresses, and what of it is not allowed yet.
+func (l *SuggestedLine) why() string {
+	var parts []string
+	if l.First.IsValid() {
+		parts = append(parts, fmt.Sprintf("%v to %v, of which each was used", l.First, l.Last))
+	}
+	switch {
+	case slices.Equal(l.New, []string{l.Allow}):
+		parts = append(parts, "not allowed yet")
+	case len(l.New) > 0:
+		parts = append(parts, "of it not allowed yet: "+listed(l.New))
+	}
+	return strings.Join(parts, "; ")
+}
+
+// listed names some.
+func listed(list []string) string {
+	if more := len(list) - maxNew; more > 0 {
+		return fmt.Sprintf("%s and %d more", strings.Join(list[:maxNew], ", "), more)
+	}
+	return strings.Join(list, ", ")
 }
 
 func explain(b *strings.Builder, what string, list []string) {

@@ -95,8 +95,51 @@ func TestSuggestCountsOnce(t *testing.T) {
 	}
 	var b strings.Builder
 	g := suggested(t, false, flow("tcp", "", "10.0.0.1:1", wire.FlowObserved), flow("tcp", "a\nb", "10.0.0.1:1", wire.FlowRefused))
-	if err := g.Write(&b); err != nil || !strings.Contains(b.String(), "allow:\n  - \"tcp 10.0.0.1:1\" # no allow line covers all of it\n# denied") || strings.Contains(b.String(), "a\nb") {
+	if err := g.Write(&b); err != nil || !strings.Contains(b.String(), "allow:\n  - \"tcp 10.0.0.1:1\" # not allowed yet\n# denied") || strings.Contains(b.String(), "a\nb") {
 		t.Errorf("%s %v", b.String(), err)
+	}
+}
+
+// TestSuggestionsSayWhatIsNew: beside a line stands what is not plain from it, for whoever has some of its parts in a rule already.
+func TestSuggestionsSayWhatIsNew(t *testing.T) {
+	ok, seen, no := wire.FlowAllowed, wire.FlowObserved, wire.FlowRefused
+	over := wire.FlowOverLimits
+	for name, c := range map[string]struct {
+		flows []wire.FlowRecord
+		want  string
+	}{
+		"nothing":         {[]wire.FlowRecord{flow("tcp", "x.corp", "10.0.0.1:1", ok)}, ""},
+		"over the limits": {[]wire.FlowRecord{flow("tcp", "x.corp", "10.0.0.1:1", over)}, ""},
+		"all":             {[]wire.FlowRecord{flow("tcp", "x.corp", "10.0.0.1:1", seen)}, " # not allowed yet"},
+		"denied":          {[]wire.FlowRecord{flow("tcp", "x.corp", "10.0.0.1:1", no)}, " # not allowed yet"},
+		"allowed since":   {[]wire.FlowRecord{flow("tcp", "x.corp", "10.0.0.1:1", seen), flow("tcp", "x.corp", "10.0.0.1:1", ok)}, " # not allowed yet"},
+		"one port of two": {[]wire.FlowRecord{flow("tcp", "x.corp", "10.0.0.1:1", seen), flow("tcp", "x.corp", "10.0.0.1:2", ok)}, " # of it not allowed yet: tcp x.corp:1"},
+		"one protocol":    {[]wire.FlowRecord{flow("tcp", "x.corp", "10.0.0.1:1", ok), flow("udp", "x.corp", "10.0.0.1:1", seen)}, " # of it not allowed yet: udp x.corp:1"},
+		"a range":         {[]wire.FlowRecord{flow("icmp", "", "10.0.0.2:0", ok), flow("icmp", "", "10.0.0.3:0", ok)}, " # 10.0.0.2 to 10.0.0.3, of which each was used"},
+		"one of a range":  {[]wire.FlowRecord{flow("tcp", "", "[fd00::2]:1", ok), flow("tcp", "", "[fd00::3]:1", seen)}, " # fd00::2 to fd00::3, of which each was used; of it not allowed yet: tcp [fd00::3]:1"},
+	} {
+		g := suggested(t, true, c.flows...)
+		if len(g.Lines) != 1 || g.Lines[0].Flows != uint64(len(c.flows)) {
+			t.Errorf("%s: %+v", name, g.Lines)
+		}
+		var b strings.Builder
+		if err := g.Write(&b); err != nil || !strings.HasSuffix(b.String(), "\""+c.want+"\n") {
+			t.Errorf("%s: %s%v", name, b.String(), err)
+		}
+	}
+	s := Suggester{}
+	for _, repository := range []string{"acme/shop", "acme/cart"} {
+		r := Record{Event: Flows, Session: &Session{UID: repository}, Unmapped: Unmapped{Network: "corp", Job: &Job{Repository: repository}, Flows: []wire.FlowRecord{flow("tcp", "x.corp", "10.0.0.1:1", ok)}}}
+		body, err := encode(r, time.Now())
+		if err != nil {
+			t.Fatal(err)
+		}
+		line, _ := link(nil, head{}, Flows, []byte(`"n1"`), body)
+		s.Learn(line)
+	}
+	var b strings.Builder
+	if err := s.Suggestions()[0].Write(&b); err != nil || !strings.Contains(b.String(), "of 2 repositories") || !strings.Contains(b.String(), "--repository takes one: acme/cart, acme/shop\n") {
+		t.Errorf("%s%v", b.String(), err)
 	}
 }
 
@@ -143,6 +186,15 @@ func TestSuggestionsAreSmallest(t *testing.T) {
 			if !covers(all, f) {
 				t.Fatalf("%v does not cover %s %s", lines, f.Proto, f.Addr)
 			}
+		}
+		total := uint64(0)
+		for _, l := range lines {
+			if total += l.Flows; len(l.New) > 0 {
+				t.Fatalf("%s: all was allowed, and this is new: %q", l.Allow, l.New)
+			}
+		}
+		if total != uint64(len(flows)) {
+			t.Fatalf("%v have %d flows, want %d", lines, total, len(flows))
 		}
 		for i := range lines {
 			if without := scope(i); !slices.ContainsFunc(flows, func(f wire.FlowRecord) bool { return !covers(without, f) }) {

@@ -1,5 +1,6 @@
 // Package state keeps leases, addresses and gateway presence, and carries messages between coordinator nodes, on NATS
-// JetStream: embedded in the process by default, an existing cluster by URL. There is one code path for both.
+// JetStream: embedded in the process by default, an existing cluster by URL. There is one code path for both in all that is written. Embedded,
+// this process is the only node: messages to gateways go by way of memory, and a lease is read from the mirror.
 //
 // Everything lives in one key-value bucket whose keys expire by themselves:
 //

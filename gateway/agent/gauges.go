@@ -92,6 +92,9 @@ func drops(t tunnel.Stats, d netstack.Stats) map[string]uint64 {
 		"no-path":        t.NoPath,    // to a session that has none
 		"malformed":      d.Malformed, // no IP packet inside
 		"unknown-source": d.Filtered,  // of no session
+		"fragment":       d.Fragments, // of packets that did not become whole, or of whose session too many wait
+		"uncarried":      d.Uncarried, // what no gateway forwards: IPv6 extension headers, ICMP but for echo and errors
+		"to-gateway":     d.Gated,     // of a session that asks the gateway itself too much
 		"queue-full":     d.Overflow,  // the tunnel did not keep up
 		"over-turn":      t.OverTurn,  // of a session that sends more than its part of what the gateway can take
 		"unread":         d.Unread,    // datagrams that come faster than their flow carries them on

@@ -127,10 +127,12 @@ func (f *Forwarder) dialFirst(ctx context.Context, network string, targets []net
 	return nil, errors.Join(errs...)
 }
 
-// dial opens a connected socket to an address. Keepalives are for connections that rest, see [relay.rest].
-func (f *Forwarder) dial(ctx context.Context, network string, to netip.AddrPort) (net.Conn, error) {
-	d := net.Dialer{KeepAlive: -1}
-	return d.DialContext(ctx, network, to.String())
+// dial opens a connected socket to an address.
+func dial(ctx context.Context, network string, to netip.AddrPort) (net.Conn, error) {
+	if network == "tcp" {
+		return dialTCP(ctx, to)
+	}
+	return new(net.Dialer).DialContext(ctx, network, to.String())
 }
 
 // turnAway counts and logs a flow that came to nothing because of err, and says what its job is to see.

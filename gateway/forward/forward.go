@@ -20,6 +20,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/netip"
 	"sync"
 	"sync/atomic"
@@ -79,7 +80,8 @@ type Forwarder struct {
 	resolver *names.Resolver
 	trace    func(wire.FlowRecord)
 	tcp      *tcp.Forwarder
-	decide   func(*policy.Scope, policy.Flow) policy.Verdict // (*policy.Scope).Decide, but in tests
+	decide   func(*policy.Scope, policy.Flow) policy.Verdict                 // (*policy.Scope).Decide, but in tests
+	dial     func(context.Context, string, netip.AddrPort) (net.Conn, error) // [dial], but in tests
 
 	requests requests
 	sources  sources
@@ -87,6 +89,7 @@ type Forwarder struct {
 	flows    atomic.Int64  // open in all
 	busy     atomic.Int64  // sessions with an open flow
 	hungry   census        // sessions that want to send faster
+	pace     pace          // of all flows
 	numbers  atomic.Uint64 // of flows
 
 	ctx    context.Context
@@ -113,6 +116,7 @@ func New(opts Options) (*Forwarder, error) {
 		resolver: opts.Resolver,
 		trace:    opts.Trace,
 		decide:   (*policy.Scope).Decide,
+		dial:     dial,
 		purse:    purse{limit: opts.Limits.TotalBytes},
 		sessions: make(map[*Session]struct{}),
 	}
@@ -122,6 +126,7 @@ func New(opts Options) (*Forwarder, error) {
 	f.ctx, f.cancel = context.WithCancel(context.Background())
 	f.tcp = tcp.NewForwarder(f.stack, 0, f.limits.TotalFlows+1, f.serveTCP)
 	f.device.SetFilter(func(src netip.Addr) bool { return f.session(src) != nil })
+	f.device.SetGate(f.mayAsk)
 	f.device.SetWatch(&netstack.Watch{Asked: f.clearStale, Answered: f.noteAnswer})
 	f.stack.SetTransportProtocolHandler(tcp.ProtocolNumber, f.handleTCP)
 	f.stack.SetTransportProtocolHandler(udp.ProtocolNumber, f.handleUDP)
@@ -146,6 +151,7 @@ func (f *Forwarder) Close() error {
 	f.cancel()
 	f.work.Wait()
 	f.device.SetWatch(nil)
+	f.device.SetGate(nil)
 	return nil
 }
 
@@ -191,6 +197,16 @@ func (f *Forwarder) Find(src netip.Addr) *Session { return f.session(src) }
 
 // session finds the session of a source address; nil if there is none. It takes no lock.
 func (f *Forwarder) session(src netip.Addr) *Session { return f.sources.find(src) }
+
+// mayAsk lets packets pass but for those to the gateway itself of a session that sends too many: what its services have in common, queues and
+// goroutines, is everybody's.
+func (f *Forwarder) mayAsk(src, dst netip.Addr) bool {
+	if !f.isLocal(dst) {
+		return true
+	}
+	s := f.session(src)
+	return s != nil && s.asks.Allow()
+}
 
 func (f *Forwarder) isLocal(a netip.Addr) bool {
 	_, local := f.local[a]

@@ -48,7 +48,7 @@ func TestGreedyJobHurtsItselfAlone(t *testing.T) {
 			from := netip.AddrPortFrom(job4, uint16(10_000+i))
 			batch = append(batch, syn(from, target, 1))
 			if i%10 == 0 {
-				batch = append(batch, udpPacket(from, netip.MustParseAddrPort(listener)))
+				batch = append(batch, udpPacket(from, netip.MustParseAddrPort(listener), make([]byte, 4)))
 			}
 			if len(batch) >= 100 {
 				_, _ = e.gateway.Write(batch, 0)
@@ -100,16 +100,17 @@ func heap() uint64 {
 	return m.HeapAlloc
 }
 
-// udpPacket is a datagram of four bytes.
-func udpPacket(from, to netip.AddrPort) []byte {
-	const size = header.IPv4MinimumSize + header.UDPMinimumSize + 4
+// udpPacket is a datagram.
+func udpPacket(from, to netip.AddrPort, data []byte) []byte {
+	size := header.IPv4MinimumSize + header.UDPMinimumSize + len(data)
 	p := make([]byte, size)
 	ip := header.IPv4(p)
 	ip.Encode(&header.IPv4Fields{
-		TotalLength: size, TTL: ttl, Protocol: uint8(header.UDPProtocolNumber), Flags: header.IPv4FlagDontFragment, SrcAddr: full(from).Addr, DstAddr: full(to).Addr,
+		TotalLength: uint16(size), TTL: ttl, Protocol: uint8(header.UDPProtocolNumber), Flags: header.IPv4FlagDontFragment, SrcAddr: full(from).Addr, DstAddr: full(to).Addr,
 	})
 	ip.SetChecksum(^ip.CalculateChecksum())
 	udp := p[header.IPv4MinimumSize:]
+	copy(udp[header.UDPMinimumSize:], data)
 	header.UDP(udp).Encode(&header.UDPFields{SrcPort: from.Port(), DstPort: to.Port(), Length: uint16(len(udp))})
 	sum := header.PseudoHeaderChecksum(header.UDPProtocolNumber, ip.SourceAddress(), ip.DestinationAddress(), uint16(len(udp)))
 	binary.BigEndian.PutUint16(udp[6:], ^checksum.Checksum(udp, sum))

@@ -32,6 +32,8 @@ type outlet struct {
 	cuts   bool // what is sent at present may be fragmented
 	set    bool // the socket has been told of cuts
 	narrow atomic.Bool
+
+	attempt attempt
 }
 
 // newOutlet makes an outlet over a connected socket. overhead is the length of the transport header that the kernel adds.
@@ -50,12 +52,28 @@ func ipHeader(of netip.Addr) int {
 }
 
 // send sends what the job has sent in the packet that quote begins; cut says that it may be fragmented. Errors are those of the socket:
-// EMSGSIZE, of which the job has been told, takes nothing but this datagram.
+// EMSGSIZE, of which the job has been told, takes nothing but this datagram. It waits while the socket is full, which it is while a link is
+// slow, or a neighbour is being looked for.
 func (o *outlet) send(b, quote []byte, cut bool) error {
+	return o.sendBy(o.wait, b, quote, cut)
+}
+
+// sendNow is send where nothing may wait: EAGAIN says that the socket is full.
+func (o *outlet) sendNow(b, quote []byte, cut bool) error {
+	return o.sendBy(o.now, b, quote, cut)
+}
+
+// wait sends when the socket takes it.
+func (o *outlet) wait(b []byte) error {
+	_, err := o.conn.Write(b)
+	return err
+}
+
+func (o *outlet) sendBy(write func([]byte) error, b, quote []byte, cut bool) error {
 	if len(b) > fitsAll {
 		o.fragment(cut || o.narrow.Load())
 	}
-	_, err := o.conn.Write(b)
+	err := write(b)
 	if !errors.Is(err, syscall.EMSGSIZE) {
 		return err
 	}
@@ -65,7 +83,7 @@ func (o *outlet) send(b, quote []byte, cut bool) error {
 		o.fragment(o.narrow.Load())
 	}
 	if o.cuts || len(b)+o.head <= mtu { // the word was about an earlier datagram
-		_, err = o.conn.Write(b)
+		err = write(b)
 	}
 	return err
 }

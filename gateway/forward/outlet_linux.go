@@ -1,6 +1,7 @@
 package forward
 
 import (
+	"errors"
 	"net/netip"
 	"os"
 
@@ -31,4 +32,39 @@ func pathMTU(fd int, target netip.Addr) int {
 		mtu, _ = unix.GetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_MTU)
 	}
 	return max(mtu, 0)
+}
+
+// attempt is one attempt to send.
+type attempt struct {
+	try func(uintptr) bool // made once
+	b   []byte             // what it sends
+	err error              // what came of it
+}
+
+// now sends if the socket takes it at once.
+func (o *outlet) now(b []byte) error {
+	if o.raw == nil {
+		return o.wait(b)
+	}
+	a := &o.attempt
+	if a.try == nil {
+		a.try = a.write
+	}
+	a.b = b
+	err := o.raw.Write(a.try)
+	if a.b = nil; err != nil {
+		return err
+	}
+	return a.err
+}
+
+// write runs under the poller, and never has it wait.
+func (a *attempt) write(fd uintptr) bool {
+	for {
+		_, err := unix.Write(int(fd), a.b)
+		if !errors.Is(err, unix.EINTR) {
+			a.err = os.NewSyscallError("write", err)
+			return true
+		}
+	}
 }

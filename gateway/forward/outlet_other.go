@@ -12,3 +12,9 @@ func setFragment(int, bool, bool) error { return errors.ErrUnsupported }
 
 // pathMTU is not known here.
 func pathMTU(int, netip.Addr) int { return 0 }
+
+// attempt is not made here.
+type attempt struct{}
+
+// now waits where the socket is full.
+func (o *outlet) now(b []byte) error { return o.wait(b) }

@@ -22,8 +22,9 @@ const (
 	errorRate   = 50  // ICMP errors a second to one session
 	denialRate  = 0.2 // log lines a second on one session's denied flows
 	denialBurst = 10
-	echoRate    = 50 // datagrams a second to the gateway's own echo port
-	maxLookups  = 32 // names that one session has resolved at once
+	askRate     = 300 // datagrams and connections a second to the gateway itself; the buffers of its sockets hold as many
+	echoRate    = 50  // datagrams a second to the gateway's own echo port
+	maxLookups  = 32  // names that one session has resolved at once
 )
 
 // Reasons why the forwarder itself turns a flow away, next to those of [policy.Verdict].
@@ -47,6 +48,7 @@ type Session struct {
 	limiter *rate.Limiter // new flows
 	errors  *rate.Limiter // ICMP errors
 	denials *rate.Limiter // log lines
+	asks    *rate.Limiter // packets to the gateway itself
 	echoes  *rate.Limiter // datagrams to the gateway's own echo port
 	queries *rate.Limiter // DNS questions
 	lookups chan struct{} // places for names being resolved
@@ -103,6 +105,7 @@ func (f *Forwarder) newSession(id string, addrs []netip.Addr, scope *policy.Scop
 		limiter: rate.NewLimiter(rate.Limit(l.SessionRate), l.SessionRate),
 		errors:  rate.NewLimiter(errorRate, errorRate),
 		denials: rate.NewLimiter(denialRate, denialBurst),
+		asks:    rate.NewLimiter(askRate, askRate),
 		echoes:  rate.NewLimiter(echoRate, 2*echoRate),
 		queries: rate.NewLimiter(rate.Limit(l.SessionQueries), l.SessionQueries),
 		lookups: make(chan struct{}, maxLookups),

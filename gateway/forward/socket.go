@@ -37,6 +37,14 @@ type socket interface {
 	syscall.Conn
 }
 
+// tcpConn is what the forwarder needs of a TCP connection. That of package net is one.
+type tcpConn interface {
+	socket
+	CloseWrite() error
+	SetLinger(seconds int) error
+	SetKeepAliveConfig(net.KeepAliveConfig) error
+}
+
 // newSource makes a source that hands what it reads to use, which must not keep it.
 func newSource(conn socket, pool *sync.Pool, stream bool, use func([]byte) error) (*source, error) {
 	raw, err := conn.SyscallConn()

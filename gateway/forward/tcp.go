@@ -74,7 +74,7 @@ func (f *Forwarder) serveTCP(r *tcp.ForwarderRequest) {
 		refuse(fl, r, err)
 		return
 	}
-	conn := target.(*net.TCPConn)
+	conn := target.(tcpConn)
 	if !fl.onReset(func() { resetConn(conn) }) {
 		f.complete(r, true)
 		return
@@ -129,9 +129,13 @@ func (r *relay) rest() {
 	r.window.rest()
 	r.once.Do(func() {
 		keepAlive(r.ep)
-		_ = r.conn.SetKeepAliveConfig(net.KeepAliveConfig{ // fails where it is closed
-			Enable: true, Idle: keepaliveIdle, Interval: keepaliveInterval, Count: keepaliveCount,
-		})
+		r.keepTarget()
+	})
+}
+
+func (r *relay) keepTarget() {
+	_ = r.conn.SetKeepAliveConfig(net.KeepAliveConfig{ // fails where it is closed
+		Enable: true, Idle: keepaliveIdle, Interval: keepaliveInterval, Count: keepaliveCount,
 	})
 }
 
@@ -145,7 +149,7 @@ func keepAlive(ep tcpip.Endpoint) {
 }
 
 // resetConn closes a connection with a reset.
-func resetConn(c *net.TCPConn) {
+func resetConn(c tcpConn) {
 	_ = c.SetLinger(0)
 	_ = c.Close()
 }
@@ -159,7 +163,7 @@ type relay struct {
 	fl     *flow
 	ep     tcpip.Endpoint
 	wq     *waiter.Queue
-	conn   *net.TCPConn
+	conn   tcpConn
 	window *window
 	once   sync.Once // see rest
 	total  int64     // bytes carried to the job

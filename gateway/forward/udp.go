@@ -93,7 +93,7 @@ func (f *Forwarder) serveUDP(fl *flow, ep tcpip.Endpoint, wq *waiter.Queue) {
 	if !fl.onReset(stop) {
 		return
 	}
-	out := newOutlet(fl, conn.(*net.UDPConn), fl.target.Load().Addr(), header.UDPMinimumSize)
+	out := newOutlet(fl, conn.(socket), fl.target.Load().Addr(), header.UDPMinimumSize)
 	var up sync.WaitGroup
 	up.Go(func() {
 		fl.udpUp(ep, wq, out)
@@ -121,14 +121,29 @@ func (fl *flow) udpUp(ep tcpip.Endpoint, wq *waiter.Queue, out *outlet) {
 // udpDrain copies what waits, in turns with the session's other flows; false says that the endpoint is closed.
 func (fl *flow) udpDrain(ep tcpip.Endpoint, out *outlet) bool {
 	for {
-		if more, open := fl.udpSome(ep, out); !more {
+		more, open, late := fl.udpSome(ep, out)
+		if late != nil {
+			if err := out.send(late.b, fl.quote, late.cut); err == nil {
+				fl.carry(len(late.b), 0)
+			} else if !fl.udpError(err) {
+				return false
+			}
+		}
+		if !more {
 			return open
 		}
 	}
 }
 
-// udpSome copies some of what waits. more says that there may be more, open that the endpoint is not closed.
-func (fl *flow) udpSome(ep tcpip.Endpoint, out *outlet) (more, open bool) {
+// lateDatagram is one that the socket had no room for; cut says that it may be fragmented.
+type lateDatagram struct {
+	b   []byte
+	cut bool
+}
+
+// udpSome copies some of what waits. more says that there may be more, open that the endpoint is not closed. A datagram that the socket has
+// no room for is late: whoever waits for a slow link holds up no other flow.
+func (fl *flow) udpSome(ep tcpip.Endpoint, out *outlet) (more, open bool, late *lateDatagram) {
 	fl.s.carrying.Lock()
 	defer fl.s.carrying.Unlock()
 	buf := datagrams.Get().(*buffer)
@@ -137,19 +152,23 @@ func (fl *flow) udpSome(ep tcpip.Endpoint, out *outlet) (more, open bool) {
 		w := tcpip.SliceWriter(buf.b)
 		res, terr := ep.Read(&w, tcpip.ReadOptions{})
 		if _, empty := terr.(*tcpip.ErrWouldBlock); empty {
-			return false, true
+			return false, true, nil
 		}
 		if terr != nil {
-			return false, false
+			return false, false, nil
 		}
-		err := out.send(buf.b[:res.Count], fl.quote, netstack.DatagramMayBeFragmented(&res.ControlMessages))
-		if err == nil {
+		cut := netstack.DatagramMayBeFragmented(&res.ControlMessages)
+		err := out.sendNow(buf.b[:res.Count], fl.quote, cut)
+		switch {
+		case err == nil:
 			fl.carry(res.Count, 0)
-		} else if !fl.udpError(err) {
-			return false, false
+		case errors.Is(err, syscall.EAGAIN):
+			return true, true, &lateDatagram{bytes.Clone(buf.b[:res.Count]), cut}
+		case !fl.udpError(err):
+			return false, false, nil
 		}
 	}
-	return true, true
+	return true, true, nil
 }
 
 // udpDown copies datagrams from the target to the job until the socket is closed.

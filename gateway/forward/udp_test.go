@@ -221,6 +221,24 @@ func TestForgedError(t *testing.T) {
 	if e.gateway.Stats().Filtered != before+1 {
 		t.Error("the forged error was let in")
 	}
+	for _, cut := range []int{8, 24, 32} { // in fragments, so that no one of them says it all
+		first, rest := bytes.Clone(forged[:header.IPv4MinimumSize+cut]), append(bytes.Clone(forged[:header.IPv4MinimumSize]), forged[header.IPv4MinimumSize+cut:]...)
+		before++
+		for i, p := range [][]byte{first, rest} {
+			ip := header.IPv4(p)
+			ip.SetTotalLength(uint16(len(p)))
+			ip.SetFlagsFragmentOffset(header.IPv4FlagMoreFragments*uint8(1-i), uint16(i*cut))
+			ip.SetID(uint16(cut))
+			ip.SetChecksum(0)
+			ip.SetChecksum(^ip.CalculateChecksum())
+			if _, err := e.gateway.Write([][]byte{p}, 0); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if e.gateway.Stats().Filtered != before+1 {
+			t.Errorf("the forged error was let in, in fragments of %d bytes and the rest", cut)
+		}
+	}
 	genuine := icmp4Packet(other4, gateway4, header.ICMPv4DstUnreachable, 4, 576, quote)
 	if _, err := e.gateway.Write([][]byte{genuine}, 0); err != nil {
 		t.Fatal(err)

@@ -66,17 +66,22 @@ func (s *Server) answer(ctx context.Context, session Session, q *dns.Msg) *dns.M
 	return m
 }
 
-// base is a name without the labels in front that name a service and a protocol (RFC 2782), of which it takes off two at most.
+// maxService is how long the name of a service may be (RFC 6335, section 5.1).
+const maxService = 15
+
+// base is a name without the two labels in front that name a service and a protocol (RFC 2782). Under a granted name jobs may ask for these
+// alone: each is a question that whoever runs the zone gets to see.
 func base(name string) string {
-	rest := name
-	for range 2 {
-		label, after, more := strings.Cut(rest, ".")
-		if !more || !strings.HasPrefix(label, "_") {
-			break
-		}
-		rest = after
+	service, rest, _ := strings.Cut(name, ".")
+	proto, rest, more := strings.Cut(rest, ".")
+	if !more || len(service) < 2 || len(service) > 1+maxService || service[0] != '_' {
+		return name
 	}
-	return rest
+	switch proto {
+	case "_tcp", "_udp", "_tls", "_sctp", "_dccp":
+		return rest
+	}
+	return name
 }
 
 // refuse says that a name is outside the grant (RFC 8914: blocked by policy), and tells who keeps account of it.

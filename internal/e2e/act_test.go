@@ -48,9 +48,13 @@ type actions struct {
 	forged    string // the same, but what is served has another digest
 }
 
-// actionRules grants db.internal and the service's HTTP port to pushes to main.
+// actionRules grants db.internal and the service's HTTP port to pushes to main, and in the other network, which not every stage has, wiki.lab.
 func actionRules(s *stage.Stage) string {
-	return fmt.Sprintf("- name: deploy\n  network: %s\n  match: {repository_owner_id: %q, repository: %s, ref: refs/heads/main}\n"+
+	other := ""
+	if s.HasOther() {
+		other = fmt.Sprintf("- {name: other, network: %s, match: {repository_owner_id: %q}, allow: [\"tcp %s:80\"]}\n", otherNetwork, stage.OwnerID, otherName)
+	}
+	return other + fmt.Sprintf("- name: deploy\n  network: %s\n  match: {repository_owner_id: %q, repository: %s, ref: refs/heads/main}\n"+
 		"  allow: [\"tcp db.internal:5432\", \"tcp %s\"]\n", stage.Network, stage.OwnerID, stage.Repository, s.Target(stage.PortHTTP))
 }
 
@@ -58,7 +62,7 @@ func newActions(t testing.TB, opts stage.Options) *actions {
 	t.Helper()
 	a := &actions{act: tool(t, actEnv, "act"), node: filepath.Dir(tool(t, nodeEnv, "node"))}
 	postgres := newPostgres(t)
-	opts.Names = []string{"db.internal"}
+	opts.Names = []string{firstName, otherName}
 	if opts.Rules == nil {
 		opts.Rules = actionRules
 	}

@@ -168,7 +168,7 @@ func measureAll(b *testing.B, s *stage.Stage, iperf string, to netip.Addr, flags
 	}
 }
 
-func clientPID(b *testing.B, job *stage.Job) int {
+func clientPID(b testing.TB, job *stage.Job) int {
 	b.Helper()
 	var status struct {
 		PID int `json:"pid"`

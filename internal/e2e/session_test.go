@@ -297,7 +297,8 @@ func TestPolicyIsFound(t *testing.T) {
 	const metadata = "169.254.169.254:80"
 	culvert(t, job, problem.FlowDenied.Exit(), "check", metadata)
 	culvert(t, job, 0, "down")
-	want := fmt.Sprintf("allow:\n  - \"tcp %v:%d-%d\" # no allow line covers all of it\n# denied, and not in the list: tcp %s", s.Private.Addr(), stage.PortHTTP, stage.PortOther, metadata)
+	want := fmt.Sprintf("allow:\n  - \"tcp %v:%d-%d\" # of it not allowed yet: tcp %s\n# denied, and not in the list: tcp %s",
+		s.Private.Addr(), stage.PortHTTP, stage.PortOther, s.Target(stage.PortOther), metadata)
 	eventually(t, 30*time.Second, "a list of what the job did", func() error {
 		var out, errs bytes.Buffer
 		code, err := s.Cloud.Run(timeout(t, time.Minute), lab.Program{

@@ -12,6 +12,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
 	"gvisor.dev/gvisor/pkg/waiter"
 )
 
@@ -69,17 +70,28 @@ func (d *Device) dialTCP(ctx context.Context, network string, to netip.AddrPort)
 	return gonet.NewTCPConn(&wq, ep), nil
 }
 
+// listenBuffer is how many bytes of datagrams wait at one of the stack's own addresses.
+const listenBuffer = 1 << 20
+
 // ListenUDP listens on one of the stack's own addresses.
 func (d *Device) ListenUDP(addr netip.AddrPort) (net.PacketConn, error) {
-	if err := d.own(addr.Addr()); err != nil {
+	fail := func(err error) (net.PacketConn, error) {
 		return nil, &net.OpError{Op: "listen", Net: "udp", Addr: net.UDPAddrFromAddrPort(addr), Err: err}
 	}
-	full := fullAddress(addr)
-	c, err := gonet.DialUDP(d.stack, &full, nil, protocolOf(addr.Addr()))
-	if err != nil {
-		return nil, err
+	if err := d.own(addr.Addr()); err != nil {
+		return fail(err)
 	}
-	return c, nil
+	wq := new(waiter.Queue)
+	ep, terr := d.stack.NewEndpoint(udp.ProtocolNumber, protocolOf(addr.Addr()), wq)
+	if terr != nil {
+		return fail(Errno(terr))
+	}
+	ep.SocketOptions().SetReceiveBufferSize(listenBuffer, false)
+	if terr = ep.Bind(fullAddress(addr)); terr != nil {
+		ep.Close()
+		return fail(Errno(terr))
+	}
+	return gonet.NewUDPConn(wq, ep), nil
 }
 
 // own refuses addresses that are not the stack's: one that takes packets for any destination would listen on all.

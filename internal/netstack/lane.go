@@ -33,8 +33,14 @@ type Lane struct {
 	split *splitter // Read's; nil while nothing is cut
 }
 
-// OpenLane gives the addresses of a session a lane of their own, until [Lane.Close]. It panics on a device that does not forward.
-func (d *Device) OpenLane(addrs []netip.Addr) *Lane { return d.link.out.(*lanes).open(addrs) }
+// OpenLane gives the addresses of a session a lane of their own, until [Lane.Close], and forgets fragments of whoever had them before. It
+// panics on a device that does not forward.
+func (d *Device) OpenLane(addrs []netip.Addr) *Lane {
+	for _, a := range addrs {
+		d.pieces.forget(a)
+	}
+	return d.link.out.(*lanes).open(addrs)
+}
 
 func (l *lanes) open(addrs []netip.Addr) *Lane {
 	lane := &Lane{all: l, addrs: addrs}

@@ -35,29 +35,41 @@ func (d *Device) Write(bufs [][]byte, offset int) (int, error) {
 
 func (d *Device) writeBatch(m *merger, bufs [][]byte, offset int) {
 	filter := d.filter.Load()
-	m.watch, m.mark = d.watch.Load(), d.opts.Forward
-	filtered, malformed := 0, 0
+	m.watch, m.forward, m.pieces, m.gate = d.watch.Load(), d.opts.Forward, d.pieces, d.gate.Load()
+	var became [fates]int
 	for _, buf := range bufs {
 		p := buf[offset:]
 		if len(p) == 0 {
 			continue
 		}
-		if filter != nil && !m.known(p, *filter) || d.opts.Forward && forgedError(p) {
-			filtered++
+		if filter != nil && !m.known(p, *filter) {
+			became[filtered]++
 			continue
 		}
-		if !m.add(p) {
-			malformed++
-		}
+		became[m.add(p)]++
 	}
 	d.counters.written.Add(uint64(len(bufs)))
 	d.counters.merged.Add(uint64(m.merged))
-	if filtered+malformed > 0 {
-		d.counters.filtered.Add(uint64(filtered))
-		d.counters.malformed.Add(uint64(malformed))
+	if became[taken] < len(bufs) {
+		d.counters.filtered.Add(uint64(became[filtered]))
+		d.counters.malformed.Add(uint64(became[malformed]))
+		d.counters.uncarried.Add(uint64(became[uncarried]))
+		d.counters.gated.Add(uint64(became[gated]))
 	}
 	m.deliver(&d.inbound)
 }
+
+// fate is what becomes of a packet in Write.
+type fate int
+
+const (
+	taken     fate = iota // by the stack, or by [pieces]
+	filtered              // its source is unknown, or it says what that cannot say
+	malformed             // it is no packet, or a damaged one
+	uncarried             // nobody forwards such packets, see [carried]
+	gated                 // over what its source may send to the gateway itself
+	fates
+)
 
 // merger makes large packets of a batch: contiguous TCP segments of a connection become one, copied once into one
 // buffer, which spares the stack most of its work per packet (generic receive offload). A merger serves one Write at a
@@ -69,8 +81,10 @@ type merger struct {
 	groups [batchSize]group
 	count  int
 
-	watch *Watch
-	mark  bool // what may be fragmented, see [MayBeFragmented]
+	watch   *Watch
+	forward bool
+	pieces  *pieces                         // where it forwards
+	gate    *func(src, dst netip.Addr) bool // where it forwards; may be nil
 
 	last  netip.Addr // the source that known was asked about last
 	keep  bool
@@ -116,56 +130,76 @@ func (m *merger) known(p []byte, filter func(netip.Addr) bool) bool {
 	return m.keep
 }
 
-// forgedError reports an ICMP error about a packet that was not sent to the error's own source. The stack would apply it
-// to whoever the quoted packet names: one session could end or throttle another's connections.
-func forgedError(p []byte) bool {
-	switch {
-	case p[0]>>4 == 4 && len(p) >= ipv4Len && p[9] == uint8(header.ICMPv4ProtocolNumber):
-		body := p[min(int(p[0]&0xf)*4, len(p)):]
-		if len(body) < header.ICMPv4MinimumSize+ipv4Len || !isError4(header.ICMPv4Type(body[0])) {
-			return false
-		}
-		quote := body[header.ICMPv4MinimumSize:]
-		return [4]byte(quote[16:20]) != [4]byte(p[12:16])
-	case p[0]>>4 == 6 && len(p) >= ipv6Len && p[6] == uint8(header.ICMPv6ProtocolNumber):
-		body := p[ipv6Len:]
-		if len(body) < header.ICMPv6MinimumSize+ipv6Len || body[0] >= uint8(header.ICMPv6EchoRequest) {
-			return false // below 128 are errors (RFC 4443, section 2.1)
-		}
-		quote := body[header.ICMPv6MinimumSize:]
-		return [16]byte(quote[24:40]) != [16]byte(p[8:24])
+// add takes a packet into the batch and says what becomes of it.
+func (m *merger) add(p []byte) fate {
+	p, ip, tcp, ok := parse(p)
+	if !ok {
+		return malformed
 	}
-	return false
+	if tcp {
+		return m.addTCP(p, ip)
+	}
+	if m.forward {
+		return m.addOther(p, ip)
+	}
+	m.push(p, ip, 0, false)
+	return taken
 }
 
-func isError4(t header.ICMPv4Type) bool {
-	switch t {
-	case header.ICMPv4DstUnreachable, header.ICMPv4SrcQuench, header.ICMPv4Redirect, header.ICMPv4TimeExceeded, header.ICMPv4ParamProblem:
+// addOther takes a packet of a session that is no plain TCP segment: it is put together first where it comes in fragments.
+func (m *merger) addOther(p []byte, ip int) fate {
+	tcp := false
+	switch f, is, ok := readFragment(p, ip); {
+	case !ok:
+		return malformed
+	case is:
+		if p = m.pieces.add(f); p == nil {
+			return taken
+		}
+		p, ip, tcp, _ = parse(p)
+	}
+	if what := m.admits(p, ip); what != taken {
+		return what
+	}
+	if tcp {
+		return m.addTCP(p, ip)
+	}
+	markFragmentable(p, ip)
+	m.push(p, ip, 0, false)
+	return taken
+}
+
+// admits holds a whole packet of a session against what a gateway takes.
+func (m *merger) admits(p []byte, ip int) fate {
+	switch {
+	case !carried(p, ip):
+		return uncarried
+	case forgedError(p):
+		return filtered
+	case upper(p) == uint8(header.UDPProtocolNumber) && len(p) >= ip+header.UDPMinimumSize && !m.passes(p, ip):
+		return gated
+	}
+	return taken
+}
+
+// passes asks the gate about a datagram, or a TCP connection's first segment.
+func (m *merger) passes(p []byte, ip int) bool {
+	if m.gate == nil {
 		return true
 	}
-	return false
+	src, dst := tuple(p, p[ip:])
+	return (*m.gate)(src.Addr(), dst.Addr())
 }
 
-// add takes a packet into the batch; false says that it is malformed.
-func (m *merger) add(p []byte) bool {
-	ip, tcp, ok := 0, false, false
+// parse checks a packet's header and cuts the packet to its length.
+func parse(p []byte) (packet []byte, ip int, tcp, ok bool) {
 	switch p[0] >> 4 {
 	case 4:
-		p, ip, tcp, ok = parseIPv4(p)
+		return parseIPv4(p)
 	case 6:
-		p, ip, tcp, ok = parseIPv6(p)
+		return parseIPv6(p)
 	}
-	if !ok {
-		return false
-	}
-	if !tcp {
-		if m.mark {
-			markFragmentable(p, ip)
-		}
-		m.push(p, ip, 0, false)
-		return true
-	}
-	return m.addTCP(p, ip)
+	return nil, 0, false, false
 }
 
 // parseIPv4 checks an IPv4 header (RFC 791) and cuts the packet to its length. tcp is only said of packets that can be
@@ -197,24 +231,29 @@ func parseIPv6(p []byte) (packet []byte, ip int, tcp, ok bool) {
 }
 
 // addTCP checks a segment and appends it to its connection's group where it continues it.
-func (m *merger) addTCP(p []byte, ip int) bool {
+func (m *merger) addTCP(p []byte, ip int) fate {
 	if len(p) < ip+tcpLen {
-		return false
+		return malformed
 	}
 	seg := p[ip:]
 	head := ip + int(seg[header.TCPDataOffset]>>4)*4
 	if head < ip+tcpLen || head > len(p) || !tcpChecksumValid(p, ip) {
-		return false
-	}
-	if m.watch != nil {
-		m.watch.asked(p, ip)
+		return malformed
 	}
 	flags := seg[header.TCPFlagsOffset]
+	if header.TCPFlags(flags)&(header.TCPFlagSyn|header.TCPFlagAck) == header.TCPFlagSyn {
+		if m.forward && !m.passes(p, ip) {
+			return gated
+		}
+		if m.watch != nil {
+			m.watch.asked(p, ip)
+		}
+	}
 	data := len(p) > head && flags&^tcpFinPsh == tcpAck
 	g := m.find(p, ip)
 	if data && g != nil && m.fits(g, p, head) {
 		m.append(g, p, head, flags)
-		return true
+		return taken
 	}
 	if g != nil {
 		g.open = false // the order within a connection stays
@@ -222,7 +261,7 @@ func (m *merger) addTCP(p []byte, ip int) bool {
 	g = m.push(p, ip, head, true)
 	g.open = data && flags&tcpFinPsh == 0
 	g.end = binary.BigEndian.Uint32(seg[4:]) + uint32(len(p)-head)
-	return true
+	return taken
 }
 
 // tcpChecksumValid verifies a segment's checksum with its pseudo-header (RFC 9293, section 3.1).

@@ -93,6 +93,8 @@ type Device struct {
 	inbound  [2]stack.NetworkEndpoint // IPv4, IPv6
 	mergers  sync.Pool                // of *merger
 	filter   atomic.Pointer[func(netip.Addr) bool]
+	gate     atomic.Pointer[func(src, dst netip.Addr) bool]
+	pieces   *pieces
 	watch    atomic.Pointer[Watch]
 	writing  sync.RWMutex // held shared by Write, so that Close can wait for those under way
 	counters counters
@@ -116,6 +118,7 @@ func New(opts Options) (*Device, error) {
 		stack:     newStack(opts),
 		events:    make(chan tun.Event, 1),
 		addresses: make(map[netip.Addr]struct{}),
+		pieces:    newPieces(),
 	}
 	d.link = newLink(opts.MTU, d.newOutbound())
 	d.mergers.New = func() any { return newMerger() }
@@ -219,6 +222,16 @@ func (d *Device) SetFilter(keep func(netip.Addr) bool) {
 	d.filter.Store(&keep)
 }
 
+// SetGate makes Write drop datagrams, and SYNs, for which pass is false, on a device that forwards. It is called like what [Device.SetFilter]
+// takes; nil lets all pass.
+func (d *Device) SetGate(pass func(src, dst netip.Addr) bool) {
+	if pass == nil {
+		d.gate.Store(nil)
+		return
+	}
+	d.gate.Store(&pass)
+}
+
 // SetAddresses replaces the stack's own addresses.
 func (d *Device) SetAddresses(addrs []netip.Addr) error {
 	if err := (&Options{Addresses: addrs}).Validate(); err != nil {
@@ -273,6 +286,7 @@ func (d *Device) Close() error {
 		d.writing.Lock() // no Write is inside any more, and the next sees closed
 		d.closed.Store(true)
 		d.writing.Unlock()
+		d.pieces.close()
 		d.link.acks.close()
 		d.link.out.close()
 		d.stack.Destroy()
@@ -307,6 +321,9 @@ type Stats struct {
 	Joined       uint64 // segments of the stack appended to the one before in Read
 	Malformed    uint64 // dropped in Write: no IP, a bad length or checksum
 	Filtered     uint64 // dropped in Write: the source is unknown
+	Fragments    uint64 // dropped in Write: pieces of packets that did not become whole
+	Uncarried    uint64 // dropped in Write: what a gateway does not forward
+	Gated        uint64 // dropped in Write: by the gate
 	Overflow     uint64 // dropped on the way out: the queue stayed full
 	Unread       uint64 // datagrams dropped in the stack: their flow does not keep up
 	Spared       uint64 // acknowledgements of the stack that a later packet made needless
@@ -316,7 +333,7 @@ type Stats struct {
 func (d *Device) Depth() int { return d.link.out.depth() }
 
 type counters struct {
-	read, written, merged, joined, malformed, filtered, overflow atomic.Uint64
+	read, written, merged, joined, malformed, filtered, uncarried, gated, overflow atomic.Uint64
 }
 
 // Stats reads the counters.
@@ -325,6 +342,7 @@ func (d *Device) Stats() Stats {
 	return Stats{
 		ReadPackets: c.read.Load(), WritePackets: c.written.Load(), Merged: c.merged.Load(), Joined: c.joined.Load(),
 		Malformed: c.malformed.Load(), Filtered: c.filtered.Load(), Overflow: c.overflow.Load(),
+		Fragments: d.pieces.dropped.Load(), Uncarried: c.uncarried.Load(), Gated: c.gated.Load(),
 		Unread: d.stack.Stats().UDP.ReceiveBufferErrors.Value(),
 		Spared: d.link.acks.spared.Load(),
 	}

@@ -25,11 +25,8 @@ func (d *Device) SetWatch(w *Watch) {
 
 // asked tells of a segment that is a SYN and no SYN-ACK. The headers have been checked.
 func (w *Watch) asked(p []byte, ip int) {
-	const mask = header.TCPFlagSyn | header.TCPFlagAck
-	if header.TCPFlags(p[ip+header.TCPFlagsOffset])&mask == header.TCPFlagSyn {
-		from, to := tuple(p, p[ip:])
-		w.Asked(from, to)
-	}
+	from, to := tuple(p, p[ip:])
+	w.Asked(from, to)
 }
 
 // answered tells of a packet of the stack that is a SYN-ACK.

@@ -49,6 +49,7 @@ const (
 	NoPath          Code = "no-path"          // no path to the gateway came up in time
 	NotUsable       Code = "not-usable"       // connected, but a wait-for target did not answer in time
 	AlreadyUp       Code = "already-up"       // a tunnel of this name runs already
+	Overlap         Code = "overlap"          // two networks of a job grant the same name or range
 	NotUp           Code = "not-up"           // no tunnel of this name runs
 	NeedsPrivilege  Code = "needs-privilege"  // the mode needs root or capabilities
 	Unsupported     Code = "unsupported"      // not on this platform
@@ -114,6 +115,7 @@ var table = map[Code]facts{
 	NoPath:          {http.StatusGatewayTimeout, ExitTimeout, true},
 	NotUsable:       {http.StatusGatewayTimeout, ExitTimeout, false},
 	AlreadyUp:       {http.StatusConflict, ExitFailed, false},
+	Overlap:         {http.StatusConflict, ExitFailed, false},
 	NotUp:           {http.StatusNotFound, ExitFailed, false},
 	NeedsPrivilege:  {http.StatusForbidden, ExitFailed, false},
 	Unsupported:     {http.StatusNotImplemented, ExitFailed, false},

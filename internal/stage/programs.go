@@ -84,10 +84,21 @@ func (s *Stage) WriteConfig(rules, sum string) error {
 %s
 state: {dir: %q}
 issuers: [{url: %s}]
-networks: {%s: {gateways: [{enrol_sha256: %s}]}}
+networks: {%s}
 %s
 rules:
-%s`, s.URL, s.listeners(), s.file("state"), s.Issuer.URL(), Network, sum, s.opts.Coordinator, rules))
+%s`, s.URL, s.listeners(), s.file("state"), s.Issuer.URL(), s.networks(sum), s.opts.Coordinator, rules))
+}
+
+// networks lists the networks as YAML; their gateways enrol with the secret of this sum.
+func (s *Stage) networks(sum string) string {
+	var list []string
+	for _, name := range []string{Network, s.opts.Other} {
+		if name != "" {
+			list = append(list, fmt.Sprintf("%s: {gateways: [{enrol_sha256: %s}]}", name, sum))
+		}
+	}
+	return strings.Join(list, ", ")
 }
 
 // listeners says where the coordinator listens, and to whom it sends clients and gateways for what it does not do itself.
@@ -247,7 +258,27 @@ func (s *Stage) StartGateway(ctx context.Context) error {
 	if err := poll(ctx, s.gateway.Done(), func() error { return s.tryJoin(ctx) }); err != nil {
 		return fmt.Errorf("wait for the gateway: %w\n%s", err, s.Logs())
 	}
+	if s.opts.Other == "" || s.other != nil {
+		return nil
+	}
+	var err error
+	if s.other, err = s.launchGateway("other", 0, "--network", s.opts.Other); err != nil {
+		return err
+	}
+	log := s.file("other.log")
+	if err := poll(ctx, s.other.Done(), func() error { return says(log, `"msg":"stream to the coordinator is up"`) }); err != nil {
+		return fmt.Errorf("wait for the other network's gateway: %w\n%s", err, s.Logs())
+	}
 	return nil
+}
+
+// says reports whether a log holds a text yet.
+func says(log, text string) error {
+	data, err := os.ReadFile(log)
+	if err == nil && !strings.Contains(string(data), text) {
+		err = fmt.Errorf("%s does not say %s", log, text)
+	}
+	return err
 }
 
 // LaunchGateway starts the gateway and does not wait.
@@ -267,10 +298,7 @@ func (s *Stage) SecondGateway() *lab.Process { return s.second }
 
 // metricsAt is where a gateway shows its metrics, on its own host.
 func metricsAt(log string) string {
-	if log == "second" {
-		return "127.0.0.1:9092"
-	}
-	return "127.0.0.1:9091"
+	return map[string]string{"gateway": "127.0.0.1:9091", "second": "127.0.0.1:9092", "other": "127.0.0.1:9093"}[log]
 }
 
 // GatewayMetric reads a series off the page of a gateway, of the second one if so asked; not on a flat stage or where the gateway is an image.

@@ -65,6 +65,8 @@ type Options struct {
 	NoUDP bool
 	// Relays run alone, each on a host of its own.
 	Relays []RelayOptions
+	// Other is the name of another network, if there is one: its gateway is on the first one's host, and is started with it.
+	Other string
 	// Rules gives the coordinator's rules as YAML, a list; the default grants the service's HTTP and echo ports to
 	// pushes to main of [Repository].
 	Rules func(*Stage) string
@@ -106,6 +108,7 @@ type Stage struct {
 	coordinator *lab.Process
 	gateway     *lab.Process
 	second      *lab.Process // nil unless a test starts it
+	other       *lab.Process // of Options.Other
 
 	mu      sync.Mutex
 	closers []func()
@@ -202,6 +205,9 @@ func (s *Stage) hosts(runner, gateway *lab.NAT) error {
 	}
 	return nil
 }
+
+// HasOther reports whether there is another network.
+func (s *Stage) HasOther() bool { return s.opts.Other != "" }
 
 // Start starts coordinator, relays and gateway and returns when the gateway takes sessions.
 func (s *Stage) Start(ctx context.Context) error {

@@ -162,7 +162,7 @@ listen: %s
 udp: off
 probe: off
 insecure_http: true
-trusted_proxies: [127.0.0.0/8, 198.51.100.0/24, 203.0.113.0/24]
+trusted_proxies: [127.0.0.1/32, 198.51.100.0/24, 203.0.113.0/24]
 limits: {owner: 100000, repository: 100000, total: 100000}
 issuers: [{url: %q}]
 networks: {load: {sessions: 10.64.0.0/12, gateways: [{issuer: %q, subject: culvert-load}]}}

@@ -1,0 +1,15 @@
+//go:build !linux
+
+package forward
+
+import (
+	"context"
+	"net"
+	"net/netip"
+)
+
+// dialTCP opens a connection to an address, before ctx ends.
+func dialTCP(ctx context.Context, to netip.AddrPort) (net.Conn, error) {
+	d := net.Dialer{KeepAlive: -1} // see [relay.rest]
+	return d.DialContext(ctx, "tcp", to.String())
+}
