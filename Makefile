@@ -78,9 +78,10 @@ images: tools-test build
 	@$(call want,podman-compose,podman-compose netavark aardvark-dns)
 	CULVERT_E2E_BIN=$(CURDIR)/bin CULVERT_E2E_GATEWAY=image $(GO) test -count=1 -timeout 20m -run '$(IMAGE_TESTS)' -v ./internal/e2e
 
-# Workflows under act, twenty jobs at once, and what the action costs beyond `culvert up`.
+# Workflows under act, twenty jobs at once, containers of a job with Docker itself, and what the action costs beyond `culvert up`.
 act: tools-test build
-	CULVERT_E2E_BIN=$(CURDIR)/bin CULVERT_E2E_ACT=all $(GO) test -count=1 -timeout 10m -run '^TestWorkflows' \
+	@$(unpack-docker)
+	CULVERT_E2E_BIN=$(CURDIR)/bin CULVERT_E2E_ACT=all $(GO) test -count=1 -timeout 10m -run '^Test(Workflow|DockerOfAJob)' \
 		-bench '^BenchmarkAction' -benchtime 1x -v ./internal/e2e
 
 # Every kind of network against every other, 81 pairs on links with delay: about 10 minutes. Writes the tables of docs/paths.md.
@@ -89,9 +90,9 @@ matrix: tools-test build
 	CULVERT_E2E_BIN=$(CURDIR)/bin CULVERT_E2E_MATRIX=$(CURDIR)/bin/matrix.json \
 		$(GO) test -count=1 -timeout 60m -run '^TestMatrix' -v ./internal/e2e
 
-# Three coordinators on a cluster of three nats-servers, each in a namespace of its own; they are killed, frozen and cut off, one after the other: six minutes.
+# Three coordinators on a cluster of three nats-servers, each in a namespace of its own; they are killed, frozen and cut off, one after the other: a quarter of an hour.
 cluster: build
-	CULVERT_E2E_BIN=$(CURDIR)/bin CULVERT_E2E_CLUSTER=1 $(GO) test -count=1 -timeout 15m -run '^TestCluster' -v ./internal/e2e/scale
+	CULVERT_E2E_BIN=$(CURDIR)/bin CULVERT_E2E_CLUSTER=1 $(GO) test -count=1 -timeout 45m -run '^TestCluster' -v ./internal/e2e/scale
 	CULVERT_E2E_CLUSTER=1 $(GO) test -count=1 -timeout 5m -run '^TestElections$$' ./coordinator/state
 
 # The last release's programs with these, in every mixture, and an upgrade while a job runs: three minutes. LAST names any commit in place of
@@ -239,6 +240,17 @@ unpack-resolved = if [ ! -e /lib/systemd/systemd-resolved ] && [ ! -e $(RESOLVED
 		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends libsystemd-shared && \
 			cd bin/tools && apt-get download -qq systemd-resolved && dpkg-deb -x systemd-resolved_*.deb resolved; } >/dev/null 2>&1 \
 			|| echo "could not unpack systemd-resolved"; \
+	fi
+
+# Docker is unpacked and not installed, so that no daemon of it is started but the test's own.
+DOCKER := bin/tools/docker/usr/bin/docker
+export CULVERT_TEST_DOCKER = $(CURDIR)/$(DOCKER)
+unpack-docker = if [ ! -e $(DOCKER) ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "unpacking Docker"; mkdir -p bin/tools/docker; \
+		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends iptables libdevmapper1.02.1 runc && \
+			cd bin/tools && apt-get download -qq docker.io containerd tini && \
+			for d in docker.io_*.deb containerd_*.deb tini_*.deb; do dpkg-deb -x "$$d" docker && rm "$$d"; done; } >/dev/null 2>&1 \
+			|| echo "could not unpack Docker"; \
 	fi
 
 # A kernel is unpacked and not installed: the machine keeps its own.

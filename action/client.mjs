@@ -71,6 +71,12 @@ function sources(version) {
   return folders.filter((f) => /^https?:\/\//.test(f)).map((f) => `${f.replace(/\/+$/, '')}/culvert-${platform()}.gz`)
 }
 
+// shown is a URL without what may be secret in it: user, password and query.
+function shown(url) {
+  const { origin, pathname } = new URL(url)
+  return origin + pathname
+}
+
 // download asks every source in turn before it asks one again, so that one which is blocked costs one time limit.
 async function download(urls, sha256) {
   const faults = new Map()
@@ -84,13 +90,13 @@ async function download(urls, sha256) {
         say(`culvert: client from ${new URL(url).host}`)
         return binary
       } catch (err) {
-        debug(`${url}, attempt ${attempt}: ${err.message}`)
+        debug(`${shown(url)}, attempt ${attempt}: ${err.message}`)
         faults.set(url, err.message)
         if (err.permanent) hopeless.add(url)
       }
     }
   }
-  const tried = [...faults].map(([url, fault]) => `from ${url}: ${fault}`).join('\n')
+  const tried = [...faults].map(([url, fault]) => `from ${shown(url)}: ${fault}`).join('\n')
   throw new Error(`the client cannot be had\n${tried}\nallow one of these hosts, give the input mirror, or bring the client along as the input binary`)
 }
 

@@ -4,7 +4,7 @@ import { spawn, spawnSync } from 'node:child_process'
 import { createHash } from 'node:crypto'
 import { fileURLToPath } from 'node:url'
 import { client } from './client.mjs'
-import { endGroup, error, exportEnv, flag, group, input, list, output, saveState, say, warning } from './runner.mjs'
+import { endGroup, error, exportEnv, flag, group, input, list, mask, output, saveState, say, warning } from './runner.mjs'
 
 // What the client may read besides its own variables. Under sudo only these are passed on: a job's other secrets stay where they are.
 const passed = ['ACTIONS_ID_TOKEN_REQUEST_URL', 'ACTIONS_ID_TOKEN_REQUEST_TOKEN', 'ACTIONS_RUNTIME_URL', 'ACTIONS_RESULTS_URL', 'ACTIONS_CACHE_URL',
@@ -55,7 +55,16 @@ export function elevation(env) {
   return ['sudo', '-n', `--preserve-env=${names.join(',')}`]
 }
 
+// The only secrets that reach the action as text are passwords in URLs. Nothing here prints them; masked, nothing else does either.
+export function maskPasswords(env = process.env) {
+  for (const text of [input('mirror'), ...passed.filter((name) => /_PROXY$/i.test(name)).map((name) => env[name])]) {
+    const password = URL.canParse(text ?? '') && new URL(text).password
+    for (const form of new Set(password ? [password, decodeURIComponent(password)] : [])) mask(form)
+  }
+}
+
 async function main() {
+  maskPasswords()
   if (!input('coordinator')) throw new Error('the input coordinator is missing; write with: {coordinator: https://…}')
   const program = await client()
   const env = { ...process.env, ...settings() }

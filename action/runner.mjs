@@ -37,4 +37,5 @@ export const group = (title) => process.stdout.write(`::group::${escape(title)}$
 export const endGroup = () => process.stdout.write(`::endgroup::${EOL}`)
 export const error = (text) => process.stdout.write(`::error title=culvert::${escape(text)}${EOL}`)
 export const warning = (text) => process.stdout.write(`::warning title=culvert::${escape(text)}${EOL}`)
+export const mask = (text) => text && process.stdout.write(`::add-mask::${escape(text)}${EOL}`)
 export const debug = (text) => process.stdout.write(`::debug::${escape(text)}${EOL}`)

@@ -2,11 +2,38 @@ package main
 
 import (
 	"context"
+	"os"
 	"runtime/debug"
 	"testing"
 	"testing/synctest"
 	"time"
 )
+
+// Whose interface it is: the user's who runs the runner, and everybody's where the machine is one job's or it is asked for.
+func TestWhoseInterface(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root, as whom sudo runs programs")
+	}
+	for _, c := range []struct {
+		sudo, environment string
+		shared            bool
+		want              int
+	}{
+		{"3001", "self-hosted", false, 3001},
+		{"3001", "", false, 3001},
+		{"3001", "github-hosted", false, 0},
+		{"3001", "self-hosted", true, 0},
+		{"", "self-hosted", false, 0},
+		{"0", "self-hosted", false, 0},
+		{"x", "self-hosted", false, 0},
+	} {
+		t.Setenv("SUDO_UID", c.sudo)
+		env := environment{getenv: func(string) string { return c.environment }}
+		if got := (&upCommand{Shared: c.shared}).user(env); got != c.want {
+			t.Errorf("%+v: user %d", c, got)
+		}
+	}
+}
 
 // A join collects next to no garbage, a tunnel that is up collects early, and GOGC has the last word.
 func TestGarbageIsCollectedOnceTheTunnelIsUp(t *testing.T) {

@@ -48,6 +48,37 @@ test('proxy variables stay out of later steps unless asked for', async (t) => {
   assert.deepEqual(pairs(r.read('env')), { CULVERT_NAME: 'culvert' })
 })
 
+test('a password in a URL is masked and printed nowhere', async (t) => {
+  const r = runner(t)
+  r.release('1.2.3', sha256('x'))
+  const { code, out } = await r.run('main', { coordinator, mirror: 'http://bot:s3cr%2Ft@127.0.0.1:9/releases?key=hidden' }, { RUNNER_DEBUG: '1', https_proxy: 'http://u:hunter2@127.0.0.1:9' })
+  assert.equal(code, 1)
+  const [masks, rest] = [out.split('\n').filter((l) => l.startsWith('::add-mask::')), out.split('\n').filter((l) => !l.startsWith('::add-mask::')).join('\n')]
+  assert.deepEqual(masks, ['::add-mask::s3cr%252Ft', '::add-mask::s3cr/t', '::add-mask::hunter2'])
+  assert.match(rest, /from http:\/\/127\.0\.0\.1:9\/releases/)
+  assert.doesNotMatch(rest, /s3cr|hunter2|hidden/)
+})
+
+test('steps that join several networks leave all their names to later ones, and say what stays with the runner', async (t) => {
+  const r = runner(t)
+  const { out } = await r.run('main', { ...withBinary(r, { up: { out: { ...ready, left_out: ['172.17.0.0/16 to docker0'] } } }), network: 'lab' }, { CULVERT_NAME: 'corp' })
+  assert.equal(pairs(r.read('env')).CULVERT_NAME, 'corp,lab')
+  assert.equal(calls(r)[0].env.CULVERT_NAME, 'lab')
+  assert.match(out, /^::warning title=culvert::172\.17\.0\.0\/16 to docker0 on this runner/m)
+})
+
+test('the jobs of one runner can tell what an earlier one has left', async (t) => {
+  const jobs = []
+  for (const more of [{ RUNNER_NAME: 'one', RUNNER_TRACKING_ID: 'a' }, { RUNNER_NAME: 'one', RUNNER_TRACKING_ID: 'b' }, { RUNNER_NAME: 'two', RUNNER_TRACKING_ID: 'c' }]) {
+    const r = runner(t)
+    await r.run('main', withBinary(r, { up: { out: ready } }), { RUNNER_ENVIRONMENT: 'self-hosted', RUNNER_TEMP: '/tmp', ...more })
+    jobs.push(calls(r)[0].env.CULVERT_JOB.split('/'))
+  }
+  assert.equal(jobs[0][0], jobs[1][0])
+  assert.notEqual(jobs[0][1], jobs[1][1])
+  assert.notEqual(jobs[1][0], jobs[2][0])
+})
+
 test('a failed up fails the step with the client\'s own exit code', async (t) => {
   const r = runner(t)
   const { code } = await r.run('main', withBinary(r, { up: { out: { code: 'denied', detail: 'no' }, code: 3 } }))

@@ -2,74 +2,55 @@ package agent
 
 import (
 	"net/netip"
+	"slices"
 	"testing"
-	"time"
 
 	"github.com/culvertnet/culvert/client/control"
-	granted "github.com/culvertnet/culvert/client/names"
-	"github.com/culvertnet/culvert/internal/problem"
 )
 
-// beside makes the agent of a job that has the tunnels of others beside its own.
-func beside(job string, claims ...control.Claim) *Agent {
-	a := &Agent{opts: Options{Name: "own", Job: job}, direct: newOutside(), granted: granted.NewResolver(nil)}
-	a.others.claims, a.others.asked = claims, time.Now().Add(time.Hour) // not to be asked again
-	return a
+func claim(names []string, routes ...string) control.Claim {
+	c := control.Claim{Names: names}
+	for _, r := range routes {
+		c.Routes = append(c.Routes, netip.MustParsePrefix(r))
+	}
+	return c
 }
 
-// A proxy leads to the job's other networks, and to nobody else's: runners of one machine may run as one user.
-func TestProxiesLeadToNetworksOfTheSameJob(t *testing.T) {
-	proxy := func(port uint16) netip.AddrPort { return netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), port) }
-	claim := func(job string, port uint16, names ...string) control.Claim {
-		return control.Claim{Name: "other", Job: job, Proxy: proxy(port), Names: names, Routes: []netip.Prefix{netip.MustParsePrefix("10.9.0.0/16")}}
-	}
-	for name, c := range map[string]struct {
-		other control.Claim
-		host  string
-		want  netip.AddrPort
+// What two networks both grant is told once, whichever of the two is asked; what lies in something wider is no clash, but for names, where
+// programs cannot mean the narrower one.
+func TestInBoth(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		a, b   control.Claim
+		both   []string
+		nested []string
 	}{
-		"name of the same job":        {claim("r1/j1", 1000, "db.internal"), "db.internal", proxy(1000)},
-		"address of the same job":     {claim("r1/j1", 1000), "10.9.0.4", proxy(1000)},
-		"name that nobody has":        {claim("r1/j1", 1000, "db.internal"), "db.example", netip.AddrPort{}},
-		"job of another runner":       {claim("r2/j2", 1000, "db.internal"), "db.internal", netip.AddrPort{}},
-		"former job of the runner":    {claim("r1/j0", 1000, "db.internal"), "10.9.0.4", netip.AddrPort{}},
-		"tunnel of no job":            {claim("", 1000, "db.internal"), "db.internal", netip.AddrPort{}},
-		"interface instead of proxy":  {control.Claim{Name: "other", Job: "r1/j1", Interface: "culvert1", Names: []string{"db.internal"}}, "db.internal", netip.AddrPort{}},
-		"proxy that is not this host": {control.Claim{Name: "other", Job: "r1/j1", Proxy: netip.MustParseAddrPort("192.0.2.1:80"), Names: []string{"db.internal"}}, "db.internal", netip.AddrPort{}},
+		{"nothing", claim([]string{"db.corp"}, "10.1.0.0/16"), claim([]string{"db.lab"}, "10.2.0.0/16"), nil, nil},
+		{"a range", claim(nil, "10.1.0.0/16", "10.3.0.0/16"), claim(nil, "10.3.0.0/16"), []string{"10.3.0.0/16"}, []string{"10.3.0.0/16"}},
+		{"a narrower range", claim(nil, "10.0.0.0/8"), claim(nil, "10.2.0.0/16"), nil, []string{"10.2.0.0/16"}},
+		{"a name", claim([]string{"db.corp", "x.corp"}), claim([]string{"db.corp"}), []string{"db.corp"}, nil},
+		{"a name below a wildcard", claim([]string{"*.corp"}), claim([]string{"db.corp"}), []string{"db.corp"}, nil},
+		{"a wildcard below a wildcard", claim([]string{"*.corp"}), claim([]string{"*.svc.corp"}), []string{"*.svc.corp"}, nil},
+		{"no wildcard below another", claim([]string{"*.svc.corp"}), claim([]string{"*.xsvc.corp", "svc.corp"}), nil, nil},
 	} {
-		a := beside("r1/j1", c.other)
-		if got, ok := a.elsewhere(t.Context(), c.host); got != c.want || ok != c.want.IsValid() {
-			t.Errorf("%s: %v, %t; want %v", name, got, ok, c.want)
+		for _, pair := range [][2]control.Claim{{c.a, c.b}, {c.b, c.a}} {
+			if got := inBoth(pair[0], pair[1]); !slices.Equal(got, c.both) {
+				t.Errorf("%s: both grant %q, want %q", c.name, got, c.both)
+			}
+			if got := texts(nested(pair[0].Routes, pair[1].Routes)); !slices.Equal(got, c.nested) {
+				t.Errorf("%s: narrower %q, want %q", c.name, got, c.nested)
+			}
 		}
 	}
 }
 
-// What two networks both grant is refused in so many words; what is narrower in one of them is not.
-func TestNetworksThatGrantTheSameAreRefused(t *testing.T) {
-	claim := func(routes []string, names ...string) control.Claim {
-		c := control.Claim{Name: "one", Names: names}
-		for _, r := range routes {
-			c.Routes = append(c.Routes, netip.MustParsePrefix(r))
-		}
-		return c
+// A service has one address of each family, and the second ends in the first.
+func TestMirrors(t *testing.T) {
+	services := []netip.Prefix{netip.MustParsePrefix("198.19.0.0/16"), netip.MustParsePrefix("fd63:756c:7665:7274::c613:0/112")}
+	if got := texts(mirrors(netip.MustParseAddr("198.19.7.9"), services)); !slices.Equal(got, []string{"fd63:756c:7665:7274::c613:709"}) {
+		t.Errorf("got %v", got)
 	}
-	for name, c := range map[string]struct {
-		a, b control.Claim
-		both int
-	}{
-		"nothing in common":      {claim([]string{"10.1.0.0/16"}, "db.internal"), claim([]string{"10.2.0.0/16"}, "db.example"), 0},
-		"narrower":               {claim([]string{"10.1.0.0/16"}), claim([]string{"10.1.2.0/24"}), 0},
-		"the same prefix":        {claim([]string{"10.1.0.0/16"}), claim([]string{"10.1.0.0/16"}), 1},
-		"the same name":          {claim(nil, "db.internal"), claim(nil, "db.internal"), 1},
-		"name under a wildcard":  {claim(nil, "a.svc.corp"), claim(nil, "*.svc.corp"), 1},
-		"wildcard below another": {claim(nil, "*.a.svc.corp"), claim(nil, "*.svc.corp"), 1},
-		"the wildcard's own end": {claim(nil, "svc.corp"), claim(nil, "*.svc.corp"), 0},
-	} {
-		if ab, ba := len(inBoth(c.a, c.b)), len(inBoth(c.b, c.a)); ab != c.both || ba != c.both {
-			t.Errorf("%s: %d and %d in common, want %d", name, ab, ba, c.both)
-		}
-	}
-	if err := beside("").clash(t.Context()); err != nil {
-		t.Errorf("a tunnel without an interface: %s: %v", problem.CodeOf(err), err)
+	if got := mirrors(netip.MustParseAddr("198.18.7.9"), services); len(got) > 0 {
+		t.Errorf("an address of no service has %v", got)
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
+	"net/netip"
 	"os"
 	"os/exec"
 	"strings"
@@ -103,6 +104,35 @@ func client(t *testing.T, name string) *Client {
 }
 
 func unique(*testing.T) string { return fmt.Sprintf("t%d-%d", os.Getpid(), time.Now().UnixNano()%1e9) }
+
+// Tunnels of this user are found by their sockets, and say what they have; the one that asks is not among them.
+func TestTunnelsFindEachOther(t *testing.T) {
+	own, other := unique(t), unique(t)+"b"
+	serve(t, own)
+	serve(t, other)
+	var found []Claim
+	for _, c := range Tunnels(t.Context(), own) {
+		if c.Name == own || c.Name == other { // others may run on this machine
+			found = append(found, c)
+		}
+	}
+	if len(found) != 1 || found[0].Name != other || found[0].Network != "corp" || found[0].Job != "r/1" {
+		t.Errorf("found %+v", found)
+	}
+}
+
+// What a tunnel covers: addresses in its ranges, names as they are and below wildcards, however they are written.
+func TestClaimCovers(t *testing.T) {
+	c := Claim{Routes: []netip.Prefix{netip.MustParsePrefix("10.1.0.0/16")}, Names: []string{"db.internal", "*.svc.corp"}}
+	for host, want := range map[string]bool{
+		"10.1.2.3": true, "::ffff:10.1.2.3": true, "10.2.0.1": false, "db.internal": true, "DB.Internal.": true, "x.db.internal": false,
+		"a.svc.corp": true, "a.b.svc.corp": true, "svc.corp": false, ".svc.corp": false, "xsvc.corp": false, "": false,
+	} {
+		if got := c.Covers(host); got != want {
+			t.Errorf("%q: %v", host, got)
+		}
+	}
+}
 
 func TestCalls(t *testing.T) {
 	name := unique(t)

@@ -34,7 +34,7 @@ func TestReadGathers(t *testing.T) {
 		_, err := c.Write(data)
 		check(t, err)
 	}
-	for range 3 * gatherMost {
+	for range 2 * gatherMost {
 		send(1)
 	}
 	raw, err := c.(*net.UDPConn).SyscallConn()

@@ -94,6 +94,46 @@ func TestClientIP(t *testing.T) {
 	}
 }
 
+// TestWhoLosesTheConnection: whoever asks too much does, but not a trusted proxy, on whose connection others ask as well; and nobody's
+// address but the one that asked pays.
+func TestWhoLosesTheConnection(t *testing.T) {
+	a := bare(netip.MustParsePrefix("10.0.0.0/8"))
+	h := a.clientIP()(a.limited(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {})))
+	ask := func(remote, xff, body string, size int64) (int, string) {
+		r := httptest.NewRequest(http.MethodPost, wire.PathSessions, strings.NewReader(body))
+		r.RemoteAddr, r.ContentLength = remote, size
+		if xff != "" {
+			r.Header.Set("X-Forwarded-For", xff)
+		}
+		w := httptest.NewRecorder()
+		h.ServeHTTP(w, r)
+		resp := w.Result()
+		if p := problem.Read(resp); w.Code != http.StatusOK && (p.Code != problem.RateLimited || p.Next == "" ||
+			resp.Header.Get("Content-Type") != problem.MediaType || resp.Header.Get("Retry-After") == "") {
+			t.Errorf("%v, headers %v", p, resp.Header)
+		}
+		return w.Code, resp.Header.Get("Connection")
+	}
+	for _, c := range []struct {
+		name, remote, xff string
+		size              int64
+		want              int
+		connection        string
+	}{
+		{"the first", "10.1.1.1:9", "198.51.100.1", 2, http.StatusOK, ""},
+		{"through the proxy", "10.1.1.1:9", "198.51.100.1", 2, http.StatusTooManyRequests, ""},
+		{"another through the proxy", "10.1.1.1:9", "198.51.100.2", 2, http.StatusOK, ""},
+		{"through the proxy, without an end", "10.1.1.1:9", "198.51.100.1", -1, http.StatusTooManyRequests, "close"},
+		{"through the proxy, too large", "10.1.1.1:9", "198.51.100.1", wire.MaxBody + 1, http.StatusTooManyRequests, "close"},
+		{"the same without the proxy", "198.51.100.1:9", "", 2, http.StatusTooManyRequests, "close"},
+		{"one that calls itself behind a proxy", "198.51.100.1:9", "10.1.1.1", 2, http.StatusTooManyRequests, "close"},
+	} {
+		if code, connection := ask(c.remote, c.xff, "{}", c.size); code != c.want || connection != c.connection {
+			t.Errorf("%s: %d, Connection %q", c.name, code, connection)
+		}
+	}
+}
+
 func TestPanicsAreProblems(t *testing.T) {
 	a := bare()
 	w := httptest.NewRecorder()

@@ -1,10 +1,12 @@
 package api
 
 import (
+	"encoding/json"
 	"fmt"
 	"net/http"
 	"net/netip"
 	"runtime/debug"
+	"slices"
 	"strings"
 
 	"github.com/go-chi/chi/v5"
@@ -12,6 +14,7 @@ import (
 
 	"github.com/culvertnet/culvert/coordinator/limit"
 	"github.com/culvertnet/culvert/internal/problem"
+	"github.com/culvertnet/culvert/internal/wire"
 )
 
 // recovered turns a panic into a problem and a log line with its stack.
@@ -60,26 +63,66 @@ func (a *API) clientIP() func(http.Handler) http.Handler {
 }
 
 // limited bounds what one address may ask, before any work is done for it: its requests, and its credentials that were not
-// believed. Whoever asks too much loses the connection, so that asking again costs a new one.
+// believed. Whoever asks too much loses the connection, so that asking again costs a new one; a trusted proxy keeps it, because it may carry
+// what others ask.
 func (a *API) limited(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		addr := middleware.GetClientIPAddr(r.Context())
-		what := ""
+		no := &overRate
 		switch source := limit.Source(addr); {
 		case !a.limits.Allow(source):
-			what = "too many requests from this address"
 		case a.failures.Empty(source):
-			what = "too many credentials from this address that were not believed"
+			no = &overFailures
 		default:
 			next.ServeHTTP(w, r)
 			return
 		}
-		a.warned.Do(func() { a.log.Warn("rate limited", "addr", addr.String(), "path", clip(r.URL.Path, 64), "err", what) })
-		err := problem.New(problem.RateLimited, what, "wait a few seconds and try again")
-		a.opts.Audit.Refused(err, addr)
-		w.Header().Set("Connection", "close")
-		a.fail(w, err)
+		a.warned.Do(func() {
+			a.log.Warn("rate limited", "addr", addr.String(), "path", clip(r.URL.Path, 64), "err", no.err.Message)
+		})
+		a.opts.Audit.Refused(no.err, addr)
+		if !a.proxied(r) || r.ContentLength < 0 || r.ContentLength > wire.MaxBody { // else net/http reads the body, to keep the connection
+			w.Header().Set("Connection", "close")
+		}
+		no.write(w)
 	})
+}
+
+// stock is a refusal that is sent so often that it is encoded once.
+type stock struct {
+	err  *problem.Error
+	body []byte
+}
+
+var (
+	overRate     = newStock("too many requests from this address")
+	overFailures = newStock("too many credentials from this address that were not believed")
+)
+
+func newStock(what string) stock {
+	err := problem.New(problem.RateLimited, what, "wait a few seconds and try again")
+	body, _ := json.Marshal(err) // strings alone: it always encodes
+	return stock{err, append(body, '\n')}
+}
+
+func (f *stock) write(w http.ResponseWriter) {
+	w.Header().Set("Content-Type", problem.MediaType)
+	w.Header().Set("Retry-After", retryAfter)
+	w.WriteHeader(http.StatusTooManyRequests)
+	_, _ = w.Write(f.body) // whoever asked has gone
+}
+
+// retryAfter is what those who are to come again are told, in seconds.
+const retryAfter = "2"
+
+// proxied reports whether a request came by a trusted proxy.
+func (a *API) proxied(r *http.Request) bool {
+	if len(a.opts.TrustedProxies) == 0 {
+		return false
+	}
+	peer, err := netip.ParseAddrPort(r.RemoteAddr)
+	addr := peer.Addr().Unmap()
+	return err == nil && slices.ContainsFunc(a.opts.TrustedProxies, func(p netip.Prefix) bool { return p.Contains(addr) })
 }
 
 // disbelieved counts a credential that proved nothing against its address.
@@ -99,7 +142,7 @@ func (a *API) fail(w http.ResponseWriter, err error) {
 	}
 	switch p.Code.Status() {
 	case http.StatusTooManyRequests, http.StatusServiceUnavailable:
-		w.Header().Set("Retry-After", "2")
+		w.Header().Set("Retry-After", retryAfter)
 	case http.StatusUnauthorized:
 		w.Header().Set("WWW-Authenticate", "Bearer") // RFC 9110, section 15.5.2
 	}

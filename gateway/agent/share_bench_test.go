@@ -41,10 +41,13 @@ func share(b *testing.B, kind byte, sessions, greedy int) {
 	crowd := gather(b)
 	w := newWorld(b, func(o *Options) {
 		o.PolicyFile = writeFile(b, strings.NewReplacer("OWNER", ownerID, "SERVICE", crowd.service.String()).Replace(
-			"rules:\n  - {name: own, match: {repository_owner_id: OWNER}, allow: [\"tcp SERVICE\"]}\n"))
+			"rules:\n  - {name: own, match: {repository_owner_id: OWNER}, allow: [\"tcp SERVICE\", \"tcp 10.20.0.5:5432\"]}\n"))
 	})
 	w.coord.hello()
-	grants := []wire.Grant{{Rule: "deploy", Allow: "tcp " + crowd.service.String()}}
+	grants := []wire.Grant{
+		{Rule: "deploy", Allow: "tcp " + crowd.service.String()},
+		{Rule: "deploy", Allow: "tcp 10.20.0.5:5432"}, // a session of loopback alone is refused: no route leads there
+	}
 	for i := range sessions {
 		crowd.join(w, i, grants)
 	}

@@ -123,6 +123,7 @@ func (fl *flow) idleSince(now time.Time) time.Duration {
 // carry counts bytes towards the target (up) or the job.
 func (fl *flow) carry(up, down int) {
 	fl.touch()
+	fl.s.f.pace.carried.Add(int64(up + down))
 	if up > 0 {
 		fl.up.Add(uint64(up))
 		fl.s.counts.up.Add(uint64(up))

@@ -89,6 +89,7 @@ type Forwarder struct {
 	flows    atomic.Int64  // open in all
 	busy     atomic.Int64  // sessions with an open flow
 	hungry   census        // sessions that want to send faster
+	pace     pace          // of all flows
 	numbers  atomic.Uint64 // of flows
 
 	ctx    context.Context

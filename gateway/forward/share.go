@@ -2,6 +2,7 @@ package forward
 
 import (
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -12,6 +13,10 @@ const (
 	shareBytes = 32 << 20
 	// leastShare is a session's part however many there are: half a batch of packets.
 	leastShare = 32 << 10
+	// fullShare is what a session's part need not exceed so that its packets go in full batches, one on the way and one that is gathered. It
+	// has so much where all sessions together carry as much within shareTime, which is how long each waits for all others then.
+	fullShare = 128 << 10
+	shareTime = 300 * time.Millisecond
 	// sharePeriod is for how long who has wanted more is counted.
 	sharePeriod = 500 * time.Millisecond
 )
@@ -42,27 +47,56 @@ func (c *census) note(seen *int64, now time.Time) int {
 	return max(c.count, c.last, 1)
 }
 
-// part is a flow's equal part of its session's equal part, and how many sessions have one at the moment.
-func (fl *flow) part() (bytes int64, sessions int) {
+// pace measures how much all flows together carry. The zero value is ready.
+type pace struct {
+	carried atomic.Int64 // bytes
+
+	mu   sync.Mutex
+	at   time.Time // of the last look …
+	from int64     // … and what had been carried then
+	rate int64     // bytes a second
+}
+
+// note gives how much is carried within shareTime at the moment.
+func (p *pace) note(now time.Time) (bytes int64) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if d := now.Sub(p.at); d >= sharePeriod {
+		n := p.carried.Load()
+		if !p.at.IsZero() {
+			p.rate = (p.rate + int64(float64(n-p.from)/d.Seconds())) / 2 // so that a short pause changes little
+		}
+		p.at, p.from = now, n
+	}
+	return int64(float64(p.rate) * shareTime.Seconds())
+}
+
+// part is a flow's equal part of its session's equal part, for sending and for reading, and how many sessions have one at the moment. budget
+// is what those of all sessions come to.
+func (fl *flow) part() (send, read, budget int64, sessions int) {
 	s, now := fl.s, time.Now()
 	sessions = s.f.hungry.note(&s.hungry, now)
 	flows := s.hungryFlows.note(&fl.hungry, now)
-	return max(max(shareBytes/int64(sessions), leastShare)/int64(flows), smallFloor), sessions
+	n := int64(sessions)
+	batch := min(s.f.pace.note(now)/n, fullShare)
+	send = max(shareBytes/n, batch, leastShare)
+	read = send
+	if sessions > 1 {
+		read = max(shareBytes/2/n, batch, leastShare/2)
+	}
+	return max(send/int64(flows), smallFloor), max(read/int64(flows), smallFloor), max(shareBytes, batch*n), sessions
 }
 
 // share is how large the send buffer of a flow may be that has just filled it. full says that it should not grow even so far at the
 // moment: others have to give back first, or enough waits for its turn already.
 func (fl *flow) share() (bytes int64, full bool) {
-	bytes, sessions := fl.part()
-	return bytes, fl.s.crowded() || sessions > 1 && fl.s.f.purse.lent.Load() >= shareBytes
+	bytes, _, budget, sessions := fl.part()
+	return bytes, fl.s.crowded() || sessions > 1 && fl.s.f.purse.lent.Load() >= budget
 }
 
 // readShare is how large the receive buffer of a flow may be that reads much. The stack promises the job half of it, so several sessions
-// together have 8 MiB on their way to the gateway, which its socket can hold.
+// together have 8 MiB on their way to the gateway, which its socket can hold, or a batch each, most of which waits for its turn.
 func (fl *flow) readShare() int64 {
-	bytes, sessions := fl.part()
-	if sessions > 1 {
-		bytes = max(bytes/2, smallFloor)
-	}
+	_, bytes, _, _ := fl.part()
 	return bytes
 }

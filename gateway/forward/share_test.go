@@ -65,3 +65,49 @@ func testShare(t *testing.T) {
 		t.Error("nothing is full where all is lent")
 	}
 }
+
+// TestShareGrowsWithPace: where the gateway carries much, each of many sessions may have a batch on its way, and no more than that; what is
+// shared between a few is what it is.
+func TestShareGrowsWithPace(t *testing.T) { synctest.Test(t, testShareGrowsWithPace) }
+
+func testShareGrowsWithPace(t *testing.T) {
+	for _, c := range []struct {
+		name           string
+		sessions       int
+		rate           int64 // bytes a second
+		send, read     int64
+		lent           int64
+		full, fullMore bool // with so much lent, and with a full part more for each
+	}{
+		{"slow", 1000, 20e6, shareBytes / 1000, shareBytes / 2000, shareBytes - 1, false, true},
+		{"middling", 1000, 250e6, 75e3, 75e3, 74e6, false, true},
+		{"fast", 1000, 2500e6, fullShare, fullShare, 1000*fullShare - 1, false, true},
+		{"few", 16, 250e6, shareBytes / 16, shareBytes / 32, shareBytes - 1, false, true},
+		{"alone", 1, 250e6, shareBytes, shareBytes, 100 << 30, false, false},
+	} {
+		f := &Forwarder{}
+		f.pace.note(time.Now())
+		for range 40 {
+			time.Sleep(sharePeriod)
+			f.pace.carried.Add(int64(float64(c.rate) * sharePeriod.Seconds()))
+			f.pace.note(time.Now())
+		}
+		f.purse.lent.Store(c.lent)
+		var last *flow
+		for range c.sessions {
+			last = &flow{s: &Session{f: f}}
+			last.part()
+		}
+		send, full := last.share()
+		if read := last.readShare(); !near(send, c.send) || !near(read, c.read) || full != c.full {
+			t.Errorf("%s: %d to send, %d to read, full: %v; want %d, %d, %v", c.name, send, read, full, c.send, c.read, c.full)
+		}
+		f.purse.lent.Add(fullShare * int64(c.sessions))
+		if _, full := last.share(); full != c.fullMore {
+			t.Errorf("%s: full with %d lent: %v", c.name, f.purse.lent.Load(), full)
+		}
+	}
+}
+
+// near tells figures that differ by rounding.
+func near(a, b int64) bool { return max(a, b)-min(a, b) <= max(a, b)/1000 }

@@ -87,23 +87,30 @@ func newContainers(t *testing.T, rules func(*stage.Stage) string) *containers {
 	t.Cleanup(func() { must(t, c.engine.Close()) })
 	must(t, c.engine.Busybox(timeout(t, time.Minute), containerImage))
 	c.Stage = setup(t, stage.Options{Names: []string{"db.internal"}, Rules: rules})
-	resolver, err := c.Net.Host("resolver", lab.HostOptions{})
+	c.job = newJob(t, c.Stage, stage.JobOptions{})
+	c.mounts = c.names.serve(t, c.Stage, c.job, "true")
+	return c
+}
+
+// serve makes these the names that the runner's network has: a server on the internet, and a resolv.conf in a mount namespace of the
+// runner's, in which a command is run first. It gives the pid of a process there.
+func (o *ownNames) serve(t *testing.T, s *stage.Stage, job *stage.Job, first string) (pid string) {
+	t.Helper()
+	resolver, err := s.Net.Host("resolver", lab.HostOptions{})
 	must(t, err)
 	conn, err := resolver.ListenPacket(netip.AddrPortFrom(resolver.Addr(), 53).String())
 	must(t, err)
-	server := &dns.Server{PacketConn: conn, Handler: c.names}
+	server := &dns.Server{PacketConn: conn, Handler: o}
 	var serving sync.WaitGroup
 	serving.Go(func() { _ = server.ActivateAndServe() })
 	t.Cleanup(func() { conn.Close(); serving.Wait() })
-	c.job = newJob(t, c.Stage, stage.JobOptions{})
-	file := filepath.Join(c.job.Home(), "resolv.conf")
+	file := filepath.Join(job.Home(), "resolv.conf")
 	must(t, os.WriteFile(file, fmt.Appendf(nil, "nameserver %s\n", resolver.Addr()), 0o644))
-	holder, err := c.Runner.Start(lab.Program{Path: program(t, "unshare"), Args: []string{"--mount", "sh", "-c",
-		`mount --bind "$1" /etc/resolv.conf && touch "$1.there" && exec sleep 600`, "sh", file}})
+	holder, err := s.Runner.Start(lab.Program{Path: program(t, "unshare"), Args: []string{"--mount", "sh", "-c",
+		`mount --bind "$1" /etc/resolv.conf && ` + first + ` && touch "$1.there" && exec sleep 600`, "sh", file}})
 	must(t, err)
 	eventually(t, time.Minute, "a mount", func() error { _, err := os.Stat(file + ".there"); return err })
-	c.mounts = strconv.Itoa(holder.Pid())
-	return c
+	return strconv.Itoa(holder.Pid())
 }
 
 // in gives what runs a program with the runner's mounts.

@@ -90,6 +90,16 @@ func (r Result) Problem() *problem.Error {
 // Setenv adds to the environment of programs started from now on.
 func (j *Job) Setenv(name, value string) { j.env = append(j.env, name+"="+value) }
 
+// Getenv reads from the environment of its programs.
+func (j *Job) Getenv(name string) string {
+	for _, entry := range slices.Backward(j.env) {
+		if value, ok := strings.CutPrefix(entry, name+"="); ok {
+			return value
+		}
+	}
+	return ""
+}
+
 // Environ is the environment of its programs.
 func (j *Job) Environ() []string { return slices.Clone(j.env) }
 

@@ -145,16 +145,21 @@ func (e *Engine) Base(ctx context.Context, name, arch string) error {
 
 // Busybox makes a stand-in for the image of that name from this machine's busybox, with all that it can do.
 func (e *Engine) Busybox(ctx context.Context, name string) error {
-	list, err := exec.CommandContext(ctx, "busybox", "--list").Output()
-	if err != nil {
-		return fmt.Errorf("make a stand-in for %s: %w", name, err)
-	}
-	root, err := base(strings.Fields(string(list)))
+	root, err := BusyboxRoot(ctx)
 	if err != nil {
 		return fmt.Errorf("make a stand-in for %s: %w", name, err)
 	}
 	_, err = e.do(ctx, root, "import", "--change", "ENV PATH=/bin", "-", name)
 	return err
+}
+
+// BusyboxRoot is the files of an image of this machine's busybox with all that it can do, as a tar archive.
+func BusyboxRoot(ctx context.Context) (io.Reader, error) {
+	list, err := exec.CommandContext(ctx, "busybox", "--list").Output()
+	if err != nil {
+		return nil, err
+	}
+	return base(strings.Fields(string(list)))
 }
 
 // Tag gives an image another name.
