@@ -97,6 +97,7 @@ func (g *gateway) lastError() error {
 
 // run keeps a stream until ctx ends, to one coordinator after the other.
 func (g *gateway) run(ctx context.Context) {
+	said := ""
 	for n := g.at; ctx.Err() == nil; n++ {
 		err := g.once(ctx, g.p.opts.Coordinators[n%len(g.p.opts.Coordinators)])
 		g.mu.Lock()
@@ -109,7 +110,9 @@ func (g *gateway) run(ctx context.Context) {
 		case ctx.Err() != nil:
 		case stood:
 			g.p.log.Warn("a gateway's stream ended", "gateway", g.hello.Name, "err", err)
-		case first:
+			said = ""
+		case first, said != string(problem.CodeOf(err)):
+			said = string(problem.CodeOf(err))
 			g.p.log.Warn("a gateway gets no stream, and tries again", "gateway", g.hello.Name, "err", err)
 		}
 		select {

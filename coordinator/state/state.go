@@ -82,6 +82,7 @@ type Store struct {
 	log      *slog.Logger
 	now      func() time.Time
 	embedded *embedded // nil with an existing cluster
+	syncer   *syncer   // nil with an existing cluster
 	conn     *nats.Conn
 	bucket   *bucket
 
@@ -134,6 +135,10 @@ func (s *Store) open(ctx context.Context, opts Options) error {
 	}
 	if e.election != nil {
 		s.tasks.Go(func() { e.election.run(s.life) })
+	}
+	if s.embedded != nil {
+		s.syncer = newSyncer(s.embedded.dir)
+		s.tasks.Go(func() { s.syncer.run(s.life) })
 	}
 	s.tasks.Go(func() { s.bucket.follow(s.life, reconnected) })
 	select {
