@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime"
+	"sync"
 	"syscall"
 	"time"
 
@@ -47,8 +48,11 @@ func (c *serveCmd) Run() error {
 	if err != nil {
 		return err
 	}
+	var tasks sync.WaitGroup
+	defer tasks.Wait()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	defer stop()
+	tasks.Go(func() { keepLean(ctx) })
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once
 	s, err := server.New(server.Options{
 		Config: cfg, Reload: server.DefaultReload, Logger: logger(c.LogFormat, c.LogLevel), Stdout: os.Stdout, Version: version, Drain: c.Drain,

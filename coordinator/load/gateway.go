@@ -1,6 +1,7 @@
 package load
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"crypto/tls"
@@ -96,6 +97,7 @@ func (g *gateway) lastError() error {
 
 // run keeps a stream until ctx ends, to one coordinator after the other.
 func (g *gateway) run(ctx context.Context) {
+	said := ""
 	for n := g.at; ctx.Err() == nil; n++ {
 		err := g.once(ctx, g.p.opts.Coordinators[n%len(g.p.opts.Coordinators)])
 		g.mu.Lock()
@@ -108,7 +110,9 @@ func (g *gateway) run(ctx context.Context) {
 		case ctx.Err() != nil:
 		case stood:
 			g.p.log.Warn("a gateway's stream ended", "gateway", g.hello.Name, "err", err)
-		case first:
+			said = ""
+		case first, said != string(problem.CodeOf(err)):
+			said = string(problem.CodeOf(err))
 			g.p.log.Warn("a gateway gets no stream, and tries again", "gateway", g.hello.Name, "err", err)
 		}
 		select {
@@ -138,6 +142,10 @@ func (g *gateway) once(ctx context.Context, base string) error {
 		_, data, err := conn.Read(ctx)
 		if err != nil {
 			return err
+		}
+		if bytes.HasPrefix(data, offerHead) { // nearly all of them, and to take them apart twice would cost as much as their signature
+			wg.Go(func() { g.answer(ctx, conn, data) })
+			continue
 		}
 		if err := json.Unmarshal(data, &f); err != nil {
 			return fmt.Errorf("a frame does not parse: %w", err)
@@ -196,14 +204,23 @@ func (g *gateway) greet(ctx context.Context, conn *websocket.Conn) error {
 	return nil
 }
 
-// handle answers one frame.
+// offerHead is how the frame of an offer begins, see [wire.Frame.Encode].
+var offerHead = []byte(`{"type":"` + wire.FrameOffer + `"`)
+
+// answer answers an offer.
+func (g *gateway) answer(ctx context.Context, conn *websocket.Conn, data []byte) {
+	var f struct {
+		ID   uint64     `json:"id"`
+		Body wire.Offer `json:"body"`
+	}
+	if json.Unmarshal(data, &f) == nil {
+		_ = send(ctx, conn, wire.FrameAnswer, f.ID, g.admit(ctx, f.Body)) // the stream's reader sees that it broke
+	}
+}
+
+// handle answers any other frame.
 func (g *gateway) handle(ctx context.Context, conn *websocket.Conn, f wire.Frame) {
 	switch f.Type {
-	case wire.FrameOffer:
-		var o wire.Offer
-		if json.Unmarshal(f.Body, &o) == nil {
-			_ = send(ctx, conn, wire.FrameAnswer, f.ID, g.admit(ctx, o)) // the stream's reader sees that it broke
-		}
 	case wire.FrameRenew:
 		var r wire.Renewed
 		if json.Unmarshal(f.Body, &r) == nil {

@@ -94,9 +94,16 @@ func (j *jobs) join(ctx context.Context, n int, t ticket) (*session, error) {
 	}
 	defer resp.close()
 	var s *wire.Session
-	for lines := json.NewDecoder(io.LimitReader(resp.Body, maxAnswer)); s == nil; {
+	for lines := bufio.NewReader(io.LimitReader(resp.Body, maxAnswer)); s == nil; {
+		line, err := lines.ReadBytes('\n')
+		if err != nil {
+			return nil, away(fmt.Errorf("read the answer: %w", err))
+		}
+		if bytes.HasPrefix(line, []byte(`{"admitted":`)) {
+			continue // what it says comes again
+		}
 		var e wire.JoinEvent
-		if err := lines.Decode(&e); err != nil {
+		if err := json.Unmarshal(line, &e); err != nil {
 			return nil, away(fmt.Errorf("read the answer: %w", err))
 		}
 		if e.Problem != nil {

@@ -2,6 +2,7 @@ package load
 
 import (
 	"context"
+	"math/rand/v2"
 	"runtime"
 	"sync"
 	"sync/atomic"
@@ -16,7 +17,8 @@ const (
 	maxFlying  = 20_000 // joins in progress at most; more are errors
 	maxSamples = 500    // sessions that are asked for at the end
 	tick       = time.Millisecond
-	slack      = 5 * time.Second // by which a coordinator's clock and its word may differ from the job's
+	firstAgain = 100 * time.Millisecond // before a join is tried again
+	slack      = 5 * time.Second        // by which a coordinator's clock and its word may differ from the job's
 )
 
 // play runs the phases that are asked for.
@@ -225,7 +227,8 @@ func (p *player) join(ctx context.Context, tickets *supply, n int, m *meter) (s 
 			return s, err
 		}
 		m.retried(string(problem.CodeOf(err)))
-		if !sleepUntil(ctx, time.Now().Add(100*time.Millisecond)) {
+		again := firstAgain << min(retries, 4) // as clients do: the longer it fails, the more of them are at it
+		if !sleepUntil(ctx, time.Now().Add(again/2+rand.N(again))) {
 			return nil, err
 		}
 	}

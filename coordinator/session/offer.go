@@ -114,6 +114,9 @@ func (m *Manager) settle(ctx context.Context, a *admission, g state.Presence, an
 	a.lease.Gateway, a.lease.GatewayName = g.Instance, g.Name
 	a.lease.Expires = m.deadline(a.rules.Config.Lease, a.lease.Ends)
 	l, err := m.opts.Store.UpdateLease(ctx, a.lease)
+	if err == nil {
+		err = m.opts.Store.Safe(ctx) // a session that its job knows of outlives a loss of power
+	}
 	if err != nil {
 		m.tell(ctx, g.Instance, wire.FrameEnd, wire.End{Session: a.lease.Session, Reason: "the session could not be kept"})
 		if errors.Is(err, state.ErrNotFound) || errors.Is(err, state.ErrConflict) {

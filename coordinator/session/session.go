@@ -22,6 +22,7 @@ type Store interface {
 	AdoptLease(ctx context.Context, l state.Lease) (state.Lease, error)
 	Lease(ctx context.Context, session string) (state.Lease, error)
 	UpdateLease(ctx context.Context, l state.Lease) (state.Lease, error)
+	Safe(ctx context.Context) error
 	EndLease(ctx context.Context, session string) error
 	Expired() <-chan state.Lease
 	ClaimEnd(ctx context.Context, session string) (bool, error)

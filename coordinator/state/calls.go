@@ -23,7 +23,7 @@ const (
 	// escapeAfter is how long a server may be without a leader of our streams before another one is asked: longer than an election
 	// takes, because then it is the server that is cut off from the others.
 	escapeAfter = 10 * time.Second
-	escapeAgain = time.Second // where it is seen before that that it is cut off, but not more often
+	escapeAgain = 2 * time.Second // where it is seen before that that it is cut off, but not more often
 
 	callPatience  = 12 * time.Second // all tries of a call, where its caller has less time to spare: a server's death, noticed late, and an election
 	startPatience = time.Minute      // at the start: for a cluster that was started together with us, or has just lost a server

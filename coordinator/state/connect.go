@@ -14,7 +14,7 @@ import (
 
 const (
 	connectTimeout = 5 * time.Second
-	redialTimeout  = 2 * time.Second        // of one server of a cluster: one that is cut off answers nobody, and others wait for their turn
+	redialTimeout  = time.Second            // of one server of a cluster: one that is cut off answers nobody, and others wait for their turn
 	pingInterval   = 600 * time.Millisecond // a cluster's server that is cut off or frozen is left for another one after pingsMissed of them
 	pingsMissed    = 2
 	reconnectWait  = 100 * time.Millisecond // between attempts on one server, plus jitter

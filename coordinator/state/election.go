@@ -173,36 +173,46 @@ func (e *election) hold(ctx context.Context, nobody bool) bool {
 			e.move(ctx, cutOff || !f.lives || f.heard || f.answered > 0, !most)
 		case !nobody && (f.heard || f.answered == e.members): // all are there that matter, among them a leader that is slow
 			return false
-		case e.await(ctx, e.ask(f.term)):
-			return e.found(e.term, began, before)
+		default:
+			again, wait := e.ask(f.term)
+			if again {
+				e.send(e.term)
+			}
+			if e.await(ctx, wait) {
+				return e.found(e.term, began, before)
+			}
 		}
 	}
 	return false
 }
 
-// ask asks for an election, unless the term has moved: then others have asked, or members stand, and a later term would end that. It gives how
-// long a leader is to be waited for, which is not the same for nodes that wait at once.
-func (e *election) ask(term uint64) time.Duration {
-	moved := term > e.term
-	e.term = max(term, e.term)
-	if moved {
-		return askedWait + rand.N(askedWait)
+// ask reports whether an election is to be asked for, in the term that the node takes up: not where the term has moved, for then others have
+// asked, or members stand, and a later term would end that. It gives how long a leader is to be waited for, which is not the same for nodes that wait at once.
+func (e *election) ask(term uint64) (again bool, wait time.Duration) {
+	if term > e.term {
+		e.term = term
+		return false, askedWait + rand.N(askedWait)
 	}
 	e.term++
-	e.send(e.term)
-	return electionWait + rand.N(electionWait/2)
+	return true, electionWait + rand.N(electionWait/2)
 }
 
-// move leaves the server that is asked for the leader, or the one that is asked for votes, for another one.
+// move leaves the server that is asked for the leader, or the one that is asked for votes, for another one, and waits for that. A connection that is
+// being made already is left to it: the next server may be the one that is lost, and then it takes until that is given up.
 func (e *election) move(ctx context.Context, asked, votes bool) {
-	if asked {
+	if asked && e.conn.IsConnected() {
 		e.lost()
+	}
+	if asked {
 		e.release()
 	}
-	if votes {
+	if votes && e.votes.IsConnected() {
 		_ = e.votes.ForceReconnect() // an error says that it is closed
 	}
-	e.pause(ctx, reconnectTime)
+	e.pause(ctx, electionAgain)
+	for deadline := time.Now().Add(reconnectTime); time.Now().Before(deadline) && ctx.Err() == nil && !(e.conn.IsConnected() && e.votes.IsConnected()); {
+		e.pause(ctx, electionAgain)
+	}
 }
 
 // finding is what an inquiry has found.

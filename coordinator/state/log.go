@@ -193,8 +193,8 @@ func makeReplicated(ctx context.Context, js jetstream.JetStream, clustered bool,
 	if clustered {
 		config.Replicas = 3
 		stream, err := js.CreateStream(ctx, config)
-		if err == nil {
-			return stream, nil
+		if err == nil || leaderless(err) { // it may come to be all the same: whoever asks again finds it
+			return stream, err
 		}
 		log.Warn("a stream is not replicated: nats did not make three replicas", "stream", config.Name, "err", err)
 		config.Replicas = 1

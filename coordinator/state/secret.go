@@ -18,6 +18,9 @@ const ticketSeed = subjects + "secret.tickets"
 // restart, find it. It is kept for as long as the bucket is: a new one would make every ticket that is in use worthless.
 func (s *Store) TicketKey(ctx context.Context) (ed25519.PrivateKey, error) {
 	seed, err := s.bucket.secret(ctx, ticketSeed, ed25519.SeedSize)
+	if err == nil {
+		err = s.Safe(ctx) // relays elsewhere are told of it
+	}
 	if err != nil {
 		return nil, fmt.Errorf("get the key of relay tickets: %w", err)
 	}
@@ -39,6 +42,9 @@ func (s *Store) Secret(ctx context.Context, name string) ([]byte, error) {
 // PutSecret keeps data under a name for all nodes, over what was there, and for good.
 func (s *Store) PutSecret(ctx context.Context, name string, data []byte) error {
 	_, err := s.bucket.store(ctx, &nats.Msg{Subject: secretSubject(name), Data: data}, anyRevision)
+	if err == nil {
+		err = s.Safe(ctx)
+	}
 	return err
 }
 

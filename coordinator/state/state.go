@@ -1,5 +1,6 @@
 // Package state keeps leases, addresses and gateway presence, and carries messages between coordinator nodes, on NATS
-// JetStream: embedded in the process by default, an existing cluster by URL. There is one code path for both.
+// JetStream: embedded in the process by default, an existing cluster by URL. There is one code path for both in all that is written. Embedded,
+// this process is the only node: messages to gateways go by way of memory, and a lease is read from the mirror.
 //
 // Everything lives in one key-value bucket whose keys expire by themselves:
 //
@@ -81,6 +82,7 @@ type Store struct {
 	log      *slog.Logger
 	now      func() time.Time
 	embedded *embedded // nil with an existing cluster
+	syncer   *syncer   // nil with an existing cluster
 	conn     *nats.Conn
 	bucket   *bucket
 
@@ -133,6 +135,10 @@ func (s *Store) open(ctx context.Context, opts Options) error {
 	}
 	if e.election != nil {
 		s.tasks.Go(func() { e.election.run(s.life) })
+	}
+	if s.embedded != nil {
+		s.syncer = newSyncer(s.embedded.dir)
+		s.tasks.Go(func() { s.syncer.run(s.life) })
 	}
 	s.tasks.Go(func() { s.bucket.follow(s.life, reconnected) })
 	select {

@@ -71,7 +71,11 @@ func newCluster(t testing.TB) *cluster {
 	voter := c.seed()
 	urls := c.each(natsPort, "nats://", ", ")
 	for i := range 3 {
-		c.nodes = append(c.nodes, newNode(t, c.host(fmt.Sprint("coordinator", i)), issuer, c.url, "state: {nats: ["+urls+"], elections: "+voter+"}\naudit: {max_size: 256MiB, log: off}\n"))
+		h := c.host(fmt.Sprint("coordinator", i))
+		page := freeAddr(t, h)
+		n := newNode(t, h, issuer, c.url, fmt.Sprintf("state: {nats: [%s], elections: %s}\naudit: {max_size: 256MiB, log: off}\nprivate: {listen: %q}\n", urls, voter, page))
+		n.page = page
+		c.nodes = append(c.nodes, n)
 	}
 	for _, n := range c.nodes { // one after the other: the first makes the streams
 		n.serve()
@@ -139,7 +143,7 @@ accounts: {
   CULVERT: {jetstream: enabled, users: [{user: culvert, password: culvert}]}
 }
 cluster: {name: culvert, ping_interval: "1s", ping_max: 2, listen: "%s", routes: ["%s"]}
-`, i+1, os.Getenv(keepEnv) != "", at(natsPort), at(pagePort), filepath.Join(c.dir, fmt.Sprintf("nats%d", i)), public, at(routePort), c.each(routePort, "nats://", `", "`))
+`, i+1, os.Getenv(debugEnv) != "", at(natsPort), at(pagePort), filepath.Join(c.dir, fmt.Sprintf("nats%d", i)), public, at(routePort), c.each(routePort, "nats://", `", "`))
 	if err := os.WriteFile(file, []byte(doc), 0o600); err != nil {
 		c.t.Fatal(err)
 	}
@@ -164,7 +168,12 @@ func (c *cluster) awaitNATS(i int) {
 
 // stream is what a server says of one.
 type stream struct {
-	Name    string `json:"name"`
+	Name  string `json:"name"`
+	State struct {
+		Messages uint64 `json:"messages"`
+		First    uint64 `json:"first_seq"`
+		Last     uint64 `json:"last_seq"`
+	} `json:"state"`
 	Cluster struct {
 		Leader   string `json:"leader"`
 		Replicas []struct {
@@ -242,6 +251,40 @@ func (c *cluster) leader() int {
 	}
 	c.t.Fatal("the cluster is never whole again")
 	return 0
+}
+
+// agree waits until every server has the same of what joins need, and every coordinator knows of as many sessions as the others, and of at least so many:
+// what was cut off has come round.
+func (c *cluster) agree(sessions int) {
+	c.t.Helper()
+	c.leader()
+	var known, stored string
+	for began := time.Now(); time.Since(began) < time.Minute; time.Sleep(200 * time.Millisecond) {
+		counts, states := map[int]bool{}, map[string]bool{}
+		known, stored = "", ""
+		for _, n := range c.nodes {
+			count := n.sessions()
+			counts[count] = true
+			known += fmt.Sprintf(" %d", count)
+		}
+		for i := range c.hosts {
+			all, state := c.streams(i), ""
+			for _, name := range needed {
+				state += fmt.Sprintf(" %s %+v", name, all[name].State)
+			}
+			states[state] = true
+			stored += state
+		}
+		if len(counts) == 1 && len(states) == 1 && !counts[0] {
+			for count := range counts {
+				if count < sessions {
+					c.t.Errorf("coordinators know of %d sessions, and %d stand", count, sessions)
+				}
+			}
+			return
+		}
+	}
+	c.t.Errorf("after a minute without load coordinators know of%s sessions, and servers have%s", known, stored)
 }
 
 // bystander gives a server that leads nothing that a join needs.
@@ -332,8 +375,10 @@ func joinsIn(t testing.TB, export []byte) map[string]bool {
 	return found
 }
 
-// keepEnv names a folder to which every log is copied in the end; the servers then tell all they do.
-const keepEnv = "CULVERT_E2E_LOGS"
+const (
+	keepEnv  = "CULVERT_E2E_LOGS"  // a folder to which every log is copied in the end
+	debugEnv = "CULVERT_E2E_DEBUG" // if set, the servers tell all they do
+)
 
 // keep copies the logs to a folder of the test's own below dir.
 func (c *cluster) keep(dir string) {

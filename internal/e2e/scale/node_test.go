@@ -143,6 +143,7 @@ type node struct {
 	config string
 	addr   string
 	issuer string // URL of the one whose jobs it takes
+	page   string // address of its metrics, if it has one
 }
 
 func (n *node) url() string { return "http://" + n.addr }
@@ -193,6 +194,25 @@ func (n *node) ready() {
 		}
 	}
 	n.t.Fatalf("the coordinator is never ready; log:\n%s", tail(n.log))
+}
+
+// sessions is how many sessions the coordinator knows of, on all nodes; 0 where it does not answer.
+func (n *node) sessions() int {
+	resp, err := n.host.Client(5 * time.Second).Get("http://" + n.page + "/metrics")
+	if err != nil {
+		return 0
+	}
+	defer resp.Body.Close()
+	for lines := bufio.NewScanner(resp.Body); lines.Scan(); {
+		if rest, ok := strings.CutPrefix(lines.Text(), `culvert_coordinator_sessions{network="load"} `); ok {
+			count, err := strconv.ParseFloat(rest, 64)
+			if err != nil {
+				return 0
+			}
+			return int(count)
+		}
+	}
+	return 0
 }
 
 // memory is a line of the process's status in bytes, such as VmRSS (proc(5)).

@@ -138,7 +138,7 @@ rules: [{name: load, network: load, match: {repository_owner_id: 1, repository_i
 	a.File("init", read(filepath.Join(dir, "guest")), 0o755)
 	a.File("bin/culvert-coordinator", read(binary()), 0o755)
 	a.File("culvert.yaml", []byte(config), 0o600)
-	a.File("begin", []byte("/bin/culvert-coordinator\nserve\n--config\n/culvert.yaml\n--log-level\nerror\n"), 0o644)
+	a.File("begin", []byte("/bin/culvert-coordinator\nserve\n--config\n/culvert.yaml\n--log-level\nwarn\n"), 0o644)
 	p.must(a.Modules(dir, "virtio_pci", "virtio_net", "virtio_blk"))
 	p.must(os.WriteFile(p.image, a.End(), 0o600))
 }
@@ -234,7 +234,13 @@ func TestPowerLoss(t *testing.T) {
 	})
 	t.Logf("ready %s after power came", p.on().Round(100*time.Millisecond))
 	file := filepath.Join(p.dir, "ids")
-	g := play(t, p.host, []*node{p.node}, "", "--gateways", "4", "--sessions", "20", "--rate", "2", "--duration", "20m", "--renew-every", "5s",
+	var g *generator
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("the generator says:\n%s", g.log.String()[max(0, g.log.Len()-4000):])
+		}
+	})
+	g = play(t, p.host, []*node{p.node}, "", "--gateways", "4", "--sessions", "20", "--rate", "2", "--duration", "20m", "--renew-every", "20s",
 		"--retry", "--timeout", "90s", "--ids", file)
 	tr := &trial{cluster: &cluster{t: t}, file: file}
 	tr.goOn(21)

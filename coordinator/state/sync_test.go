@@ -1,0 +1,65 @@
+package state
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+)
+
+// TestSafe: what a store has written is in the files that are made safe, by however many at once, and a store that is closed makes nobody wait.
+func TestSafe(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, Options{Dir: dir})
+	var wg sync.WaitGroup
+	for i := range 50 {
+		wg.Go(func() {
+			_, err := s.CreateLease(t.Context(), testLease(fmt.Sprint("s", i), time.Now()), testPool)
+			if err := errors.Join(err, s.Safe(t.Context())); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	blocks, err := filepath.Glob(filepath.Join(s.syncer.dir, "*.blk"))
+	if err != nil || len(blocks) == 0 {
+		t.Fatalf("nats keeps its blocks elsewhere: %v, %v", blocks, err)
+	}
+	late, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := s.Safe(late); !errors.Is(err, context.Canceled) {
+		t.Errorf("a caller that has gone: %v", err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Safe(t.Context()); err == nil {
+		t.Error("a closed store makes safe")
+	}
+}
+
+// TestSyncTakesTheLastBlocks: those with the highest numbers, as numbers; a block that is gone is no error, and none at all is one.
+func TestSyncTakesTheLastBlocks(t *testing.T) {
+	s := &syncer{dir: t.TempDir()}
+	if s.sync() == nil {
+		t.Error("nothing is safe")
+	}
+	for _, name := range []string{"8.blk", "9.blk", "10.blk", "index.db", "x.blk"} {
+		if err := os.WriteFile(filepath.Join(s.dir, name), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Chmod(filepath.Join(s.dir, "8.blk"), 0); err != nil { // where it counts, opening it would fail
+		t.Fatal(err)
+	}
+	if err := s.sync(); err != nil {
+		t.Error(err)
+	}
+	if err := syncFile(filepath.Join(s.dir, "11.blk")); err != nil {
+		t.Error(err)
+	}
+}
