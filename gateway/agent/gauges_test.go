@@ -7,6 +7,9 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
+
+	"github.com/miekg/dns"
 
 	"github.com/culvertnet/culvert/internal/wire"
 )
@@ -51,13 +54,24 @@ func TestScrape(t *testing.T) {
 	if err == nil {
 		_ = c.Close()
 	}
+	if questions, err := j.device.DialContext(t.Context(), "udp", "198.18.0.1:53"); err != nil {
+		t.Error(err)
+	} else {
+		defer questions.Close()
+		ask := new(dns.Msg).SetQuestion("not.granted.example.", dns.TypeA)
+		if answer, err := (&dns.Conn{Conn: questions}), questions.SetDeadline(time.Now().Add(30*time.Second)); err != nil || answer.WriteMsg(ask) != nil {
+			t.Error("no question", err)
+		} else if m, err := answer.ReadMsg(); err != nil || m.Rcode != dns.RcodeRefused {
+			t.Errorf("%v, %v", m, err)
+		}
+	}
 	got := w.scrape(t)
 	for name, want := range map[string]float64{
 		"culvert_gateway_sessions":                                2,
 		"culvert_gateway_sessions_standby":                        1,
 		"culvert_gateway_draining":                                0,
 		"culvert_gateway_flows_allowed_total":                     1,
-		"culvert_gateway_flows_denied_total":                      1,
+		"culvert_gateway_flows_denied_total":                      2, // and a name
 		"culvert_gateway_flows_observed_total":                    0,
 		"culvert_gateway_flows_limited_total":                     0,
 		"culvert_gateway_handshake_age_seconds_count":             1,
@@ -65,6 +79,10 @@ func TestScrape(t *testing.T) {
 		`culvert_gateway_paths{path="none"}`:                      1,
 		`culvert_gateway_dropped_packets_total{cause="junk"}`:     float64(junk),
 		`culvert_gateway_rebuilt_packets_total`:                   0,
+		`culvert_gateway_dns_questions_total{verdict="refused"}`:  1,
+		`culvert_gateway_resolver_failures_total`:                 0,
+		`culvert_gateway_flow_records_lost_total`:                 0,
+		`culvert_gateway_queue_depth{queue="names"}`:              0,
 		`culvert_gateway_queue_depth{queue="verifications"}`:      0,
 	} {
 		if v, ok := got[name]; !ok || v != want {
@@ -107,7 +125,7 @@ func TestSeriesDoNotGrow(t *testing.T) {
 			t.Errorf("a new series: %s", name)
 		}
 	}
-	label := regexp.MustCompile(`^culvert_gateway_[a-z_]+(\{(le|code|path|cause|queue)="[^"]*"\})?$`)
+	label := regexp.MustCompile(`^culvert_gateway_[a-z_]+(\{(le|code|path|cause|queue|verdict)="[^"]*"\})?$`)
 	for name := range after {
 		if strings.HasPrefix(name, "culvert_") && !label.MatchString(name) {
 			t.Errorf("a series of another kind: %s", name)

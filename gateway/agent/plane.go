@@ -72,6 +72,16 @@ func (p *plane) addresses() []netip.Addr {
 	return p.local
 }
 
+// served counts questions to the DNS inside the tunnel, and bytes of buffers that flows have been lent; zero before the first welcome.
+func (p *plane) served() (questions names.ServerCounts, lent int64) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.fwd == nil {
+		return questions, 0
+	}
+	return p.front.dns.Counts(), p.fwd.Load().Lent
+}
+
 // services are where granted names have their addresses.
 func (p *plane) services() names.Ranges {
 	p.mu.Lock()

@@ -97,7 +97,7 @@ func (s *Session) lookup(ctx context.Context, name string) ([]netip.Addr, error)
 		return nil, names.ErrBusy
 	}
 	defer done()
-	return s.f.resolver.Addrs(ctx, name)
+	return s.f.resolver.Addrs(ctx, name, s.ExactName(name))
 }
 
 // settle notes where the flow of a name leads, and what policy says of it. False says that the scope has changed meanwhile

@@ -113,7 +113,7 @@ func (s *Server) answerAddress(ctx context.Context, session Session, m *dns.Msg,
 	missing := s.opts.Resolver.Missing(name)
 	if missing == nil && exact {
 		ctx, cancel := context.WithTimeout(ctx, patience)
-		_, missing = s.opts.Resolver.Addrs(ctx, name)
+		_, missing = s.opts.Resolver.Addrs(ctx, name, true)
 		cancel()
 	}
 	switch {
@@ -154,12 +154,13 @@ func (s *Server) add(to *[]dns.RR, session Session, owner, name string, qtype ui
 
 // ask asks upstream for records that only it knows, within what the session may.
 func (s *Server) ask(ctx context.Context, session Session, name string, qtype uint16) (Answer, error) {
-	if !session.ExactName(name) && !session.Book().Count(name) {
+	exact := session.ExactName(name)
+	if !exact && !session.Book().Count(name) {
 		return Answer{}, ErrBusy
 	}
 	ctx, cancel := context.WithTimeout(ctx, upstreamTime)
 	defer cancel()
-	return s.opts.Resolver.Ask(ctx, name, qtype)
+	return s.opts.Resolver.Ask(ctx, name, qtype, exact)
 }
 
 // answerService passes on SRV records (RFC 2782) whose targets are granted, with their addresses.

@@ -84,13 +84,15 @@ type Resolver struct {
 	conf  *confFile
 	cache *cache
 	slots chan struct{}
+	loose chan struct{} // places in slots for names that jobs think of
 
 	ctx    context.Context
 	cancel context.CancelFunc
 	work   sync.WaitGroup
 
 	mu     sync.Mutex
-	calls  map[question]*call
+	calls  map[errand]*call
+	free   int // of these, for names that jobs think of
 	closed bool
 	counts Counts
 }
@@ -106,6 +108,13 @@ type Counts struct {
 type question struct {
 	name  string // canonical
 	qtype uint16
+}
+
+// errand is a question, and whether a grant spells its name out. Below a wildcard jobs think of names themselves, and may lead them to
+// servers that never answer: such questions get half of the places, so that they never keep those for the others waiting.
+type errand struct {
+	question
+	exact bool
 }
 
 // call is one question on its way; answer and err are set before done is closed.
@@ -130,7 +139,8 @@ func NewResolver(opts ResolverOptions) (*Resolver, error) {
 	}
 	r := &Resolver{
 		opts: opts, hosts: newHostsFile(opts.Hosts), conf: newConfFile(opts.ResolvConf),
-		cache: newCache(opts.CacheSize), slots: make(chan struct{}, opts.Concurrent), calls: map[question]*call{},
+		cache: newCache(opts.CacheSize), slots: make(chan struct{}, opts.Concurrent),
+		loose: make(chan struct{}, max(opts.Concurrent/2, 1)), calls: map[errand]*call{},
 	}
 	r.ctx, r.cancel = context.WithCancel(context.Background())
 	return r, nil
@@ -155,12 +165,13 @@ func (r *Resolver) Counts() Counts {
 }
 
 // Addrs gives the addresses of a canonical name, IPv6 first (RFC 8305, section 4), of either family alone where the other
-// has none or lets itself be waited for. The error is ErrNoName or ErrNoData where the name is known to have none.
-func (r *Resolver) Addrs(ctx context.Context, name string) ([]netip.Addr, error) {
+// has none or lets itself be waited for. exact says that a grant spells the name out. The error is ErrNoName or ErrNoData where the name is
+// known to have none.
+func (r *Resolver) Addrs(ctx context.Context, name string, exact bool) ([]netip.Addr, error) {
 	if found := r.hosts.lookup(name); len(found) > 0 {
 		return found, nil
 	}
-	four, six := r.begin(question{name, dns.TypeA}), r.begin(question{name, dns.TypeAAAA})
+	four, six := r.begin(errand{question{name, dns.TypeA}, exact}), r.begin(errand{question{name, dns.TypeAAAA}, exact})
 	select {
 	case <-four.done:
 	case <-ctx.Done():
@@ -214,9 +225,9 @@ func (r *Resolver) Missing(name string) error {
 	return nil
 }
 
-// Ask asks one question: A, AAAA, SRV or CNAME of a canonical name.
-func (r *Resolver) Ask(ctx context.Context, name string, qtype uint16) (Answer, error) {
-	c := r.begin(question{name, qtype})
+// Ask asks one question: A, AAAA, SRV or CNAME of a canonical name. exact is as in [Resolver.Addrs].
+func (r *Resolver) Ask(ctx context.Context, name string, qtype uint16, exact bool) (Answer, error) {
+	c := r.begin(errand{question{name, qtype}, exact})
 	select {
 	case <-c.done:
 		return c.answer, c.err
@@ -233,42 +244,67 @@ var decided = func() chan struct{} {
 }()
 
 // begin joins the call that asks a question already, or makes one.
-func (r *Resolver) begin(q question) *call {
+func (r *Resolver) begin(q errand) *call {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if e, known := r.cache.get(q, time.Now()); known {
+	if e, known := r.cache.get(q.question, time.Now()); known {
 		r.counts.Hits++
 		return &call{done: decided, answer: e.answer, err: e.err}
 	}
 	if c := r.calls[q]; c != nil {
 		return c
 	}
-	if r.closed || len(r.calls) >= maxPending {
+	if r.closed || len(r.calls) >= maxPending || !q.exact && r.free >= maxPending/2 {
 		return &call{done: decided, err: ErrBusy}
 	}
 	c := &call{done: make(chan struct{})}
-	r.calls[q] = c
+	if r.calls[q] = c; !q.exact {
+		r.free++
+	}
 	r.work.Go(func() { r.run(q, c) })
 	return c
 }
 
 // run asks the servers and keeps what they say. It outlives who asked, so that the next one finds the answer.
-func (r *Resolver) run(q question, c *call) {
+func (r *Resolver) run(q errand, c *call) {
 	defer close(c.done)
 	keep := failureTTL
-	select {
-	case r.slots <- struct{}{}:
-		c.answer, keep, c.err = r.query(r.ctx, q)
-		<-r.slots
-	case <-r.ctx.Done():
+	if done, ok := r.place(q.exact); ok {
+		c.answer, keep, c.err = r.query(r.ctx, q.question)
+		done()
+	} else {
 		c.err = ErrSilent
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	delete(r.calls, q)
+	if delete(r.calls, q); !q.exact {
+		r.free--
+	}
 	r.counts.Queries++
 	if c.err != nil && !errors.Is(c.err, ErrNoName) && !errors.Is(c.err, ErrNoData) {
 		r.counts.Failures++
 	}
-	r.cache.put(q, entry{answer: c.answer, err: c.err, expires: time.Now().Add(keep)})
+	r.cache.put(q.question, entry{answer: c.answer, err: c.err, expires: time.Now().Add(keep)})
+}
+
+// place waits for a place to ask from; done gives it back. It is refused when the resolver is closed.
+func (r *Resolver) place(exact bool) (done func(), ok bool) {
+	taken := []chan struct{}{r.slots}
+	if !exact {
+		taken = []chan struct{}{r.loose, r.slots}
+	}
+	give := func(n int) {
+		for _, places := range taken[:n] {
+			<-places
+		}
+	}
+	for i, places := range taken {
+		select {
+		case places <- struct{}{}:
+		case <-r.ctx.Done():
+			give(i)
+			return nil, false
+		}
+	}
+	return func() { give(len(taken)) }, true
 }

@@ -53,7 +53,7 @@ func TestResolve(t *testing.T) {
 		"six.internal":  "[fd00::7]",
 		"www.internal":  "[10.0.0.7]",
 	} {
-		if got, err := r.Addrs(t.Context(), name); err != nil || fmt.Sprint(got) != want {
+		if got, err := r.Addrs(t.Context(), name, true); err != nil || fmt.Sprint(got) != want {
 			t.Errorf("%s: %v, %v; want %s", name, got, err, want)
 		}
 		if err := r.Missing(name); err != nil {
@@ -61,7 +61,7 @@ func TestResolve(t *testing.T) {
 		}
 	}
 	for name, want := range map[string]error{"text.internal": ErrNoData, "nothing.internal": ErrNoName, "loop.internal": errRefused, "gone.internal": ErrNoName} {
-		if got, err := r.Addrs(t.Context(), name); !errors.Is(err, want) {
+		if got, err := r.Addrs(t.Context(), name, true); !errors.Is(err, want) {
 			t.Errorf("%s: %v, %v; want %v", name, got, err, want)
 		}
 	}
@@ -92,7 +92,7 @@ func TestResolveTroubles(t *testing.T) {
 	u.Set(t, "db.internal", "db.internal. 60 IN A 10.0.0.5")
 	u.SetRcode(dns.RcodeServerFailure)
 	r := resolver(t, u, nil)
-	if _, err := r.Addrs(t.Context(), "db.internal"); !errors.Is(err, errRefused) {
+	if _, err := r.Addrs(t.Context(), "db.internal", true); !errors.Is(err, errRefused) {
 		t.Errorf("SERVFAIL gives %v", err)
 	}
 	if r.Missing("db.internal") != nil {
@@ -104,19 +104,19 @@ func TestResolveTroubles(t *testing.T) {
 	u.SetRcode(0)
 	u.SetTruncate(true)
 	r = resolver(t, u, nil)
-	if got, err := r.Addrs(t.Context(), "db.internal"); err != nil || fmt.Sprint(got) != "[10.0.0.5]" {
+	if got, err := r.Addrs(t.Context(), "db.internal", true); err != nil || fmt.Sprint(got) != "[10.0.0.5]" {
 		t.Errorf("over TCP: %v, %v", got, err)
 	}
 	u.SetTruncate(false)
 	u.SetSilent(true)
 	r = resolver(t, u, func(o *ResolverOptions) { o.Timeout, o.Attempts = 20*time.Millisecond, 1 })
-	if _, err := r.Addrs(t.Context(), "db.internal"); !errors.Is(err, ErrSilent) {
+	if _, err := r.Addrs(t.Context(), "db.internal", true); !errors.Is(err, ErrSilent) {
 		t.Errorf("silence gives %v", err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	r = resolver(t, u, nil)
-	if _, err := r.Addrs(ctx, "db.internal"); !errors.Is(err, context.Canceled) {
+	if _, err := r.Addrs(ctx, "db.internal", true); !errors.Is(err, context.Canceled) {
 		t.Errorf("who has gone waits: %v", err)
 	}
 }
@@ -129,7 +129,7 @@ func TestResolveAsksOnce(t *testing.T) {
 	var work sync.WaitGroup
 	for range 100 {
 		work.Go(func() {
-			if _, err := r.Addrs(t.Context(), "db.internal"); err != nil {
+			if _, err := r.Addrs(t.Context(), "db.internal", true); err != nil {
 				t.Error(err)
 			}
 		})
@@ -151,7 +151,7 @@ func TestHostsAndSearch(t *testing.T) {
 	r := resolver(t, u, func(o *ResolverOptions) { o.Hosts = hosts })
 	r.conf.conf.search = []string{"example", "corp"}
 	for name, want := range map[string]string{"db.internal": "[fd00::1 10.1.1.1]", "db": "[10.1.1.1]", "cache": "[10.2.2.2]"} {
-		if got, err := r.Addrs(t.Context(), name); err != nil || fmt.Sprint(got) != want {
+		if got, err := r.Addrs(t.Context(), name, true); err != nil || fmt.Sprint(got) != want {
 			t.Errorf("%s: %v, %v; want %s", name, got, err, want)
 		}
 	}
@@ -206,13 +206,41 @@ func TestCache(t *testing.T) {
 	}
 }
 
+// TestNamesOfJobsKeepNoOtherWaiting: jobs ask for names that they have thought of, below wildcards, of servers that never answer. Names that
+// grants spell out are resolved meanwhile.
+func TestNamesOfJobsKeepNoOtherWaiting(t *testing.T) {
+	u := namestest.New(t)
+	u.Set(t, "db.internal", "db.internal. 60 IN A 10.0.0.5")
+	u.SetSilent(true)
+	r := resolver(t, u, func(o *ResolverOptions) { o.Timeout, o.Concurrent = time.Hour, 4 })
+	for i := range 2 * maxPending {
+		c := r.begin(errand{question{fmt.Sprintf("n%d.evil.example", i), dns.TypeA}, false})
+		if i < maxPending/2 == (c.done == decided) {
+			t.Fatalf("question %d: %v", i, c.err)
+		}
+	}
+	for u.Questions() == 0 {
+		time.Sleep(time.Millisecond) // a real socket, whose time cannot be faked
+	}
+	u.SetSilent(false)
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	if got, err := r.Addrs(ctx, "db.internal", true); err != nil || fmt.Sprint(got) != "[10.0.0.5]" {
+		t.Errorf("%v, %v", got, err)
+	}
+	r.Close()
+	if c := r.Counts(); c.Pending != 0 || r.free != 0 || len(r.slots)+len(r.loose) != 0 {
+		t.Errorf("%+v, %d, %d and %d places", c, r.free, len(r.slots), len(r.loose))
+	}
+}
+
 func TestCloseEndsQueries(t *testing.T) {
 	u := namestest.New(t)
 	u.SetSilent(true)
 	r := resolver(t, u, func(o *ResolverOptions) { o.Timeout = time.Hour })
 	var work sync.WaitGroup
 	work.Go(func() {
-		if _, err := r.Addrs(context.Background(), "db.internal"); err == nil {
+		if _, err := r.Addrs(context.Background(), "db.internal", true); err == nil {
 			t.Error("a closed resolver answers")
 		}
 	})
@@ -221,7 +249,7 @@ func TestCloseEndsQueries(t *testing.T) {
 	}
 	r.Close()
 	work.Wait()
-	if _, err := r.Addrs(context.Background(), "db.internal"); err == nil {
+	if _, err := r.Addrs(context.Background(), "db.internal", true); err == nil {
 		t.Error("a closed resolver answers")
 	}
 }
