@@ -46,6 +46,7 @@ type Options struct {
 	Key    ed25519.PrivateKey  // signs; all nodes have the same
 	Former []ed25519.PublicKey // keys that signed before
 	Node   string              // this node's name in its seals
+	Rivals bool                // other nodes write to the store, too
 	Copy   io.Writer           // every record of this node goes here too once it is stored; nil for nowhere
 	Logger *slog.Logger
 
@@ -102,7 +103,6 @@ type Log struct {
 	headMu sync.Mutex // for reading at outside of the writer
 	at     head       // the chain's head; changed by the writer alone
 	after  uint64     // the store's last message; the writer's
-	rival  time.Time  // when another node's block was last met; the writer's
 	gone   struct {   // a message that ought to be there, and since when it is missed; the writer's
 		seq   uint64
 		since time.Time

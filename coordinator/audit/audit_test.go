@@ -261,7 +261,7 @@ func TestNodesShareAChain(t *testing.T) {
 	store := audittest.New()
 	var wg sync.WaitGroup
 	for node := range 3 {
-		l := open(t, store, func(o *Options) { o.Node = fmt.Sprint("n", node) })
+		l := open(t, store, func(o *Options) { o.Node, o.Rivals = fmt.Sprint("n", node), true })
 		for w := range 4 {
 			wg.Go(func() {
 				for n := range 50 {

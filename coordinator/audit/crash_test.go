@@ -163,7 +163,7 @@ func TestNodesOnOneStore(t *testing.T) {
 	store := openStore(t, logOptions(t.TempDir()))
 	var wg sync.WaitGroup
 	for n := range 2 {
-		l := open(t, store, func(o *Options) { o.Node = fmt.Sprint("n", n) })
+		l := open(t, store, func(o *Options) { o.Node, o.Rivals = fmt.Sprint("n", n), true })
 		for w := range 4 {
 			wg.Go(func() { record(t, l, n*1000+w*100, n*1000+w*100+25) })
 		}

@@ -66,7 +66,7 @@ func TestRivalsStoreManyRecordsAtOnce(t *testing.T) {
 				var longest atomic.Int64
 				const callers, each = 100, 6
 				for node := range 3 {
-					l := open(t, store, func(o *Options) { o.Node = fmt.Sprint("n", node) })
+					l := open(t, store, func(o *Options) { o.Node, o.Rivals = fmt.Sprint("n", node), true })
 					for w := range callers {
 						wg.Go(func() {
 							for n := range each {
@@ -113,8 +113,8 @@ func (s *brokenStore) Get(ctx context.Context, seq uint64) ([]byte, error) {
 func TestFailedReadBetweenRivals(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		store := &brokenStore{Store: audittest.New()}
-		late := open(t, store, func(o *Options) { o.Node = "late" })
-		early := open(t, store, func(o *Options) { o.Node = "early" })
+		late := open(t, store, func(o *Options) { o.Node, o.Rivals = "late", true })
+		early := open(t, store, func(o *Options) { o.Node, o.Rivals = "early", true })
 		synctest.Wait()
 		for n := range 2 {
 			if err := early.Record(t.Context(), joined(n)); err != nil {
@@ -187,7 +187,7 @@ func TestRivalsOnALeakyStore(t *testing.T) {
 			const nodes, callers, each = 3, 5, 4
 			var logs [nodes]*Log
 			for node := range logs {
-				logs[node] = open(t, store, func(o *Options) { o.Node, o.Wait = fmt.Sprint("n", node), time.Hour })
+				logs[node] = open(t, store, func(o *Options) { o.Node, o.Rivals, o.Wait = fmt.Sprint("n", node), true, time.Hour })
 			}
 			leaky.Store(true)
 			var wg sync.WaitGroup
@@ -207,6 +207,33 @@ func TestRivalsOnALeakyStore(t *testing.T) {
 			if rep := sound(t, store); rep.Records != nodes*callers*each {
 				t.Errorf("%d records with seed %d, %d %%", rep.Records, seed, percent)
 			}
+		})
+	}
+}
+
+// TestNobodyStarvesOnASlowStore: where storing a block takes long, a node whose callers always wait leaves the log's end to the others as well,
+// although it hears nothing of them before they have had it once.
+func TestNobodyStarvesOnASlowStore(t *testing.T) {
+	for _, takes := range []time.Duration{time.Millisecond, 40 * time.Millisecond, 150 * time.Millisecond} {
+		t.Run(takes.String(), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				store := &slowStore{Store: audittest.New(), takes: takes}
+				var wg sync.WaitGroup
+				for node := range 2 {
+					l := open(t, store, func(o *Options) { o.Node, o.Rivals = fmt.Sprint("n", node), true })
+					for w := range 4 {
+						wg.Go(func() {
+							for n := range 25 {
+								if err := l.Record(t.Context(), joined(node*1000+w*100+n)); err != nil {
+									t.Error(node, w, n, err)
+									return
+								}
+							}
+						})
+					}
+				}
+				wg.Wait()
+			})
 		})
 	}
 }

@@ -39,7 +39,7 @@ func TestReadsOfAFormerLeader(t *testing.T) {
 		var wg sync.WaitGroup
 		const callers, each = 4, 20
 		for node := range 3 {
-			l := open(t, store, func(o *Options) { o.Node = fmt.Sprint("n", node) })
+			l := open(t, store, func(o *Options) { o.Node, o.Rivals = fmt.Sprint("n", node), true })
 			for w := range callers {
 				wg.Go(func() {
 					for n := range each {
@@ -63,8 +63,8 @@ func TestReadsOfAFormerLeader(t *testing.T) {
 func TestGoesOnBehindWhatItMissed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		store := audittest.New()
-		a := open(t, store, func(o *Options) { o.Node = "a" })
-		b := open(t, store, func(o *Options) { o.Node = "b" })
+		a := open(t, store, func(o *Options) { o.Node, o.Rivals = "a", true })
+		b := open(t, store, func(o *Options) { o.Node, o.Rivals = "b", true })
 		record := func(l *Log, n int) {
 			t.Helper()
 			if err := l.Record(t.Context(), joined(n)); err != nil {

@@ -19,13 +19,12 @@ const (
 	maxBlock   = 700 << 10             // bytes of a block, where the store takes that
 	firstWait  = 20 * time.Millisecond // before a block is tried again
 	lastWait   = 250 * time.Millisecond
-	comingWait = 2 * time.Millisecond // for a block that another node is storing just now
-	comingLong = 2 * time.Second      // and when that is no longer an ordinary wait
-	maxAhead   = 64                   // blocks that are read at a time
-	rivalry    = time.Second          // how long after another node's block it counts as a rival for the log's end
-	maxYield   = 20 * time.Millisecond
-	goneLong   = 3 * time.Second // for a message that ought to be there: a server that leads no longer, and does not know yet, has not got it
-	maxForeign = 1000            // blocks at the log's end that are not ours before it is given up
+	comingWait = 2 * time.Millisecond   // for a block that another node is storing just now
+	comingLong = 2 * time.Second        // and when that is no longer an ordinary wait
+	maxAhead   = 64                     // blocks that are read at a time
+	maxYield   = 500 * time.Millisecond // to other nodes, after a block
+	goneLong   = 3 * time.Second        // for a message that ought to be there: a server that leads no longer, and does not know yet, has not got it
+	maxForeign = 1000                   // blocks at the log's end that are not ours before it is given up
 )
 
 // write stores blocks until the queue is closed and empty, or the log's life is over.
@@ -123,6 +122,7 @@ func (l *Log) commit(batch []*entry) error {
 		return nil
 	}
 	began, wait, ahead := time.Now(), firstWait, 1
+	coming := began // since when the same block is awaited
 	block, next := l.build(batch)
 	for {
 		tried := time.Now()
@@ -136,13 +136,14 @@ func (l *Log) commit(batch []*entry) error {
 			batch = l.gather(batch, nil)
 			block, next = l.build(batch)
 			ahead = min(2*ahead, maxAhead)
+			wait, coming = firstWait, time.Now()
 			continue
 		case l.life.Err() != nil:
 			for _, e := range batch {
 				l.drop(e, err)
 			}
 			return err
-		case errors.Is(err, errComing) && time.Since(began) < comingLong:
+		case errors.Is(err, errComing) && time.Since(coming) < comingLong:
 			l.sleep(comingWait)
 			continue
 		}
@@ -167,9 +168,9 @@ func (l *Log) stored(batch []*entry, block []byte, began time.Time) {
 }
 
 // yield lets other nodes have their turn at the log's end, for about as long as storing a block has taken: they have to read ours
-// first, and would lose again and again against a node that need not.
+// first, and would lose again and again against a node that need not. They are not heard of before they have won.
 func (l *Log) yield(took time.Duration) {
-	if time.Since(l.rival) < rivalry {
+	if l.opts.Rivals {
 		took = min(took, maxYield)
 		l.sleep(took/2 + rand.N(took+1))
 	}
@@ -300,7 +301,6 @@ func (l *Log) skip() error {
 // takeIn moves the head behind a block that another node wrote. One that is not of this chain is left aside, and a record
 // says so. Where a coordinator wrote it, and it is ahead of us, we have missed something, and go on from there.
 func (l *Log) takeIn(seq uint64, block []byte) {
-	l.rival = time.Now()
 	at, err := checkBlock(block, &l.at, l.keys)
 	if err == nil {
 		l.move(at, seq)

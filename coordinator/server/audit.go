@@ -41,7 +41,9 @@ func (s *Server) openAudit(ctx context.Context) (err error) {
 		if err != nil {
 			return err
 		}
-		s.audit, err = audit.Open(ctx, audit.Options{Store: s.auditStore, Key: key, Former: former, Node: nodeName(), Copy: to, Logger: s.log, Metrics: s.metrics.audit})
+		s.audit, err = audit.Open(ctx, audit.Options{
+			Store: s.auditStore, Key: key, Former: former, Node: nodeName(), Rivals: len(s.config.State.NATS) > 0, Copy: to, Logger: s.log, Metrics: s.metrics.audit,
+		})
 		return err
 	})
 }
