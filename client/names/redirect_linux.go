@@ -117,10 +117,12 @@ func mark(mark uint32) func(_, _ string, c syscall.RawConn) error {
 	}
 }
 
-// over has a socket use this interface: other networks' gateways have the same addresses.
+// over has a socket use this interface, because other networks' gateways have the same addresses, and has no table take what it asks.
 func over(name string) func(_, _ string, c syscall.RawConn) error {
-	return func(_, _ string, c syscall.RawConn) error {
-		return c.Control(func(fd uintptr) { _ = unix.BindToDevice(int(fd), name) }) // without it the routes decide
+	final := mark(markBase | anybody) // of number 0, which is above no other
+	return func(network, address string, c syscall.RawConn) error {
+		err := c.Control(func(fd uintptr) { _ = unix.BindToDevice(int(fd), name) }) // without it the routes decide
+		return errors.Join(err, final(network, address, c))
 	}
 }
 

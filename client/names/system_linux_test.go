@@ -127,6 +127,7 @@ func newMachine(t *testing.T) *machine {
 		lab.Skip(t, "needs root, for namespaces of its own")
 	}
 	m := &machine{container: newNamespace(t), cloud: newNamespace(t)}
+	forget(t)
 	veth := func(name, addr string, peer *namespace, peerAddr string) {
 		link := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: name}, PeerName: name + "p", PeerNamespace: netlink.NsFd(peer.fd)}
 		check(t, netlink.LinkAdd(link))
@@ -159,6 +160,14 @@ func newMachine(t *testing.T) *machine {
 	resolverFiles = []string{file}
 	t.Cleanup(func() { resolverFiles = old })
 	return m
+}
+
+// forget has connection tracking forget where queries from some port went before: a forwarder that is gone, and the port may be used again.
+func forget(t *testing.T) {
+	t.Helper()
+	if err := netlink.ConntrackTableFlush(netlink.ConntrackTable); err != nil {
+		t.Logf("connection tracking keeps what it knows: %v", err)
+	}
 }
 
 // ask resolves a name as a program does that knows a server, from a host (nil: the runner itself).
@@ -223,6 +232,7 @@ func TestRedirectSplitsForHostAndContainers(t *testing.T) {
 		t.Errorf("who asks the gateway itself gets %s", got)
 	}
 	check(t, s.Close())
+	forget(t)
 	for _, from := range []*namespace{nil, m.container} {
 		if got := ask(t, from, "udp", cloudDNS, "db.internal."); got != outside {
 			t.Errorf("after: %s", got)
@@ -302,6 +312,7 @@ func TestTwoNetworks(t *testing.T) {
 				t.Error("names went to the wrong gateway")
 			}
 			check(t, first.Close())
+			forget(t)
 			for name, want := range map[string]string{"db.internal.": outside, "wiki.lab.": "198.19.0.9"} {
 				if got := ask(t, m.container, "udp", cloudDNS, name); got != want {
 					t.Errorf("after the end of the first %s resolves to %s", name, got)
