@@ -177,9 +177,14 @@ func (c *auditVerifyCmd) export() (audit.Report, []string, error) {
 			return audit.Report{}, nil, problem.New(problem.Usage, "a log from standard input needs a key to be verified with", "give --key")
 		}
 		_, named, err := audit.EndOf(in)
-		if err == nil {
-			keys = []string{named}
+		if problem.CodeOf(err) == problem.BadRequest {
+			return audit.Report{}, nil, problem.Wrap(err, problem.AuditBroken, "the export does not end with its end, which names the key: its tail was cut off, or it is none",
+				"give --key to see how far it is whole; events in OCSF (--ocsf) have no chain and cannot be verified")
 		}
+		if err != nil {
+			return audit.Report{}, nil, err
+		}
+		keys = []string{named}
 		if _, err := in.Seek(0, io.SeekStart); err != nil {
 			return audit.Report{}, nil, err
 		}

@@ -24,7 +24,7 @@ func (c *suggestCmd) Run() error {
 	}
 	suggestions := s.Suggestions()
 	if len(suggestions) == 0 {
-		return problem.New(problem.NotFound, "no record of a flow matches", "widen the filter; flows of a session are on record some seconds after they end")
+		return problem.New(problem.NotFound, "no record of a flow matches", "widen the filter; flows of a session are on record some seconds after they end; --from takes an export, and not one in OCSF")
 	}
 	for i := range suggestions {
 		if err := suggestions[i].Write(os.Stdout); err != nil {

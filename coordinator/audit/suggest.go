@@ -56,7 +56,7 @@ type used struct {
 
 // Suggester learns from records what was used.
 type Suggester struct {
-	Denied bool // count what was denied as well, as if it were to be allowed
+	Denied bool // count what was not granted as well, as if it were to be; what is closed whatever is granted stays out
 
 	networks map[string]*learned
 }
@@ -105,6 +105,12 @@ func answered(c wire.FlowCause) bool {
 	return true
 }
 
+// grantable reports whether a flow was denied for want of a grant. Metadata, loopback and other jobs are no job's need: nobody should
+// get a line for them by copying a list.
+func grantable(f wire.FlowRecord) bool {
+	return f.Reason == "" || strings.HasPrefix(f.Reason, policy.NotGranted)
+}
+
 func (n *learned) learn(f wire.FlowRecord, instance string, denied bool) {
 	if n.from.IsZero() || f.Began.Before(n.from) {
 		n.from = f.Began
@@ -115,7 +121,7 @@ func (n *learned) learn(f wire.FlowRecord, instance string, denied bool) {
 	u, ok := useOf(f)
 	through := f.Verdict == wire.FlowAllowed || f.Verdict == wire.FlowObserved || f.Verdict == wire.FlowOverLimits
 	switch {
-	case !through && !denied || !ok:
+	case !through && (!denied || !grantable(f)) || !ok:
 		n.denied[describe(f)] = true
 		return
 	case through && !answered(f.Cause):
@@ -155,7 +161,8 @@ func useOf(f wire.FlowRecord) (u use, ok bool) {
 func describe(f wire.FlowRecord) string {
 	target := f.Name
 	if target == "" && f.Addr.IsValid() {
-		target = f.Addr.Addr().Unmap().String()
+		addr := f.Addr.Addr().Unmap()
+		target = bracketed(netip.PrefixFrom(addr, addr.BitLen()))
 	}
 	text := f.Proto + " " + target
 	if p := f.Addr.Port(); p != 0 {

@@ -209,6 +209,26 @@ func TestSuggestionsAreSmallest(t *testing.T) {
 	})
 }
 
+// What is closed whatever is granted is told of and never offered as a line, by address and by name: a list is copied into a rule.
+func TestSuggestsNothingClosed(t *testing.T) {
+	because := func(reason string, f wire.FlowRecord) wire.FlowRecord {
+		f.Reason = reason
+		return f
+	}
+	g := suggested(t, true,
+		because("not granted", flow("tcp", "", "10.0.0.9:22", wire.FlowRefused)),
+		because("not granted by this name", flow("tcp", "db.internal", "10.0.0.5:22", wire.FlowRefused)),
+		because("cloud metadata address", flow("tcp", "", "169.254.169.254:80", wire.FlowRefused)),
+		because("the gateway's own address", flow("tcp", "", "[::1]:80", wire.FlowRefused)),
+		because("its name leads to: cloud metadata address", flow("tcp", "x.internal", "198.19.0.7:80", wire.FlowRefused)))
+	if got, want := allowed(g), []string{"tcp 10.0.0.9:22", "tcp db.internal:22"}; !slices.Equal(got, want) {
+		t.Errorf("%q, want %q", got, want)
+	}
+	if want := "tcp [::1]:80 (the gateway's own address)"; len(g.Denied) != 3 || !slices.Contains(g.Denied, want) {
+		t.Errorf("%q, want %q among three", g.Denied, want)
+	}
+}
+
 func FuzzSuggest(f *testing.F) {
 	f.Add([]byte(`{"unmapped":{"network":"corp","flows":[{"proto":"tcp","addr":"10.0.0.1:1","verdict":"allowed"}]}}`))
 	f.Add([]byte(`{"unmapped":{"flows":[{"proto":"icmp","name":"..","addr":"[fe80::1%e]:0","verdict":"observed","count":18446744073709551615}]}}`))

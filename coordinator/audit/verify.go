@@ -147,7 +147,9 @@ func (v *Verifier) end(e *Ending) {
 		v.report.find(e.Last, "the export's end is not signed by the coordinator")
 	case e.First != v.report.First && e.First <= e.Last:
 		v.report.find(e.First, "the export began with record %d, not with record %d", e.First, v.report.First)
-	case e.Last != v.at.seq || e.Head != v.at.hash:
+	case e.Last == v.at.seq && e.Head != v.at.hash:
+		v.report.find(e.Last, "record %d is not the one that the export ended with: it was changed", e.Last)
+	case e.Last != v.at.seq:
 		v.report.find(e.Last, "the export ended with record %d, not with record %d: its tail was cut off", e.Last, v.at.seq)
 	}
 }

@@ -102,6 +102,11 @@ func TestTampering(t *testing.T) {
 		"the tail cut in a block":    {func(l [][]byte) [][]byte { return l[:7] }, "record 5 is not signed"},
 		"the end cut off":            {func(l [][]byte) [][]byte { return l[:9] }, "its tail was cut off after record 6"},
 		"the tail cut, the end kept": {func(l [][]byte) [][]byte { return slices.Delete(l, 6, 9) }, "the export ended with record 6, not with record 4"},
+		"the last record changed, the end kept": {func(l [][]byte) [][]byte {
+			l = slices.Delete(l, 8, 9) // its signature would tell as well
+			l[7] = bytes.Replace(l[7], []byte("acme/shop"), []byte("acme/shap"), 1)
+			return l
+		}, "record 6 is not the one that the export ended with"},
 		"the head cut, the end kept": {func(l [][]byte) [][]byte { return l[4:] }, "the export began with record 1, not with record 4"},
 		"an end of another key": {func(l [][]byte) [][]byte {
 			return append(l[:9:9], bytes.TrimSpace(end(1, head{6, hashOf(l[7])}, time.Now(), other)))

@@ -25,19 +25,23 @@ import (
 const (
 	dialTimeout = 10 * time.Second
 	redial      = 100 * time.Millisecond
-	leaseFor    = 10 * time.Minute
+	// redialUnknown is for a coordinator that does not know the issuer's keys yet, and counts what it does not believe.
+	redialUnknown = time.Second
+	leaseFor      = 10 * time.Minute
 )
 
 // gateway plays a gateway: it verifies every token that it is offered, as a real one does, and builds no tunnel.
 type gateway struct {
-	p        *player
-	hello    wire.Hello
-	client   *http.Client
-	at       int // of the coordinators, for the first dial
-	verified atomic.Uint64
-	refused  atomic.Uint64
-	up       chan struct{} // closed once the first stream stands
-	upOnce   sync.Once
+	p         *player
+	hello     wire.Hello
+	client    *http.Client
+	at        int // of the coordinators, for the first dial
+	verified  atomic.Uint64
+	refused   atomic.Uint64
+	up        chan struct{} // closed once the first stream stands
+	upOnce    sync.Once
+	stuck     chan struct{} // closed once it is refused for good
+	stuckOnce sync.Once
 
 	mu      sync.Mutex
 	conn    *websocket.Conn // nil while there is none
@@ -47,7 +51,8 @@ type gateway struct {
 	why     error                   // the last stream's end
 }
 
-// openGateways starts all gateways and waits for their streams.
+// openGateways starts all gateways and waits for their streams. One goes first: what keeps it away keeps them all away, and so many
+// tries at once would make the coordinator take no more of them.
 func (p *player) openGateways(ctx context.Context) (stop func(), err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	var wg sync.WaitGroup
@@ -59,21 +64,46 @@ func (p *player) openGateways(ctx context.Context) (stop func(), err error) {
 	for n := range p.opts.Gateways {
 		g := newGateway(p, n, transport)
 		p.gateways = append(p.gateways, g)
-		wg.Go(func() { g.run(ctx) })
 	}
-	late := time.After(dialTimeout + 5*time.Second)
-	for _, g := range p.gateways {
-		select {
-		case <-g.up:
-		case <-late:
+	first, rest := p.gateways[:1], p.gateways[1:]
+	for _, some := range [][]*gateway{first, rest} {
+		for _, g := range some {
+			wg.Go(func() { g.run(ctx) })
+		}
+		if err := standing(ctx, some); err != nil {
 			stop()
-			return nil, fmt.Errorf("gateway %s gets no stream: %w", g.hello.Name, g.lastError())
-		case <-ctx.Done():
-			stop()
-			return nil, interrupted("the stream of gateway "+g.hello.Name, g.lastError())
+			return nil, err
 		}
 	}
 	return stop, nil
+}
+
+// standing waits for the streams of some gateways: for long enough that a coordinator which knows the keys of an earlier run fetches
+// those of this one.
+func standing(ctx context.Context, some []*gateway) error {
+	late := time.After(warmUpFor)
+	for _, g := range some {
+		select {
+		case <-g.up:
+			continue
+		case <-g.stuck:
+		case <-late:
+		case <-ctx.Done():
+			return interrupted("the stream of gateway "+g.hello.Name, g.lastError())
+		}
+		return fmt.Errorf("gateway %s gets no stream: %w", g.hello.Name, g.lastError())
+	}
+	return nil
+}
+
+// hopeless reports whether a gateway that is refused so will be refused again.
+func hopeless(err error) bool {
+	switch problem.CodeOf(err) {
+	case problem.Unauthorized, problem.NoNetwork, problem.Denied, problem.BadRequest, problem.Incompatible,
+		problem.TokenInvalid, problem.TokenIssuer, problem.TokenAudience:
+		return true
+	}
+	return false
 }
 
 func newGateway(p *player, n int, transport *http.Transport) *gateway {
@@ -83,7 +113,7 @@ func newGateway(p *player, n int, transport *http.Transport) *gateway {
 		Candidates: []wire.Candidate{{Kind: wire.Public, Addr: netip.MustParseAddrPort("192.0.2.1:51820")}},
 	}
 	rand.Read(h.Key[:])
-	return &gateway{p: p, hello: h, client: &http.Client{Transport: transport}, at: n, up: make(chan struct{}), held: map[string]wire.Held{}, unsaid: map[string]wire.Renewed{}}
+	return &gateway{p: p, hello: h, client: &http.Client{Transport: transport}, at: n, up: make(chan struct{}), stuck: make(chan struct{}), held: map[string]wire.Held{}, unsaid: map[string]wire.Renewed{}}
 }
 
 func (g *gateway) lastError() error {
@@ -102,10 +132,15 @@ func (g *gateway) run(ctx context.Context) {
 		err := g.once(ctx, g.p.opts.Coordinators[n%len(g.p.opts.Coordinators)])
 		g.mu.Lock()
 		stood, first := g.conn != nil, g.why == nil
-		if g.conn = nil; ctx.Err() == nil || first { // else what came before tells more
+		limited := problem.CodeOf(err) == problem.RateLimited
+		if g.conn = nil; first || ctx.Err() == nil && !limited { // else what came before tells more
 			g.why = err
 		}
 		g.mu.Unlock()
+		pause := redial
+		if limited || problem.CodeOf(err) == problem.TokenUnknownKey {
+			pause = redialUnknown
+		}
 		switch {
 		case ctx.Err() != nil:
 		case stood:
@@ -115,9 +150,12 @@ func (g *gateway) run(ctx context.Context) {
 			said = string(problem.CodeOf(err))
 			g.p.log.Warn("a gateway gets no stream, and tries again", "gateway", g.hello.Name, "err", err)
 		}
+		if hopeless(err) {
+			g.stuckOnce.Do(func() { close(g.stuck) })
+		}
 		select {
 		case <-ctx.Done():
-		case <-time.After(redial):
+		case <-time.After(pause):
 		}
 	}
 }

@@ -3,6 +3,8 @@ package load_test
 import (
 	"context"
 	"fmt"
+	"io"
+	"log"
 	"log/slog"
 	"net"
 	"net/http"
@@ -155,7 +157,8 @@ func TestWhatCannotBePlayed(t *testing.T) {
 }
 
 // A coordinator that is not there, or does not speak, is an error that says so within the time that one join may take, and nothing is
-// left running. So is one that is there and lets no gateway in, when somebody ends the wait for that.
+// left running. So is one that refuses its gateways for good, or is not
+// what its URL says; one that may let them in later is waited for, until somebody ends that.
 func TestNoCoordinator(t *testing.T) {
 	mute, err := net.Listen("tcp", "127.0.0.1:0") // connections wait in its queue for ever
 	if err != nil {
@@ -168,6 +171,16 @@ func TestNoCoordinator(t *testing.T) {
 		}
 	}))
 	defer strict.Close()
+	busy := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path != "/healthz" {
+			problem.Write(w, problem.New(problem.RateLimited, "too many of these", "wait"))
+		}
+	}))
+	defer busy.Close()
+	encrypted := httptest.NewUnstartedServer(http.NotFoundHandler())
+	encrypted.Config.ErrorLog = log.New(io.Discard, "", 0) // the handshake that fails
+	encrypted.StartTLS()
+	defer encrypted.Close()
 	dead := "http://" + freeAddr(t)
 	for name, c := range map[string]struct {
 		at    []string
@@ -178,17 +191,24 @@ func TestNoCoordinator(t *testing.T) {
 		"dead":     {[]string{dead}, false, problem.Unreachable, "the coordinator does not answer: GET " + dead + "/healthz: dial tcp"},
 		"mute":     {[]string{"http://" + mute.Addr().String()}, false, problem.Unreachable, "deadline exceeded"},
 		"both":     {[]string{dead, "http://" + mute.Addr().String()}, false, problem.Unreachable, "none of 2 coordinators answers: GET " + dead},
-		"refusing": {[]string{strict.URL}, true, problem.Cancelled, "waiting for the stream of gateway load-001: this gateway is not enrolled"},
+		"busy":     {[]string{busy.URL}, true, problem.Cancelled, "waiting for the stream of gateway load-001: too many of these"},
+		"refusing": {[]string{strict.URL}, false, problem.Unauthorized, "this gateway is not enrolled"},
+		"not TLS":  {[]string{strings.Replace(strict.URL, "http:", "https:", 1)}, false, problem.NoTLS, "does not speak TLS"},
+		"stranger": {[]string{encrypted.URL}, false, problem.Certificate, "is not trusted"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
 			log := slog.New(slog.DiscardHandler)
 			if c.ended {
-				log = slog.New(slog.NewTextHandler(&endsAt{what: "not enrolled", end: cancel}, nil))
+				log = slog.New(slog.NewTextHandler(&endsAt{what: "too many of these", end: cancel}, nil))
 			}
 			began := time.Now()
-			_, err := load.Run(ctx, load.Options{Coordinators: c.at, Issuer: "http://" + freeAddr(t), Network: "load", Gateways: 1, Timeout: 500 * time.Millisecond, Logger: log})
+			limit := 20 * time.Second
+			if strings.Contains(c.says, "deadline") || len(c.at) > 1 { // of what never answers
+				limit = 500 * time.Millisecond
+			}
+			_, err := load.Run(ctx, load.Options{Coordinators: c.at, Issuer: "http://" + freeAddr(t), Network: "load", Gateways: 1, Timeout: limit, Logger: log})
 			if p := problem.From(err); err == nil || p.Code != c.code || !strings.Contains(p.Message, c.says) || p.Next == "" || p.Code.Exit() != problem.ExitFailed {
 				t.Errorf("%v", err)
 			}

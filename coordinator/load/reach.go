@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"time"
 
+	"github.com/culvertnet/culvert/internal/egress"
 	"github.com/culvertnet/culvert/internal/problem"
 )
 
@@ -19,17 +20,28 @@ func (p *player) reach(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, min(p.opts.Timeout, reachFor))
 	defer cancel()
 	var away []error
+	var fault *problem.Error
 	for n, base := range p.opts.Coordinators {
 		resp, err := p.jobs.ask(ctx, n, http.MethodGet, "/healthz", "", nil)
 		if err == nil {
 			resp.close()
 			continue
 		}
+		if fault == nil {
+			fault = egress.New(&http.Transport{}).Fault(base, err)
+		}
 		away = append(away, fmt.Errorf("GET %s/healthz: %w", base, errors.Join(errors.Unwrap(err), context.Cause(ctx))))
-		p.log.Warn("a coordinator does not answer", "coordinator", base, "err", err)
+		if len(p.opts.Coordinators) > 1 { // of one, the error says it
+			p.log.Warn("a coordinator does not answer", "coordinator", base, "err", away[len(away)-1])
+		}
 	}
-	if len(away) < len(p.opts.Coordinators) {
+	switch {
+	case len(away) < len(p.opts.Coordinators):
 		return nil
+	case fault != nil && fault.Code == problem.Certificate:
+		return problem.Wrap(fault, fault.Code, fault.Message, "check the URL; give --ca the certificate of a private authority")
+	case fault != nil:
+		return fault
 	}
 	what := "the coordinator does not answer: "
 	if len(away) > 1 {

@@ -103,8 +103,6 @@ func (s *Server) Start(ctx context.Context) (err error) {
 	return nil
 }
 
-const portNext = "choose another address, or stop what holds this one"
-
 func (s *Server) openUDP(ctx context.Context) (err error) {
 	c := s.config
 	s.relay, err = relay.New(ctx, relay.Options{
@@ -113,7 +111,7 @@ func (s *Server) openUDP(ctx context.Context) (err error) {
 		Remote: func(r *http.Request) netip.Addr { return middleware.GetClientIPAddr(r.Context()) },
 	})
 	if err != nil {
-		return problem.Wrap(err, problem.Failed, fmt.Sprintf("cannot listen on UDP %s: %v", c.UDP, err), portNext)
+		return problem.Wrap(err, problem.Failed, fmt.Sprintf("cannot listen on UDP %s: %v", c.UDP, err), problem.PortNext(err))
 	}
 	if c.Probe == "" {
 		return nil
@@ -173,7 +171,7 @@ func (s *Server) open(ctx context.Context, addr string, h http.Handler, secure *
 	var lc net.ListenConfig
 	l, err := lc.Listen(ctx, "tcp", addr)
 	if err != nil {
-		return nil, problem.Wrap(err, problem.Failed, fmt.Sprintf("cannot listen on TCP %s: %v", addr, err), portNext)
+		return nil, problem.Wrap(err, problem.Failed, fmt.Sprintf("cannot listen on TCP %s: %v", addr, err), problem.PortNext(err))
 	}
 	p := &page{listener: l, server: &http.Server{
 		Handler: h, TLSConfig: secure, MaxHeaderBytes: maxHeader,

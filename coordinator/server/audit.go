@@ -129,6 +129,7 @@ func (s *Server) recordStart(ctx context.Context) error {
 		if err := state.Patiently(ctx, s.log, func() error { return s.audit.Record(ctx, r) }); err != nil {
 			return err
 		}
+		s.started = true
 	}
 	return nil
 }
@@ -155,9 +156,11 @@ func (s *Server) reopenCopy() {
 func (s *Server) closeLog() error {
 	var errs []error
 	if s.audit != nil {
-		r := audit.Record{Event: audit.Stopped}
-		r.Succeeded()
-		s.audit.Note(r)
+		if s.started {
+			r := audit.Record{Event: audit.Stopped}
+			r.Succeeded()
+			s.audit.Note(r)
+		}
 		ctx, cancel := context.WithTimeout(context.Background(), closeAudit)
 		defer cancel()
 		errs = append(errs, s.audit.Close(ctx))

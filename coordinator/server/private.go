@@ -51,7 +51,7 @@ func (s *Server) openPrivate(ctx context.Context) error {
 		var lc net.ListenConfig
 		l, err := lc.Listen(ctx, "tcp", addr)
 		if err != nil {
-			return problem.Wrap(err, problem.Failed, fmt.Sprintf("cannot listen on TCP %s for operators: %v", addr, err), "choose another address, or stop what holds this one")
+			return problem.Wrap(err, problem.Failed, fmt.Sprintf("cannot listen on TCP %s for operators: %v", addr, err), problem.PortNext(err))
 		}
 		s.private.tcp = l
 		s.servePrivate(l, s.private.guarded(open, closed))

@@ -3,6 +3,7 @@ package server
 import (
 	"net/http"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -167,15 +168,17 @@ func TestIssuerAway(t *testing.T) {
 	wantCode(t, err, problem.IssuerAway)
 }
 
+// A start that fails says what to do, and puts no end of what never began on record.
 func TestStartFails(t *testing.T) {
 	r := newRig(t, Options{})
+	records := filepath.Join(t.TempDir(), "audit.jsonl")
 	for name, doc := range map[string]string{
 		"TCP taken":      strings.Replace(strings.Replace(r.doc, "dir: state", "dir: other", 1), `listen: "127.0.0.1:0"`, `listen: "`+r.server.Addr().String()+`"`, 1),
 		"UDP taken":      strings.Replace(strings.Replace(r.doc, "dir: state", "dir: other", 1), `udp: "127.0.0.1:0"`, `udp: "`+r.server.STUNAddr().String()+`"`, 1),
 		"state in use":   r.doc,
 		"no certificate": strings.Replace(r.doc, "dir: state}", "dir: other}\ntls: {cert: none.pem, key: none.pem}", 1),
 	} {
-		r.write(doc)
+		r.write(doc + "audit: {log: " + records + "}\n")
 		s, err := New(Options{Config: loadOr(t, r.file)})
 		if err != nil {
 			t.Fatal(err)
@@ -184,6 +187,9 @@ func TestStartFails(t *testing.T) {
 			t.Errorf("%s: started", name)
 		} else if p := problem.From(err); p.Next == "" {
 			t.Errorf("%s: no next step in %v", name, err)
+		}
+		if data, _ := os.ReadFile(records); len(data) > 0 {
+			t.Errorf("%s: on record is %s", name, data)
 		}
 	}
 }

@@ -84,6 +84,7 @@ type Server struct {
 	audit      *audit.Log
 	auditStore *state.Log
 	auditFile  *copyFile // nil where no file is written
+	started    bool      // its start is on record; written by Start alone
 	metrics    *metrics
 
 	mu         sync.Mutex // guards what a reload replaces
@@ -212,10 +213,9 @@ func (s *Server) openState(ctx context.Context) (err error) {
 }
 
 func (s *Server) listen(ctx context.Context) (err error) {
-	const next = "choose another address, or stop what holds this one"
 	lc := net.ListenConfig{KeepAlive: -1} // whose connections are kept says who bounds them
 	if s.listener, err = lc.Listen(ctx, "tcp", s.config.Listen); err != nil {
-		return problem.Wrap(err, problem.Failed, fmt.Sprintf("cannot listen on TCP %s: %v", s.config.Listen, err), next)
+		return problem.Wrap(err, problem.Failed, fmt.Sprintf("cannot listen on TCP %s: %v", s.config.Listen, err), problem.PortNext(err))
 	}
 	return s.openUDP(ctx)
 }

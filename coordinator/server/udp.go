@@ -24,8 +24,7 @@ func (s *Server) openUDP(ctx context.Context) (err error) {
 		s.stun, err = nat.Listen(ctx, nat.ServerOptions{Addr: s.config.UDP, Logger: s.log})
 	}
 	if err != nil {
-		return problem.Wrap(err, problem.Failed, fmt.Sprintf("cannot listen on UDP %s: %v", s.config.UDP, err),
-			"choose another address, or stop what holds this one")
+		return problem.Wrap(err, problem.Failed, fmt.Sprintf("cannot listen on UDP %s: %v", s.config.UDP, err), problem.PortNext(err))
 	}
 	return s.openProbe(ctx)
 }

@@ -78,12 +78,12 @@ func (e *embedded) prepare() (err error) {
 		}
 	}
 	if err := os.MkdirAll(e.dir, 0o700); err != nil {
-		return problem.Wrap(err, problem.BadConfig, fmt.Sprintf("the state directory %s cannot be made", e.dir),
+		return problem.Wrap(err, problem.BadConfig, fmt.Sprintf("the state directory cannot be made: %v", err),
 			"give state.dir a path that this program may write to")
 	}
 	f, err := os.OpenFile(filepath.Join(e.dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
-		return problem.Wrap(err, problem.BadConfig, fmt.Sprintf("the state directory %s cannot be written", e.dir),
+		return problem.Wrap(err, problem.BadConfig, fmt.Sprintf("the state directory %s cannot be written: %v", e.dir, err),
 			"give state.dir a path that this program may write to")
 	}
 	if err := lockFile(f); err != nil {

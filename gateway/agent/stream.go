@@ -96,13 +96,15 @@ func (s *stream) tell(err error, retry time.Duration) {
 	if s.failed != nil {
 		s.failed(p.Code)
 	}
+	what, level := "no stream to the coordinator", slog.LevelWarn
 	if permanent(err) {
-		s.log.Error("the coordinator is not to be had until somebody mends this", "network", s.network, "addr", s.url, "code", p.Code,
-			"err", p.Message, "next", p.Next, "cause", errors.Unwrap(p), "retry", retry)
-		return
+		what, level = "the coordinator is not to be had until somebody mends this", slog.LevelError
 	}
-	s.log.Warn("no stream to the coordinator", "network", s.network, "addr", s.url, "code", p.Code,
-		"err", err, "cause", errors.Unwrap(p), "retry", retry)
+	said := []any{"network", s.network, "addr", s.url, "code", p.Code, "err", p.Message, "next", p.Next, "retry", retry}
+	if cause := errors.Unwrap(p); cause != nil {
+		said = append(said, "cause", cause)
+	}
+	s.log.Log(context.Background(), level, what, said...)
 }
 
 // ready is nil while the coordinator has welcomed the gateway, else why it has not.

@@ -6,6 +6,7 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/goccy/go-yaml"
@@ -173,6 +174,10 @@ func (c *Cases) Run(p *Policy, networks []string, now time.Time) ([]CaseResult, 
 		network := at.Network
 		if network == "" && len(networks) == 1 {
 			network = networks[0]
+		}
+		if network == "" && len(networks) > 1 {
+			return nil, problem.New(problem.NoNetwork, fmt.Sprintf("case %q names no network, and there are several", at.Name),
+				"give it, or the defaults, network: "+strings.Join(networks, " or "))
 		}
 		if networks != nil && !slices.Contains(networks, network) {
 			return nil, problem.New(problem.NoNetwork, fmt.Sprintf("case %q is about the network %q, which there is not", at.Name, network),

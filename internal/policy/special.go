@@ -9,6 +9,9 @@ type closedRange struct {
 	local  bool // the gateway's own policy has to name the exact address too
 }
 
+// NotGranted begins the reason of what an allow line would open. What has another reason is closed, whatever a grant says.
+const NotGranted = "not granted"
+
 // Why an address is closed, in words for the job's owner.
 const (
 	reasonMetadata    = "cloud metadata address"
@@ -19,7 +22,7 @@ const (
 	reasonBroadcast   = "broadcast address"
 	reasonOwn         = "the gateway's own address"
 	reasonOverlay     = "another session's address"
-	reasonNotGranted  = "not granted"
+	reasonNotGranted  = NotGranted
 	reasonMalformed   = "not an address that a flow can go to"
 )
 

@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net/http"
 	"strconv"
 	"strings"
@@ -30,6 +31,14 @@ type Error struct {
 	Next    string  // what to do about it
 	Denial  *Denial // which rule came closest; only with [Denied]
 	Err     error   // the cause, for the log; never sent
+}
+
+// PortNext is the next step where a program cannot listen: another one has the port, or the user may not have it.
+func PortNext(err error) string {
+	if errors.Is(err, fs.ErrPermission) {
+		return "choose a port from 1024 on, or let this user have the low ones: CAP_NET_BIND_SERVICE, or the sysctl net.ipv4.ip_unprivileged_port_start"
+	}
+	return "choose another address, or stop what holds this one"
 }
 
 // Denial tells a job why policy refused it: the rule that came closest and the claim that differed.
