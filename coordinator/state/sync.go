@@ -12,13 +12,14 @@ import (
 	"time"
 )
 
-// syncEvery bounds how often the disk is asked to make safe what was written: what comes within that shares one sync.
-const syncEvery = 2 * time.Millisecond
+// syncEvery bounds how often the disk is asked to make safe what was written: what comes within that after a sync shares the next one.
+const syncEvery = 10 * time.Millisecond
 
 // syncer makes safe from loss of power what an embedded server has written to its files, on demand. NATS can do so after every write, of which a
 // join needs three, or every few seconds; those whose joins are answered meanwhile would have lost their leases.
 type syncer struct {
-	dir string // of the stream's blocks
+	dir  string // of the stream's blocks
+	from int    // all blocks before this one are safe; run's
 
 	mu   sync.Mutex
 	next *round // that begins after what waits for it was written; nil where nobody waits
@@ -78,30 +79,25 @@ func (s *syncer) run(ctx context.Context) {
 	}
 }
 
-// sync makes the stream's last two blocks safe: messages are only ever added to the last one, and another one may just have been begun.
+// sync makes the stream's blocks safe from the one on that was the last when it did so before: messages are only ever added to the last one.
 func (s *syncer) sync() error {
 	entries, err := os.ReadDir(s.dir)
 	if err != nil {
 		return fmt.Errorf("list the state's files: %w", err)
 	}
-	last, before := 0, 0
+	last := 0
 	for _, e := range entries {
 		name, ok := strings.CutSuffix(e.Name(), ".blk")
-		n, err := strconv.Atoi(name)
-		switch {
-		case !ok || err != nil:
-		case n > last:
-			last, before = n, last
-		case n > before:
-			before = n
+		if n, bad := strconv.Atoi(name); ok && bad == nil && n >= s.from {
+			last = max(last, n)
+			err = errors.Join(err, syncFile(filepath.Join(s.dir, e.Name())))
 		}
 	}
 	if last == 0 {
 		return errors.New("the state has no files to make safe")
 	}
-	err = syncFile(filepath.Join(s.dir, fmt.Sprintf("%d.blk", last)))
-	if before > 0 {
-		err = errors.Join(err, syncFile(filepath.Join(s.dir, fmt.Sprintf("%d.blk", before))))
+	if err == nil {
+		s.from = last
 	}
 	return err
 }

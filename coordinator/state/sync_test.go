@@ -42,8 +42,8 @@ func TestSafe(t *testing.T) {
 	}
 }
 
-// TestSyncTakesTheLastBlocks: those with the highest numbers, as numbers; a block that is gone is no error, and none at all is one.
-func TestSyncTakesTheLastBlocks(t *testing.T) {
+// TestSyncGoesOnFromTheLastBlock: numbers are numbers, what was safe already is left alone, and what fails is tried again. None at all is an error.
+func TestSyncGoesOnFromTheLastBlock(t *testing.T) {
 	s := &syncer{dir: t.TempDir()}
 	if s.sync() == nil {
 		t.Error("nothing is safe")
@@ -53,13 +53,24 @@ func TestSyncTakesTheLastBlocks(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if err := os.Chmod(filepath.Join(s.dir, "8.blk"), 0); err != nil { // where it counts, opening it would fail
-		t.Fatal(err)
+	if err := s.sync(); err != nil || s.from != 10 {
+		t.Errorf("goes on from %d: %v", s.from, err)
 	}
+	broken := func(name string) { // a folder cannot be opened for writing
+		t.Helper()
+		if err := errors.Join(os.RemoveAll(filepath.Join(s.dir, name)), os.Mkdir(filepath.Join(s.dir, name), 0o700)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	broken("9.blk")
 	if err := s.sync(); err != nil {
-		t.Error(err)
+		t.Errorf("a block that was safe is looked at again: %v", err)
 	}
-	if err := syncFile(filepath.Join(s.dir, "11.blk")); err != nil {
-		t.Error(err)
+	broken("11.blk")
+	if s.sync() == nil || s.from != 10 {
+		t.Errorf("goes on from %d behind a block that is not safe", s.from)
+	}
+	if err := syncFile(filepath.Join(s.dir, "12.blk")); err != nil {
+		t.Errorf("a block that is gone: %v", err)
 	}
 }
