@@ -256,26 +256,33 @@ func TestLateBlocks(t *testing.T) {
 	})
 }
 
-// TestNodesShareAChain: several writers at once, each with its records in order, none lost, none twice.
-func TestNodesShareAChain(t *testing.T) {
-	store := audittest.New()
+// rivals has so many nodes write to one store, each for four callers with so many records, and wants all of them there.
+func rivals(t *testing.T, store Store, nodes, each int) {
+	t.Helper()
 	var wg sync.WaitGroup
-	for node := range 3 {
+	for node := range nodes {
 		l := open(t, store, func(o *Options) { o.Node, o.Rivals = fmt.Sprint("n", node), true })
 		for w := range 4 {
 			wg.Go(func() {
-				for n := range 50 {
+				for n := range each {
 					if err := l.Record(t.Context(), joined(node*1000+w*100+n)); err != nil {
-						t.Error(err)
+						t.Errorf("record %d of caller %d of node %d: %v", n, w, node, err)
+						return
 					}
 				}
 			})
 		}
 	}
 	wg.Wait()
-	if rep := sound(t, store); rep.Records != 600 {
+	if rep := sound(t, store); rep.Records != uint64(nodes*4*each) {
 		t.Errorf("%d records", rep.Records)
 	}
+}
+
+// TestNodesShareAChain: several writers at once, each with its records in order, none lost, none twice.
+func TestNodesShareAChain(t *testing.T) {
+	store := audittest.New()
+	rivals(t, store, 3, 50)
 	all := texts(store)
 	for node := range 3 {
 		for w := range 4 {

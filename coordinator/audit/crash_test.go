@@ -158,21 +158,8 @@ func TestOnJetStream(t *testing.T) {
 	}
 }
 
-// TestNodesOnOneCluster: two nodes write through the connections that they have to one NATS server.
-func TestNodesOnOneStore(t *testing.T) {
-	store := openStore(t, logOptions(t.TempDir()))
-	var wg sync.WaitGroup
-	for n := range 2 {
-		l := open(t, store, func(o *Options) { o.Node, o.Rivals = fmt.Sprint("n", n), true })
-		for w := range 4 {
-			wg.Go(func() { record(t, l, n*1000+w*100, n*1000+w*100+25) })
-		}
-	}
-	wg.Wait()
-	if rep := sound(t, store); rep.Records != 200 {
-		t.Errorf("%+v", rep)
-	}
-}
+// TestNodesOnOneStore: two nodes write through the connection that they have to one NATS server.
+func TestNodesOnOneStore(t *testing.T) { rivals(t, openStore(t, logOptions(t.TempDir())), 2, 25) }
 
 // BenchmarkRecord is what storing a record costs when many are stored at once.
 func BenchmarkRecord(b *testing.B) {

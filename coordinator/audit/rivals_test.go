@@ -216,24 +216,7 @@ func TestRivalsOnALeakyStore(t *testing.T) {
 func TestNobodyStarvesOnASlowStore(t *testing.T) {
 	for _, takes := range []time.Duration{time.Millisecond, 40 * time.Millisecond, 150 * time.Millisecond} {
 		t.Run(takes.String(), func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				store := &slowStore{Store: audittest.New(), takes: takes}
-				var wg sync.WaitGroup
-				for node := range 2 {
-					l := open(t, store, func(o *Options) { o.Node, o.Rivals = fmt.Sprint("n", node), true })
-					for w := range 4 {
-						wg.Go(func() {
-							for n := range 25 {
-								if err := l.Record(t.Context(), joined(node*1000+w*100+n)); err != nil {
-									t.Error(node, w, n, err)
-									return
-								}
-							}
-						})
-					}
-				}
-				wg.Wait()
-			})
+			synctest.Test(t, func(t *testing.T) { rivals(t, &slowStore{Store: audittest.New(), takes: takes}, 2, 25) })
 		})
 	}
 }

@@ -60,15 +60,21 @@ func fill(t *testing.T, v reflect.Value, n *int) {
 	}
 }
 
-// Every field of a lease survives, also one that is added some day.
-func TestPackedLeaseLosesNothing(t *testing.T) {
-	var l Lease
+// filled gives a lease whose every field is filled, and what becomes of it.
+func filled(t *testing.T) (l Lease, c *compact) {
+	t.Helper()
 	n := 0
 	fill(t, reflect.ValueOf(&l).Elem(), &n)
 	c, err := pack(l)
 	if err != nil {
 		t.Fatal(err)
 	}
+	return l, c
+}
+
+// Every field of a lease survives, also one that is added some day.
+func TestPackedLeaseLosesNothing(t *testing.T) {
+	l, c := filled(t)
 	got, err := c.lease()
 	if err != nil || !reflect.DeepEqual(got, l) {
 		t.Errorf("got  %+v\nwant %+v, %v", got, l, err)
@@ -90,13 +96,7 @@ func TestPackedLeaseLosesNothing(t *testing.T) {
 }
 
 func TestPackedLeaseSaysWhatItIs(t *testing.T) {
-	var l Lease
-	n := 0
-	fill(t, reflect.ValueOf(&l).Elem(), &n)
-	c, err := pack(l)
-	if err != nil {
-		t.Fatal(err)
-	}
+	l, c := filled(t)
 	if !c.until().Equal(l.Expires) || !c.lasting().Equal(l.Longest) || c.head() != (Head{l.Network, l.Gateway, l.GatewayName, true}) {
 		t.Errorf("%v %v %+v", c.until(), c.lasting(), c.head())
 	}
