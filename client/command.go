@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -75,6 +76,15 @@ type exit int
 // Error names the code; nobody prints it.
 func (e exit) Error() string { return fmt.Sprintf("exit code %d", int(e)) }
 
+// withExit is an error that has an exit code other than its problem's.
+type withExit struct {
+	error
+	code int
+}
+
+// Unwrap gives the problem.
+func (e withExit) Unwrap() error { return e.error }
+
 // run runs one command line and gives the exit code.
 func run(ctx context.Context, env environment) int {
 	var cli commands
@@ -127,6 +137,9 @@ func report(env environment, asJSON bool, err error) int {
 	}
 	if env.getenv("GITHUB_ACTIONS") == "true" && !env.launched {
 		fmt.Fprint(env.stderr, annotation(p))
+	}
+	if e, ok := errors.AsType[withExit](err); ok {
+		return e.code
 	}
 	return p.Code.Exit()
 }
