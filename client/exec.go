@@ -30,7 +30,7 @@ func (c *execCommand) run(ctx context.Context, _ environment, flags common) erro
 		return problem.New(problem.Usage, "there is no program to run", "write culvert exec -- CMD")
 	}
 	var st control.Status // of the last with a proxy, which leads to the others' networks as well
-	for _, name := range flags.names() {
+	for _, name := range flags.all(ctx) {
 		now, err := readStatus(ctx, name)
 		if err != nil {
 			return err

@@ -63,7 +63,7 @@ func (c *upCommand) run(ctx context.Context, env environment, flags common) erro
 
 // check refuses a command line that cannot work.
 func (c *upCommand) check(env environment, flags common) error {
-	if err := control.ValidateName(flags.Name); err != nil {
+	if err := control.ValidateName(flags.name()); err != nil {
 		return err
 	}
 	opts, err := c.options(env, slog.New(slog.DiscardHandler))
@@ -173,7 +173,7 @@ func (c *upCommand) stay(ctx context.Context, env environment, flags common) err
 		return err
 	}
 	defer recent.Close()
-	server, err := control.Listen(flags.Name, log)
+	server, err := control.Listen(flags.name(), log)
 	if err != nil {
 		return err
 	}
@@ -182,7 +182,7 @@ func (c *upCommand) stay(ctx context.Context, env environment, flags common) err
 	if err != nil {
 		return err
 	}
-	opts.Name = flags.Name
+	opts.Name = flags.name()
 	var tunnel *agent.Agent
 	var work sync.WaitGroup
 	ctx, end := context.WithCancel(ctx)
