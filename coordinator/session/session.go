@@ -114,6 +114,7 @@ type Manager struct {
 	rules  atomic.Pointer[Rules]
 	joins  joins
 	placed placements
+	turns  chan struct{} // of renewals in the tunnel, to write to the state; see Renewed
 
 	mu         sync.Mutex
 	offered    map[string]*offered // sessions of this node's joins that no gateway has answered for yet
@@ -140,7 +141,7 @@ func New(opts Options) (*Manager, error) {
 	if err := opts.Validate(); err != nil {
 		return nil, err
 	}
-	m := &Manager{opts: opts, log: opts.Logger, offered: map[string]*offered{}, ended: map[string]ended{}, joins: opts.Limits.tables()}
+	m := &Manager{opts: opts, log: opts.Logger, offered: map[string]*offered{}, ended: map[string]ended{}, joins: opts.Limits.tables(), turns: make(chan struct{}, renewalsAtOnce)}
 	m.rules.Store(&opts.Rules)
 	return m, nil
 }
