@@ -280,9 +280,13 @@ func (m *Manager) Renewed(ctx context.Context, g Gateway, r wire.Renewed) error 
 }
 
 func (m *Manager) renewHeld(ctx context.Context, g Gateway, r wire.Renewed) (state.Lease, error) {
-	l, err := m.heldBy(ctx, g, r.Session)
-	if err != nil {
-		return l, err
+	// On a cluster its leader reads a lease from its file for whoever asks, so nobody does where memory says the same.
+	l, ok := m.opts.Store.Recall(r.Session)
+	if !ok || !holds(g, l) {
+		var err error
+		if l, err = m.heldBy(ctx, g, r.Session); err != nil {
+			return l, err
+		}
 	}
 	if err := checkToken(r.Token); err != nil {
 		return l, err
@@ -307,10 +311,15 @@ func (m *Manager) heldBy(ctx context.Context, g Gateway, id string) (state.Lease
 	if err != nil {
 		return l, storeAway(err)
 	}
-	if l.Network != g.Network || l.Gateway != g.Instance && l.Standby != g.Instance || l.Over != "" {
+	if !holds(g, l) {
 		return l, errUnknown()
 	}
 	return l, nil
+}
+
+// holds reports whether a gateway holds a session that is not over, be it as a standby.
+func holds(g Gateway, l state.Lease) bool {
+	return l.Network == g.Network && (l.Gateway == g.Instance || l.Standby == g.Instance) && l.Over == ""
 }
 
 // Ended takes a gateway's word that a session is over there, of its own accord or because it was told: the address is

@@ -21,6 +21,7 @@ type Store interface {
 	CreateLease(ctx context.Context, l state.Lease, pool state.Pool) (state.Lease, error)
 	AdoptLease(ctx context.Context, l state.Lease) (state.Lease, error)
 	Lease(ctx context.Context, session string) (state.Lease, error)
+	Recall(session string) (state.Lease, bool)
 	UpdateLease(ctx context.Context, l state.Lease) (state.Lease, error)
 	Safe(ctx context.Context) error
 	EndLease(ctx context.Context, session string) error
