@@ -164,6 +164,13 @@ func TestReaderNeverWaitsForRenewals(t *testing.T) {
 		}
 		close(slow.open)
 		time.Sleep(time.Minute) // of the bubble's clock, for those who try again
+		select {
+		case <-s.over:
+			t.Errorf("the stream is over: %v", s.why)
+		default:
+		}
+		s.end(goingAway)
+		s.workers.Wait()
 		for id := range sessions {
 			if got := slow.tokens[inboxSession(id)]; got != fmt.Sprint(rounds-1) {
 				t.Fatalf("session %d ends with token %q", id, got)
@@ -172,12 +179,5 @@ func TestReaderNeverWaitsForRenewals(t *testing.T) {
 		if slow.tries > 4*sessions {
 			t.Errorf("%d tries for %d sessions", slow.tries, sessions)
 		}
-		select {
-		case <-s.over:
-			t.Errorf("the stream is over: %v", s.why)
-		default:
-		}
-		s.end(goingAway)
-		s.workers.Wait()
 	})
 }
