@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -134,15 +135,29 @@ func (a *Agent) Check(ctx context.Context, target string) (wire.ReachResult, err
 	return result, nil
 }
 
-// explain asks the gateway why it reset a connection; nil where it does not say.
-func (s *session) explain(ctx context.Context, target netip.AddrPort) error {
+// explain asks the gateway why it reset a connection to an address of "host:port"; nil where it does not say. It speaks of what was asked
+// for: the address of a granted name is nobody's but the gateway's.
+func (s *session) explain(ctx context.Context, asked string, target netip.AddrPort) error {
 	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
 	defer cancel()
-	r, err := s.reach(ctx, target.String())
+	r, err := s.reach(ctx, s.agent.namely(asked, target))
 	if err != nil {
 		return nil
 	}
+	if host, _, err := net.SplitHostPort(asked); err == nil && !s.agent.granted.Covers(host) && asked != target.String() {
+		asked += " (" + target.Addr().String() + ")"
+	}
+	r.Target = asked
 	return verdict(r)
+}
+
+// namely is what the gateway is asked about for an address of "host:port": a granted name, because only the gateway knows where it leads,
+// or else the address.
+func (a *Agent) namely(asked string, target netip.AddrPort) string {
+	if host, _, err := net.SplitHostPort(asked); err == nil && a.granted.Covers(host) {
+		return net.JoinHostPort(host, strconv.Itoa(int(target.Port())))
+	}
+	return target.String()
 }
 
 // verdict turns the gateway's word into an error, nil where there is nothing to complain about.
@@ -164,9 +179,9 @@ func verdict(r wire.ReachResult) error {
 }
 
 // explain is session.explain for the proxy.
-func (a *Agent) explain(ctx context.Context, target netip.AddrPort) error {
+func (a *Agent) explain(ctx context.Context, asked string, target netip.AddrPort) error {
 	if s := a.current(); s != nil {
-		return s.explain(ctx, target)
+		return s.explain(ctx, asked, target)
 	}
 	return nil
 }
