@@ -91,7 +91,7 @@ func openBucket(ctx context.Context, conn *nats.Conn, now func() time.Time, log 
 	}
 	b := &bucket{js: js, mirror: newMirror(), log: log, now: now, writing: map[string]write{}, expired: make(chan Lease, maxExpired)}
 	if clustered := conn.ConnectedClusterName() != ""; clustered {
-		b.escape.leave = conn.ForceReconnect
+		b.escape.leave, b.escape.connected = conn.ForceReconnect, conn.IsConnected
 	}
 	b.stream, err = js.Stream(ctx, streamName)
 	if errors.Is(err, jetstream.ErrStreamNotFound) {

@@ -79,6 +79,9 @@ var (
 	ErrConflict = errors.New("changed by another writer")
 	ErrFull     = errors.New("no free address")
 	ErrAway     = errors.New("gateway does not answer")
+
+	// ErrNoConnection says that no server of a cluster has been reached for a while: another node may reach one.
+	ErrNoConnection = errors.New("there is no connection to nats")
 )
 
 // Store is a coordinator node's view of the shared state, safe for concurrent use.
