@@ -25,7 +25,7 @@ const (
 	escapeAfter = 10 * time.Second
 	escapeAgain = 2 * time.Second // where it is seen before that that it is cut off, but not more often
 
-	brokenLong = 2 * time.Second // without a connection to any server: whoever asks is to ask another node
+	brokenLong = time.Second // without a connection to any server: whoever asks is to ask another node
 
 	callPatience  = 12 * time.Second // all tries of a call, where its caller has less time to spare: a server's death, noticed late, and an election
 	startPatience = time.Minute      // at the start: for a cluster that was started together with us, or has just lost a server
