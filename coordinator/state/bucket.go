@@ -47,6 +47,8 @@ type bucket struct {
 	expired chan Lease
 	escape  escape
 
+	resumable time.Duration // the watch's
+
 	mu      sync.Mutex
 	writing map[string]write // by key: what this node is writing
 }

@@ -143,7 +143,7 @@ func leaderless(err error) bool {
 		return apiErr.Code == http.StatusServiceUnavailable
 	}
 	for _, passing := range []error{errComing, errNewLeader, errCutOff, context.DeadlineExceeded, nats.ErrTimeout, nats.ErrNoResponders, nats.ErrDisconnected, nats.ErrConnectionReconnecting,
-		nats.ErrStaleConnection, jetstream.ErrNoStreamResponse} {
+		nats.ErrStaleConnection, nats.ErrReconnectBufExceeded, jetstream.ErrNoStreamResponse} {
 		if errors.Is(err, passing) {
 			return true
 		}

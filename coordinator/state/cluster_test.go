@@ -87,7 +87,7 @@ func TestNodesRaceForAddresses(t *testing.T) {
 // TestConnectionBreaks has a node's watch miss something, as one that was cut off for long would, and then reconnect.
 func TestConnectionBreaks(t *testing.T) {
 	srv := natsServer(t)
-	a, b := open(t, Options{NATS: []string{srv.ClientURL()}}), open(t, Options{NATS: []string{srv.ClientURL()}})
+	a, b := open(t, Options{NATS: []string{srv.ClientURL()}}), open(t, Options{NATS: []string{srv.ClientURL()}, resumable: 1})
 	for i := range 5 {
 		must(a.CreateLease(t.Context(), testLease(fmt.Sprint("s", i), time.Now()), testPool))
 	}

@@ -217,6 +217,18 @@ func (s *Store) Lease(ctx context.Context, session string) (Lease, error) {
 	return *l, nil
 }
 
+// Recall gives a lease as this node has it in memory, if it has: without asking anybody, and maybe out of date. What is written over it is fenced
+// by its revision like anything else.
+func (s *Store) Recall(session string) (Lease, bool) {
+	r, _ := s.bucket.mirror.get(leaseKind, token(session))
+	c, ok := r.(*compact)
+	if !ok || !s.lives(c) {
+		return Lease{}, false
+	}
+	l, err := c.lease()
+	return l, err == nil
+}
+
 // current gives a session's lease, expired or not, and its revision; nil where there is none. Where the state is embedded nobody but this
 // process writes, and its mirror has what the bucket has, but for a write that nobody has acknowledged: whoever writes over that gets a conflict,
 // which brings the mirror up to date. To read one lease from the bucket, NATS reads 4 MB of its file.

@@ -41,7 +41,8 @@ type Options struct {
 	Elections   string       // a file like it, of a user of its system account that may ask for elections; "" waits for them
 	Logger      *slog.Logger // defaults to slog.Default
 
-	now func() time.Time // the clock by which leases expire; tests turn it
+	now       func() time.Time // the clock by which leases expire; tests turn it
+	resumable time.Duration    // see the constant; tests shorten it
 }
 
 // Validate fills defaults. Its errors are [problem.BadConfig] and name no URL, since one may hold a password.
@@ -65,6 +66,9 @@ func (o *Options) Validate() error {
 	}
 	if o.now == nil {
 		o.now = time.Now
+	}
+	if o.resumable == 0 {
+		o.resumable = resumable
 	}
 	return nil
 }
@@ -133,6 +137,7 @@ func (s *Store) open(ctx context.Context, opts Options) error {
 	if s.embedded != nil {
 		s.bucket.mirror.holds = newHolds()
 	}
+	s.bucket.resumable = opts.resumable
 	e := &s.bucket.escape
 	if e.election, err = newElection(opts, s.conn, s.bucket.stream, e.cutOff); err != nil {
 		return err
