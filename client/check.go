@@ -119,6 +119,9 @@ func resultText(r wire.ReachResult) string {
 	if r.Reason != "" {
 		text += ": " + r.Reason
 	}
+	if r.Next != "" {
+		text += "\n  next: " + r.Next
+	}
 	return text
 }
 

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -85,7 +86,7 @@ func (s *session) renew(ctx context.Context) (wire.Lease, error) {
 // reach asks the gateway to try a target. What it says is shown in the job's log.
 func (s *session) reach(ctx context.Context, target string) (r wire.ReachResult, err error) {
 	err = s.post(ctx, wire.PathReach, wire.ReachRequest{Target: target}, &r)
-	if err == nil && !oneLine(string(r.Verdict)+r.Rule+r.Reason) {
+	if err == nil && !oneLine(string(r.Verdict)+r.Rule+r.Reason+r.Next) {
 		err = problem.New(problem.Incompatible, "the gateway's answer makes no sense", "check that it is of this program's version")
 	}
 	return r, err
@@ -169,7 +170,7 @@ func verdict(r wire.ReachResult) error {
 	switch r.Verdict {
 	case wire.FlowDenied:
 		return problem.New(problem.FlowDenied, "the grant does not cover "+r.Target+because,
-			"ask for a rule that allows it, or for the address that you mean")
+			cmp.Or(r.Next, "ask for a rule that allows it, or for the address that you mean"))
 	case wire.Unreachable:
 		return problem.New(problem.FlowUnreachable, r.Target+" is granted, but does not answer behind the gateway"+because,
 			"check that it runs and that the gateway may reach it")
