@@ -18,7 +18,7 @@ import (
 const (
 	maxMemory    = 64 << 20 // bytes of streams in memory; we have none
 	maxStore     = 1 << 30  // bytes of streams on disk
-	syncInterval = 5 * time.Second
+	syncInterval = time.Hour // of NATS, see sweepEvery
 	startTimeout = 10 * time.Second
 )
 
