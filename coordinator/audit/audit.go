@@ -170,6 +170,9 @@ func (l *Log) Record(ctx context.Context, r Record) error {
 	e := &entry{event: r.Event, body: body, done: make(chan error, 1)}
 	ctx, cancel := context.WithTimeout(ctx, l.opts.Wait)
 	defer cancel()
+	if stuck := l.Ready(); errors.Is(stuck, state.ErrNoConnection) { // the caller may ask another node
+		return away(stuck)
+	}
 	if err := l.put(ctx, e); err != nil {
 		return away(err)
 	}

@@ -111,11 +111,10 @@ func (s *Store) CreateLease(ctx context.Context, l Lease, pool Pool) (Lease, err
 	}
 	for n := range pool.candidates(randomTries) {
 		l.Addresses = pool.Addresses(n)
-		id := addressID(l.Network, l.Addresses[0])
-		if r, _ := s.bucket.mirror.get(addressKind, id); s.lives(r) {
+		if r, _ := s.bucket.mirror.get(addressKind, addressID(l.Network, l.Addresses[0])); s.lives(r) {
 			continue
 		}
-		stored, err := s.place(ctx, l, id, s.now().Add(pool.Hold))
+		stored, err := s.place(ctx, l, l.Addresses[0], s.now().Add(pool.Hold), isFree)
 		if errors.Is(err, errHeld) {
 			continue
 		}
@@ -131,7 +130,7 @@ func (s *Store) AdoptLease(ctx context.Context, l Lease) (Lease, error) {
 	if err := errors.Join(s.check(l), err); err != nil {
 		return Lease{}, fmt.Errorf("adopt a lease: %w", err)
 	}
-	stored, err := s.place(ctx, l.stored(), addressID(l.Network, addr), time.Time{})
+	stored, err := s.place(ctx, l.stored(), addr, time.Time{}, isFreeOrOwn)
 	if errors.Is(err, errHeld) {
 		return Lease{}, ErrExists
 	}
@@ -141,11 +140,17 @@ func (s *Store) AdoptLease(ctx context.Context, l Lease) (Lease, error) {
 // errHeld says that another session holds an address.
 var errHeld = errors.New("the address is held by another session")
 
-// place takes the address, at least until hold, and then stores the lease; a lease never stands without its address.
-func (s *Store) place(ctx context.Context, l Lease, address string, hold time.Time) (Lease, error) {
+// place takes the address, at least until hold and some grace, and then stores the lease; a lease never stands without its address. fits says what
+// may be there already, as far as this node has to judge.
+func (s *Store) place(ctx context.Context, l Lease, addr netip.Addr, hold time.Time, fits func(own, live bool) bool) (Lease, error) {
+	hold = hold.Add(addressGrace).Round(0).UTC()
+	if s.embedded != nil {
+		return s.placeHere(ctx, l, addr, hold, fits)
+	}
+	address := addressID(l.Network, addr)
 	holds := holderOf(l)
-	if at := hold.Add(addressGrace).Round(0).UTC(); at.After(holds.Expires) {
-		holds.Expires = at
+	if hold.After(holds.Expires) {
+		holds.Expires = hold
 	}
 	ours := func(r record) bool { return r.(holder).Session == l.Session }
 	revision, over, err := s.occupy(ctx, addressKind, address, holds, ours)
@@ -264,10 +269,19 @@ func (s *Store) UpdateLease(ctx context.Context, l Lease) (Lease, error) {
 		return Lease{}, ErrConflict
 	}
 	l = l.stored()
-	if err := s.keepAddress(ctx, l, addressID(l.Network, addr)); err != nil {
+	var c claim
+	if s.embedded == nil {
+		err = s.keepAddress(ctx, l, addressID(l.Network, addr))
+	} else if c, err = s.claimHere(&l, addr, time.Time{}, isOwn); err != nil {
+		err = ErrConflict
+	}
+	if err != nil {
 		return Lease{}, err
 	}
 	l.Revision, err = s.bucket.write(ctx, leaseKind, token(l.Session), l, l.Revision, s.now())
+	if s.embedded != nil && errors.Is(err, ErrConflict) {
+		s.bucket.mirror.holds.release(c)
+	}
 	if errors.Is(err, ErrConflict) {
 		s.catchUp(ctx, l.Session)
 	}
@@ -318,7 +332,9 @@ func (s *Store) EndLease(ctx context.Context, session string) error {
 		if err != nil {
 			return fmt.Errorf("end a lease: %w", err)
 		}
-		s.undo(ctx, func(ctx context.Context) error { return s.freeAddress(ctx, *l) })
+		if r, _ := s.bucket.mirror.get(addressKind, addressID(l.Network, l.Addresses[0])); r != nil || s.embedded == nil {
+			s.undo(ctx, func(ctx context.Context) error { return s.freeAddress(ctx, *l) })
+		}
 		return nil
 	}
 	return ErrConflict

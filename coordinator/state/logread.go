@@ -23,7 +23,11 @@ type Message struct {
 // follow it waits for more until ctx ends, which is no error then; else it ends with the last message there is.
 func (l *Log) Read(ctx context.Context, from uint64, follow bool, yield func(Message) bool) error {
 	config := jetstream.OrderedConsumerConfig{DeliverPolicy: jetstream.DeliverByStartSequencePolicy, OptStartSeq: max(from, 1)}
-	consumer, err := l.stream.OrderedConsumer(ctx, config)
+	var consumer jetstream.Consumer
+	err := Patiently(ctx, l.log, func() (err error) {
+		consumer, err = l.stream.OrderedConsumer(ctx, config)
+		return err
+	})
 	if err != nil {
 		return fmt.Errorf("read the audit log: %w", err)
 	}
