@@ -151,6 +151,7 @@ func (s *Store) open(ctx context.Context, opts Options) error {
 	if s.embedded != nil {
 		s.syncer = newSyncer(s.embedded.dir)
 		s.tasks.Go(func() { s.syncer.run(s.life) })
+		s.tasks.Go(func() { s.syncer.sweep(s.life, s.log) })
 	}
 	s.tasks.Go(func() { s.bucket.follow(s.life, reconnected) })
 	select {
