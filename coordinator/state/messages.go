@@ -143,7 +143,7 @@ func (s *Store) request(ctx context.Context, instance string, msg []byte) (*nats
 		answer, err := s.conn.RequestMsgWithContext(ctx, &nats.Msg{
 			Subject: gatewaySubject(instance), Data: msg, Header: nats.Header{timeoutHeader: {wait}},
 		})
-		if !errors.Is(err, nats.ErrReconnectBufExceeded) {
+		if !errors.Is(err, nats.ErrReconnectBufExceeded) || s.bucket.escape.broken(time.Now()) {
 			return answer, err
 		}
 		select {

@@ -43,6 +43,7 @@ type mirror struct {
 	stalled    time.Time                     // until when the watch was good, where it is not; see asOf
 	held       map[unique.Handle[string]]int // leases that are not over, by gateway
 	takers     map[string][]presence         // gateways that take sessions, by network, fewest sessions first; nil once one has changed
+	holds      *holds                        // who holds which address, as leases say; nil where addresses have keys of their own
 
 	ready     chan struct{} // closed once a first watch has brought everything
 	readyOnce sync.Once
@@ -181,6 +182,7 @@ func (m *mirror) set(k kind, id string, e *entry) {
 	switch k {
 	case leaseKind:
 		m.count(m.entries[k][id].record, -1)
+		m.hold(id, e)
 	case gatewayKind:
 		m.takers = nil
 	}
@@ -192,6 +194,31 @@ func (m *mirror) set(k kind, id string, e *entry) {
 		m.count(e.record, 1)
 	}
 	m.entries[k][id] = *e
+}
+
+// hold has a lease say who holds its address, when it comes and when it goes; mu is held.
+func (m *mirror) hold(id string, e *entry) {
+	if m.holds == nil {
+		return
+	}
+	if e != nil && e.record != nil {
+		if c, at, ok := placed(e.record); ok {
+			m.holds.note(at, id, nanos(c.lasting().Add(addressGrace)), e.revision)
+		}
+		return
+	}
+	old := m.entries[leaseKind][id]
+	if _, at, ok := placed(old.record); ok {
+		m.holds.drop(at, id, old.revision)
+	}
+}
+
+// placed gives a lease and its address, where there is one.
+func placed(r record) (c *compact, at spot, ok bool) {
+	if c, ok = r.(*compact); ok {
+		at, ok = c.spot()
+	}
+	return c, at, ok
 }
 
 func (m *mirror) count(r record, by int) {

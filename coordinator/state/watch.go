@@ -23,7 +23,9 @@ const (
 
 	// laggard is how long a write that the stream's leader has acknowledged may stay unseen before another consumer is made. A consumer is on any
 	// of the servers that have the stream, also on one that was cut off and takes a minute or two to catch up, and its heartbeats do not tell.
+	// Where the next one is behind as well, it gets twice as long.
 	laggard     = 3 * time.Second
+	lastLaggard = 24 * time.Second
 	lookForLate = 500 * time.Millisecond
 
 	// resumable is how long after its last word a watch may be gone on with: markers of what is gone last longer, see markerTTL.
@@ -37,9 +39,10 @@ var (
 
 // watcher is where a watch has got to.
 type watcher struct {
-	from    uint64    // sequence to go on from; 0: from the start
-	heard   time.Time // when that was
-	settled bool      // everything that was there at the start has come
+	from     uint64        // sequence to go on from; 0: from the start
+	heard    time.Time     // when that was
+	settled  bool          // everything that was there at the start has come
+	patience time.Duration // with a server that is behind; 0: laggard
 }
 
 // follow keeps the mirror true until ctx ends.
@@ -94,7 +97,7 @@ func (b *bucket) watch(ctx context.Context, w *watcher, reconnected <-chan struc
 	w.heard = time.Now()
 	looks := time.NewTicker(lookForLate)
 	defer looks.Stop()
-	began, delivered := w.heard, uint64(0)
+	began, delivered, patience := w.heard, uint64(0), max(w.patience, laggard)
 	for {
 		select {
 		case <-ctx.Done():
@@ -104,8 +107,12 @@ func (b *bucket) watch(ctx context.Context, w *watcher, reconnected <-chan struc
 		case err := <-broke:
 			return err
 		case now := <-looks.C:
-			if w.settled && now.Sub(began) > laggard && b.mirror.behind(now) > laggard {
-				return errLate
+			behind := b.mirror.behind(now)
+			if behind == 0 {
+				w.patience = 0
+			} else if w.settled && min(behind, now.Sub(began)) > patience {
+				w.patience = min(2*patience, lastLaggard)
+				return fmt.Errorf("%w, at %d", errLate, w.from)
 			}
 		case m := <-messages:
 			delivered++
