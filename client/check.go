@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"net"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/culvertnet/culvert/client/agent"
@@ -28,19 +30,15 @@ func (c *checkCommand) run(ctx context.Context, env environment, flags common) e
 			return err
 		}
 	}
-	var clients []*control.Client
-	for _, name := range flags.names() {
-		client, err := control.NewClient(name)
-		if err != nil {
-			return err
-		}
-		clients = append(clients, client)
-	}
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
+	tunnels, err := asked(ctx, flags.all(ctx))
+	if err != nil {
+		return err
+	}
 	all := checkResults{Results: []wire.ReachResult{}}
 	for _, target := range c.Target {
-		result, err := granting(ctx, clients, target).Check(ctx, target)
+		result, err := ask(ctx, tunnels, target)
 		if err != nil && len(c.Target) > 1 && problem.CodeOf(err) == problem.FlowUnreachable { // its name; the others may have answers
 			result, err = wire.ReachResult{Target: target, Verdict: wire.Unreachable, Reason: problem.From(err).Message}, nil
 		}
@@ -61,15 +59,52 @@ func (c *checkCommand) run(ctx context.Context, env environment, flags common) e
 	return nil
 }
 
-// granting picks the tunnel to whose network a target belongs, or the first where it belongs to none: that one's gateway says why not.
-func granting(ctx context.Context, clients []*control.Client, target string) *control.Client {
-	host, _, _ := net.SplitHostPort(target) // checked before
-	for _, client := range clients[1:] {
-		if claim, err := client.Claim(ctx); err == nil && claim.Covers(host) {
-			return client
+// tunnel is one of those whose gateways are asked.
+type tunnel struct {
+	name  string
+	claim control.Claim // nothing where the tunnel does not say
+	check func(ctx context.Context, target string) (wire.ReachResult, error)
+}
+
+// asked are the tunnels of these names.
+func asked(ctx context.Context, names []string) ([]tunnel, error) {
+	tunnels := make([]tunnel, len(names))
+	for i, name := range names {
+		client, err := control.NewClient(name)
+		if err != nil {
+			return nil, err
+		}
+		tunnels[i] = tunnel{name: name, check: client.Check}
+		if len(names) > 1 {
+			tunnels[i].claim, _ = client.Claim(ctx)
 		}
 	}
-	return clients[0]
+	return tunnels, nil
+}
+
+// ask asks the gateway of the network to which a target belongs. Where it belongs to none, all say why not.
+func ask(ctx context.Context, tunnels []tunnel, target string) (wire.ReachResult, error) {
+	host, _, _ := net.SplitHostPort(target) // checked before
+	nearest := slices.MaxFunc(tunnels, func(a, b tunnel) int { return a.claim.Closeness(host) - b.claim.Closeness(host) })
+	if nearest.claim.Closeness(host) > 0 || len(tunnels) == 1 {
+		return nearest.check(ctx, target)
+	}
+	var all wire.ReachResult
+	var reasons []string
+	for i, t := range tunnels {
+		r, err := t.check(ctx, target)
+		if err != nil {
+			return r, err
+		}
+		if i == 0 || all.Verdict == wire.FlowDenied && r.Verdict != wire.FlowDenied { // two names for one network, say
+			all = r
+		}
+		reasons = append(reasons, fmt.Sprintf("%s by tunnel %s: %s", r.Verdict, t.name, r.Reason))
+	}
+	if all.Verdict == wire.FlowDenied {
+		all.Reason = strings.Join(reasons, "; ")
+	}
+	return all, nil
 }
 
 // resultText writes one result as people read it.
@@ -83,6 +118,9 @@ func resultText(r wire.ReachResult) string {
 	}
 	if r.Reason != "" {
 		text += ": " + r.Reason
+	}
+	if r.Next != "" {
+		text += "\n  next: " + r.Next
 	}
 	return text
 }

@@ -1,8 +1,10 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -11,6 +13,7 @@ import (
 
 	"github.com/alecthomas/kong"
 
+	"github.com/culvertnet/culvert/client/control"
 	"github.com/culvertnet/culvert/internal/problem"
 )
 
@@ -29,11 +32,31 @@ type environment struct {
 // common are the flags of every command.
 type common struct {
 	JSON bool   `name:"json" env:"CULVERT_JSON" help:"Print JSON on standard output: the result, or a problem document (RFC 9457)."`
-	Name string `env:"CULVERT_NAME" default:"culvert" help:"Name of the tunnel, where a user runs several. All commands but up take several names, separated by commas."`
+	Name string `env:"CULVERT_NAME" help:"Name of the tunnel, where a user runs several. All commands but up take several names, separated by commas. Without it up and down are about the one called culvert, and check, exec and status about all of this user's."`
 }
 
-// names are the tunnels that a command is about.
-func (c common) names() []string { return strings.Split(c.Name, ",") }
+// usualName is the tunnel's that nobody has named.
+const usualName = "culvert"
+
+// name is the tunnel that up is about.
+func (c common) name() string { return cmp.Or(c.Name, usualName) }
+
+// names are the tunnels that a command is about which changes them.
+func (c common) names() []string { return strings.Split(c.name(), ",") }
+
+// all are the tunnels that a command is about which only asks: those that were named, or else all that answer this user.
+func (c common) all(ctx context.Context) []string {
+	var names []string
+	if c.Name == "" {
+		for _, claim := range control.Tunnels(ctx, "") {
+			names = append(names, claim.Name)
+		}
+	}
+	if len(names) == 0 {
+		return c.names()
+	}
+	return names
+}
 
 // commands is the command line.
 type commands struct {
@@ -74,6 +97,15 @@ type exit int
 
 // Error names the code; nobody prints it.
 func (e exit) Error() string { return fmt.Sprintf("exit code %d", int(e)) }
+
+// withExit is an error that has an exit code other than its problem's.
+type withExit struct {
+	error
+	code int
+}
+
+// Unwrap gives the problem.
+func (e withExit) Unwrap() error { return e.error }
 
 // run runs one command line and gives the exit code.
 func run(ctx context.Context, env environment) int {
@@ -127,6 +159,9 @@ func report(env environment, asJSON bool, err error) int {
 	}
 	if env.getenv("GITHUB_ACTIONS") == "true" && !env.launched {
 		fmt.Fprint(env.stderr, annotation(p))
+	}
+	if e, ok := errors.AsType[withExit](err); ok {
+		return e.code
 	}
 	return p.Code.Exit()
 }

@@ -43,8 +43,11 @@ func endTunnel(ctx context.Context, name string) error {
 	if err := client.Down(ctx); err != nil {
 		if problem.CodeOf(err) == problem.NotUp {
 			uapi.Sweep(uapi.Dir) // where it was killed
-			return problem.Wrap(err, problem.NotUp, problem.From(err).Message,
-				"there is nothing to end, unless another --name or another user started it")
+			next := "there is nothing to end, unless another user started it"
+			if others := control.Tunnels(ctx, name); len(others) > 0 {
+				next = "others run; name the one that you mean: --name " + others[0].Name
+			}
+			return problem.Wrap(err, problem.NotUp, problem.From(err).Message, next)
 		}
 		return err
 	}

@@ -2,10 +2,13 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"net/netip"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 
 	"github.com/culvertnet/culvert/client/control"
@@ -27,7 +30,7 @@ func (c *execCommand) run(ctx context.Context, _ environment, flags common) erro
 		return problem.New(problem.Usage, "there is no program to run", "write culvert exec -- CMD")
 	}
 	var st control.Status // of the last with a proxy, which leads to the others' networks as well
-	for _, name := range flags.names() {
+	for _, name := range flags.all(ctx) {
 		now, err := readStatus(ctx, name)
 		if err != nil {
 			return err
@@ -42,9 +45,41 @@ func (c *execCommand) run(ctx context.Context, _ environment, flags common) erro
 	}
 	program, err := exec.LookPath(argv[0])
 	if err != nil {
-		return problem.Wrap(err, problem.NotFound, fmt.Sprintf("the program cannot be run: %v", err), "check its name and PATH")
+		return notRun(argv[0], err)
 	}
 	return replace(program, argv, execEnviron(os.Environ(), st))
+}
+
+// Exit codes for a program that does not run at all, as shells, env and nohup have them (POSIX.1-2017, Shell Command Language, 2.8.2). All
+// others are the program's own, or say that there is no tunnel.
+const (
+	exitNotExecutable = 126
+	exitNotFound      = 127
+)
+
+// notRun is the error for a program that cannot be run.
+func notRun(name string, err error) error {
+	if errors.Is(err, exec.ErrNotFound) && lies(name) {
+		err = fmt.Errorf("%s: %w", name, fs.ErrPermission)
+	}
+	if errors.Is(err, exec.ErrNotFound) || errors.Is(err, fs.ErrNotExist) {
+		return withExit{problem.Wrap(err, problem.NotFound, fmt.Sprintf("the program cannot be run: %v", err), "check its name and PATH"), exitNotFound}
+	}
+	return withExit{problem.Wrap(err, problem.Failed, fmt.Sprintf("the program cannot be run: %v", err),
+		"check that it is a program for this system, and that this user may execute it"), exitNotExecutable}
+}
+
+// lies reports whether a file of this name lies in PATH, though none that may be executed.
+func lies(name string) bool {
+	if filepath.Base(name) != name {
+		return false
+	}
+	for _, dir := range filepath.SplitList(os.Getenv("PATH")) {
+		if info, err := os.Stat(filepath.Join(dir, name)); err == nil && info.Mode().IsRegular() {
+			return true
+		}
+	}
+	return false
 }
 
 // execEnviron points the program at the proxy where the tunnel has one. A tunnel with an interface needs nothing.

@@ -2,11 +2,8 @@ package main
 
 import (
 	"errors"
-	"fmt"
 	"os"
 	"os/exec"
-
-	"github.com/culvertnet/culvert/internal/problem"
 )
 
 // replace runs the program and gives its exit code. The console sends both of us Ctrl-C; we wait for the program.
@@ -20,7 +17,7 @@ func replace(program string, argv, environ []string) error {
 	case errors.As(err, &status):
 		return exit(status.ExitCode())
 	case err != nil:
-		return problem.Wrap(err, problem.Failed, fmt.Sprintf("%s cannot be run: %v", program, err), "check that it is a program")
+		return notRun(program, err)
 	default:
 		return nil
 	}

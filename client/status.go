@@ -16,7 +16,7 @@ import (
 type statusCommand struct{}
 
 func (*statusCommand) run(ctx context.Context, env environment, flags common) error {
-	names := flags.names()
+	names := flags.all(ctx)
 	for i, name := range names {
 		st, err := readStatus(ctx, name)
 		switch {

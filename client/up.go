@@ -35,7 +35,7 @@ type upCommand struct {
 	Timeout      time.Duration `env:"CULVERT_TIMEOUT" default:"60s" help:"Give up when the tunnel is not usable by then."`
 	Foreground   bool          `env:"CULVERT_FOREGROUND" help:"Stay until interrupted instead of running in the background."`
 	ProxyListen  string        `env:"CULVERT_PROXY_LISTEN" default:"127.0.0.1:0" placeholder:"IP:PORT" help:"Where the proxy of mode proxy listens; loopback only."`
-	Forward      []string      `env:"CULVERT_FORWARD" placeholder:"PORT:HOST:PORT" help:"Have this port of loopback lead to a target in the network, in every mode: 5432:db.internal:5432. Repeatable."`
+	Forward      []string      `env:"CULVERT_FORWARD" placeholder:"PORT:HOST:PORT" help:"Have this port of loopback lead to a target in the network, which has to be granted, in every mode: 5432:db.internal:5432. Repeatable."`
 	Direct       []string      `env:"CULVERT_DIRECT" placeholder:"DEST" help:"Keep this outside the tunnel, whatever is granted: an address, a CIDR, a host name, or github for GitHub's services. Repeatable."`
 	Shared       bool          `env:"CULVERT_SHARED" help:"Let every user of this machine use the interface. Otherwise it is this user's, root's and the system's own services', except on GitHub's own runners and where root itself starts it."`
 	Job          string        `env:"CULVERT_JOB" placeholder:"RUNNER/JOB" help:"Which runner of this machine this is, and which of its jobs. Tunnels that other jobs of the same runner have left are ended first."`
@@ -63,7 +63,7 @@ func (c *upCommand) run(ctx context.Context, env environment, flags common) erro
 
 // check refuses a command line that cannot work.
 func (c *upCommand) check(env environment, flags common) error {
-	if err := control.ValidateName(flags.Name); err != nil {
+	if err := control.ValidateName(flags.name()); err != nil {
 		return err
 	}
 	opts, err := c.options(env, slog.New(slog.DiscardHandler))
@@ -173,7 +173,7 @@ func (c *upCommand) stay(ctx context.Context, env environment, flags common) err
 		return err
 	}
 	defer recent.Close()
-	server, err := control.Listen(flags.Name, log)
+	server, err := control.Listen(flags.name(), log)
 	if err != nil {
 		return err
 	}
@@ -182,7 +182,7 @@ func (c *upCommand) stay(ctx context.Context, env environment, flags common) err
 	if err != nil {
 		return err
 	}
-	opts.Name = flags.Name
+	opts.Name = flags.name()
 	var tunnel *agent.Agent
 	var work sync.WaitGroup
 	ctx, end := context.WithCancel(ctx)

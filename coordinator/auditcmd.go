@@ -233,7 +233,7 @@ type auditFilter struct {
 	Gateway    string   `help:"Only this gateway, by name."`
 	Rule       string   `help:"Only what this rule allowed, or came closest to allowing."`
 	Actor      string   `help:"Only this account's runs."`
-	Verdict    string   `help:"Only allowed, or only denied."`
+	Verdict    string   `help:"Only allowed, or only denied; of flows, records with any that is."`
 }
 
 func (f *auditFilter) query() url.Values {
@@ -276,7 +276,7 @@ func (c *auditTailCmd) Run() error {
 	return source.Records(ctx, q, func(line []byte) bool {
 		text := string(line)
 		if !c.JSON {
-			text = audit.Line(line)
+			text = audit.Line(line, c.Verdict)
 		}
 		_, err := fmt.Println(text)
 		return err == nil

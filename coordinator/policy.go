@@ -13,15 +13,17 @@ type checkCmd struct {
 	File          string `arg:"" help:"The configuration, culvert.yaml or a relay's relay.yaml."`
 	GatewayPolicy bool   `help:"The file is a gateway's own policy: rules, targets and groups alone."`
 	Strict        bool   `help:"Fail on warnings as well."`
+	Files         bool   `default:"true" negatable:"" help:"Look for the files that it names, such as certificates and keys, and warn where this user cannot read one; --no-files where it is checked elsewhere."`
 	JSON          bool   `name:"json" help:"Print the report as JSON."`
 }
 
 func (c *checkCmd) Run() error {
-	check := config.CheckReport
+	var r config.Report
 	if c.GatewayPolicy {
-		check = config.CheckRules
+		r = config.CheckRules(c.File)
+	} else {
+		r = config.CheckReport(c.File, c.Files)
 	}
-	r := check(c.File)
 	if c.JSON {
 		if err := config.WriteJSON(os.Stdout, r); err != nil {
 			return err

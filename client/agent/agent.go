@@ -276,7 +276,7 @@ func (a *Agent) run(ctx context.Context) error {
 	defer leave()
 	a.wait.Go(func() { a.keepAside(ctx) })
 	joining, cancel := context.WithTimeoutCause(ctx, a.opts.Timeout, errGaveUp)
-	s, err := a.establish(joining, a.opts.WaitFor)
+	s, err := a.establish(joining, demands{a.opts.WaitFor, a.opts.Forwards})
 	cancel()
 	if err != nil {
 		return err
@@ -306,7 +306,7 @@ func (a *Agent) hold(ctx context.Context, s *session) error {
 		} else if pause.wait(ctx) != nil { // a session that is lost at once is not asked for again at once
 			return ctx.Err()
 		}
-		if s, err = a.establish(ctx, nil); err != nil {
+		if s, err = a.establish(ctx, demands{}); err != nil {
 			return err
 		}
 		a.mu.Lock()
@@ -385,6 +385,7 @@ func (a *Agent) startProxy() error {
 		Dial:     a.dialInside,
 		Inside:   a.inside,
 		Lookup:   a.lookupInside,
+		Within:   a.within,
 		Explain:  a.explain,
 		Other:    a.elsewhere,
 		Users:    a.opts.ProxyUsers,

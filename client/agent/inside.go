@@ -2,6 +2,7 @@ package agent
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -10,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -84,7 +86,7 @@ func (s *session) renew(ctx context.Context) (wire.Lease, error) {
 // reach asks the gateway to try a target. What it says is shown in the job's log.
 func (s *session) reach(ctx context.Context, target string) (r wire.ReachResult, err error) {
 	err = s.post(ctx, wire.PathReach, wire.ReachRequest{Target: target}, &r)
-	if err == nil && !oneLine(string(r.Verdict)+r.Rule+r.Reason) {
+	if err == nil && !oneLine(string(r.Verdict)+r.Rule+r.Reason+r.Next) {
 		err = problem.New(problem.Incompatible, "the gateway's answer makes no sense", "check that it is of this program's version")
 	}
 	return r, err
@@ -134,15 +136,29 @@ func (a *Agent) Check(ctx context.Context, target string) (wire.ReachResult, err
 	return result, nil
 }
 
-// explain asks the gateway why it reset a connection; nil where it does not say.
-func (s *session) explain(ctx context.Context, target netip.AddrPort) error {
+// explain asks the gateway why it reset a connection to an address of "host:port"; nil where it does not say. It speaks of what was asked
+// for: the address of a granted name is nobody's but the gateway's.
+func (s *session) explain(ctx context.Context, asked string, target netip.AddrPort) error {
 	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
 	defer cancel()
-	r, err := s.reach(ctx, target.String())
+	r, err := s.reach(ctx, s.agent.namely(asked, target))
 	if err != nil {
 		return nil
 	}
+	if host, _, err := net.SplitHostPort(asked); err == nil && !s.agent.granted.Covers(host) && asked != target.String() {
+		asked += " (" + target.Addr().String() + ")"
+	}
+	r.Target = asked
 	return verdict(r)
+}
+
+// namely is what the gateway is asked about for an address of "host:port": a granted name, because only the gateway knows where it leads,
+// or else the address.
+func (a *Agent) namely(asked string, target netip.AddrPort) string {
+	if host, _, err := net.SplitHostPort(asked); err == nil && a.granted.Covers(host) {
+		return net.JoinHostPort(host, strconv.Itoa(int(target.Port())))
+	}
+	return target.String()
 }
 
 // verdict turns the gateway's word into an error, nil where there is nothing to complain about.
@@ -154,7 +170,7 @@ func verdict(r wire.ReachResult) error {
 	switch r.Verdict {
 	case wire.FlowDenied:
 		return problem.New(problem.FlowDenied, "the grant does not cover "+r.Target+because,
-			"ask for a rule that allows it, or for the address that you mean")
+			cmp.Or(r.Next, "ask for a rule that allows it, or for the address that you mean"))
 	case wire.Unreachable:
 		return problem.New(problem.FlowUnreachable, r.Target+" is granted, but does not answer behind the gateway"+because,
 			"check that it runs and that the gateway may reach it")
@@ -164,9 +180,9 @@ func verdict(r wire.ReachResult) error {
 }
 
 // explain is session.explain for the proxy.
-func (a *Agent) explain(ctx context.Context, target netip.AddrPort) error {
+func (a *Agent) explain(ctx context.Context, asked string, target netip.AddrPort) error {
 	if s := a.current(); s != nil {
-		return s.explain(ctx, target)
+		return s.explain(ctx, asked, target)
 	}
 	return nil
 }

@@ -35,11 +35,11 @@ var errGaveUp = errors.New("the time limit ran out")
 
 // establish takes a session and makes it usable, again and again until that works, is refused for good, or ctx ends. Every
 // try has a key and a token of its own: the one before may have got half way.
-func (a *Agent) establish(ctx context.Context, waitFor []string) (*session, error) {
+func (a *Agent) establish(ctx context.Context, d demands) (*session, error) {
 	var pause backoff
 	var before error // what the last try failed with; the one that is cut short has less to say
 	for {
-		s, err := a.attempt(ctx, waitFor)
+		s, err := a.attempt(ctx, d)
 		if err == nil {
 			return s, nil
 		}
@@ -133,9 +133,9 @@ func (a *Agent) notReached(err error) {
 // anything that it does not need:
 //
 //	key ─┬─ token ───────────────────┐
-//	     ├─ connection to coordinator ┼─► join ─► addresses, checks ─► handshake ─► echo, wait-for
+//	     ├─ connection to coordinator ┼─► join ─► addresses, checks ─► handshake ─► echo, wait-for, forwards
 //	     └─ tunnel ─ STUN ─ ─ ─ ─ ─ ─ ┘ (or later, by PATCH)
-func (a *Agent) attempt(ctx context.Context, waitFor []string) (*session, error) {
+func (a *Agent) attempt(ctx context.Context, d demands) (*session, error) {
 	key, err := wire.NewPrivateKey()
 	if err != nil {
 		return nil, err
@@ -145,7 +145,7 @@ func (a *Agent) attempt(ctx context.Context, waitFor []string) (*session, error)
 		s.failed(err)
 		return nil, err
 	}
-	if err := s.use(ctx, waitFor); err != nil {
+	if err := s.use(ctx, d); err != nil {
 		s.failed(err)
 		return nil, err
 	}

@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/culvertnet/culvert/client/proxy"
 	"github.com/culvertnet/culvert/internal/problem"
 	"github.com/culvertnet/culvert/internal/wire"
 )
@@ -23,8 +24,14 @@ type dialFunc func(ctx context.Context, network, address string) (net.Conn, erro
 // start a handshake of its own, should the first have been lost.
 const patience = 100 * time.Millisecond
 
-// use returns when the session carries bytes both ways and all targets have answered.
-func (s *session) use(ctx context.Context, waitFor []string) error {
+// demands are what has to hold beyond bytes that flow before a tunnel counts as up. A session that takes the place of another has none.
+type demands struct {
+	waitFor  []string        // to answer
+	forwards []proxy.Forward // to be granted
+}
+
+// use returns when the session carries bytes both ways and all demands are met.
+func (s *session) use(ctx context.Context, d demands) error {
 	group, ctx := errgroup.WithContext(ctx)
 	limited, cancel := context.WithTimeout(ctx, pathLimit)
 	defer cancel()
@@ -46,12 +53,16 @@ func (s *session) use(ctx context.Context, waitFor []string) error {
 		s.agent.leadNames(ctx, s)
 		return nil
 	})
-	for _, target := range waitFor {
+	for _, target := range d.waitFor {
 		group.Go(func() error {
 			<-shaken
 			return s.waitFor(ctx, target)
 		})
 	}
+	group.Go(func() error {
+		<-shaken
+		return s.mayForward(ctx, d.forwards)
+	})
 	if err := group.Wait(); err != nil || len(s.agent.granted.Heard()) == 0 {
 		return err
 	}
@@ -189,14 +200,14 @@ func (s *session) connect(ctx context.Context, target string, limit time.Duratio
 				target, addr.Addr()), "`culvert status` shows the routes; ask for a grant that covers it")
 			continue
 		}
-		if err = s.connectTo(ctx, addr, limit); err == nil {
+		if err = s.connectTo(ctx, target, addr, limit); err == nil {
 			return nil
 		}
 	}
 	return err
 }
 
-func (s *session) connectTo(ctx context.Context, addr netip.AddrPort, limit time.Duration) error {
+func (s *session) connectTo(ctx context.Context, target string, addr netip.AddrPort, limit time.Duration) error {
 	trying, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	conn, err := s.agent.link.DialContext(trying, "tcp", addr.String())
@@ -207,7 +218,7 @@ func (s *session) connectTo(ctx context.Context, addr netip.AddrPort, limit time
 	if silent && limit < 2*time.Second {
 		return problem.Wrap(trying.Err(), problem.FlowUnreachable, fmt.Sprintf("%s does not answer", addr), "")
 	}
-	if told := s.explain(ctx, addr); told != nil {
+	if told := s.explain(ctx, target, addr); told != nil {
 		return told
 	}
 	what := "does not answer"

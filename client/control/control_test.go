@@ -134,6 +134,23 @@ func TestClaimCovers(t *testing.T) {
 	}
 }
 
+// A host belongs to the network whose grant for it is the narrowest.
+func TestClosest(t *testing.T) {
+	order := []Claim{
+		{},
+		{Routes: []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0")}, Names: []string{"*.corp"}},
+		{Routes: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("10.3.0.0/16")}, Names: []string{"*.corp", "*.svc.corp"}},
+		{Routes: []netip.Prefix{netip.MustParsePrefix("10.1.0.0/16")}, Names: []string{"a.svc.corp"}},
+	}
+	for _, host := range []string{"10.1.2.3", "a.svc.corp"} {
+		for i := range order[1:] {
+			if wide, narrow := order[i].Closeness(host), order[i+1].Closeness(host); wide >= narrow {
+				t.Errorf("%s is %d close to %+v, %d to %+v", host, wide, order[i], narrow, order[i+1])
+			}
+		}
+	}
+}
+
 func TestCalls(t *testing.T) {
 	name := unique(t)
 	f := serve(t, name)

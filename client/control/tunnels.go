@@ -2,6 +2,7 @@ package control
 
 import (
 	"context"
+	"math"
 	"net/http"
 	"net/netip"
 	"slices"
@@ -26,15 +27,31 @@ type Claim struct {
 }
 
 // Covers reports whether a host, a name or an address, is granted.
-func (c Claim) Covers(host string) bool {
+func (c Claim) Covers(host string) bool { return c.Closeness(host) > 0 }
+
+// Closeness is 0 for a host that is not granted, and the greater the narrower the grant is that covers it: of several networks, a host
+// belongs to the one where that is the greatest.
+func (c Claim) Closeness(host string) int {
+	closest := 0
 	if addr, err := netip.ParseAddr(host); err == nil {
-		return slices.ContainsFunc(c.Routes, func(p netip.Prefix) bool { return p.Contains(addr.Unmap()) })
+		for _, p := range c.Routes {
+			if p.Contains(addr.Unmap()) {
+				closest = max(closest, 1+p.Bits())
+			}
+		}
+		return closest
 	}
 	host = strings.ToLower(strings.TrimSuffix(host, "."))
-	return slices.ContainsFunc(c.Names, func(name string) bool {
+	for _, name := range c.Names {
 		below, wild := strings.CutPrefix(name, "*")
-		return host == name || wild && len(host) > len(below) && strings.HasSuffix(host, below)
-	})
+		switch {
+		case host == name:
+			return math.MaxInt
+		case wild && len(host) > len(below) && strings.HasSuffix(host, below):
+			closest = max(closest, len(below))
+		}
+	}
+	return closest
 }
 
 // claimLimit is how long one tunnel may take to say what it has.

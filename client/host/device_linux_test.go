@@ -4,12 +4,9 @@ import (
 	"encoding/binary"
 	"net"
 	"net/netip"
-	"os"
-	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
-	"golang.zx2c4.com/wireguard/tun"
 )
 
 // TestReadGathers: what the host has sent by then comes with few reads, in its order and whole, runs that the kernel hands over as
@@ -71,55 +68,4 @@ func TestReadGathers(t *testing.T) {
 	if reads > 12 {
 		t.Errorf("%d packets took %d reads", sent, reads)
 	}
-}
-
-// fileTUN is a device of which only the descriptor counts.
-type fileTUN struct {
-	tun.Device
-	file  *os.File
-	reads int
-	fail  error
-}
-
-func (f *fileTUN) File() *os.File { return f.file }
-
-func (f *fileTUN) Read(_ [][]byte, sizes []int, _ int) (int, error) {
-	if f.fail != nil && f.reads > 0 {
-		return 0, f.fail
-	}
-	var b [1]byte
-	if _, err := f.file.Read(b[:]); err != nil {
-		return 0, err
-	}
-	f.reads++
-	sizes[0] = 1
-	return 1, nil
-}
-
-// TestReadStops: a Read ends where there is nothing, where there is no room, and where the device fails, with what it has.
-func TestReadStops(t *testing.T) {
-	r, w, err := os.Pipe()
-	check(t, err)
-	defer r.Close()
-	defer w.Close()
-	native := &fileTUN{file: r}
-	d := newDevice(native, nil)
-	bufs, sizes := make([][]byte, 4), make([]int, 4)
-	read := func(wrote, want int, fails error) {
-		t.Helper()
-		_, err := w.Write(make([]byte, wrote))
-		check(t, err)
-		if n, err := d.Read(bufs, sizes, 0); n != want || err != fails {
-			t.Errorf("%d packets and %v, want %d and %v", n, err, want, fails)
-		}
-	}
-	read(1, 1, nil)
-	read(3, 3, nil)
-	read(6, 4, nil)
-	read(1, 3, nil)
-	native.reads, native.fail = 0, syscall.EIO
-	read(2, 1, syscall.EIO)
-	d.raw = nil
-	native.fail = nil
-	read(1, 1, nil)
 }

@@ -45,9 +45,28 @@ func (s *Server) dial(ctx context.Context, target string) (net.Conn, error) {
 	for i, addr := range addrs {
 		targets[i] = netip.AddrPortFrom(addr, uint16(port))
 	}
-	conn, err := eyeballs.Dial(ctx, targets, s.dialOne)
+	return s.dialFirst(ctx, target, targets, s.dialOne)
+}
+
+// dialWithin opens a connection to "host:port" through the tunnel, or none at all. The error is always a *problem.Error.
+func (s *Server) dialWithin(ctx context.Context, target string) (net.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
+	defer cancel()
+	targets, err := s.opts.Within(ctx, target)
 	if err != nil {
-		return nil, s.explain(ctx, target, targets, err)
+		return nil, err
+	}
+	return s.dialFirst(ctx, target, targets, func(ctx context.Context, addr netip.AddrPort) (net.Conn, error) {
+		return s.opts.Dial(ctx, "tcp", addr.String())
+	})
+}
+
+// dialFirst connects to the first of a target's addresses that answers.
+func (s *Server) dialFirst(ctx context.Context, asked string, targets []netip.AddrPort,
+	dial func(context.Context, netip.AddrPort) (net.Conn, error)) (net.Conn, error) {
+	conn, err := eyeballs.Dial(ctx, targets, dial)
+	if err != nil {
+		return nil, s.explain(ctx, asked, targets, err)
 	}
 	return conn, nil
 }
@@ -102,7 +121,7 @@ func (s *Server) explain(ctx context.Context, asked string, targets []netip.Addr
 		if s.opts.Explain == nil || !refused(err) || !s.opts.Inside(target.Addr()) {
 			continue
 		}
-		if p, ok := errors.AsType[*problem.Error](s.opts.Explain(ctx, target)); ok {
+		if p, ok := errors.AsType[*problem.Error](s.opts.Explain(ctx, asked, target)); ok {
 			return p
 		}
 	}

@@ -48,7 +48,8 @@ func ParseForward(text string) (Forward, error) {
 	return f, nil
 }
 
-// forward carries one connection to a target. What cannot be reached shows as a connection that ends at once, and in the log.
+// forward carries one connection to a target, through the tunnel or not at all. What cannot be reached shows as a connection that is reset
+// at once, and in the log.
 func (s *Server) forward(conn net.Conn, target string) {
 	defer s.untrack(conn)
 	if err := permitted(conn, s.opts.Users); err != nil {
@@ -57,9 +58,12 @@ func (s *Server) forward(conn net.Conn, target string) {
 	}
 	ctx, cancel := context.WithCancel(s.ctx)
 	defer cancel()
-	onward, err := s.dial(ctx, target)
+	onward, err := s.dialWithin(ctx, target)
 	if err != nil {
-		s.opts.Logger.Warn("cannot forward a connection", "target", target, "err", err)
+		s.opts.Logger.Warn("cannot forward a connection", "target", target, "code", problem.CodeOf(err), "err", err)
+		if tcp, ok := conn.(*net.TCPConn); ok {
+			_ = tcp.SetLinger(0) // an end in good order would look like a service that has nothing to say
+		}
 		return
 	}
 	if !s.track(onward) {

@@ -43,8 +43,12 @@ type Options struct {
 	// Lookup gives the address of a host name that belongs to the tunnel; ok is false for others, which the system resolves.
 	// Optional.
 	Lookup func(ctx context.Context, host string) (addr netip.Addr, ok bool, err error)
-	// Explain says why a destination inside the tunnel was refused, where the gateway knows better than a reset. Optional.
-	Explain func(ctx context.Context, target netip.AddrPort) error
+	// Within gives the addresses of a forward's target, "host:port", that lead into the tunnel, at least one. Its errors are *problem.Error.
+	// A forward leads nowhere else. Needed with Forwards.
+	Within func(ctx context.Context, target string) ([]netip.AddrPort, error)
+	// Explain says why a destination inside the tunnel was refused, where the gateway knows better than a reset: asked is the "host:port"
+	// that the program said, target an address of it. Optional.
+	Explain func(ctx context.Context, asked string, target netip.AddrPort) error
 	// Other gives the proxy of another tunnel to which a host belongs, a name or an address. Optional.
 	Other  func(ctx context.Context, host string) (netip.AddrPort, bool)
 	Users  []int         // who may connect, by user id; default the process's own
@@ -73,6 +77,9 @@ func (o *Options) Validate() error {
 	}
 	if o.Dial == nil || o.Inside == nil {
 		return errors.New("a proxy needs Dial and Inside")
+	}
+	if o.Within == nil && len(o.Forwards) > 0 {
+		return errors.New("forwards need Within")
 	}
 	if o.Users == nil {
 		o.Users = []int{os.Geteuid()}

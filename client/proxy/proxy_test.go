@@ -170,12 +170,12 @@ func TestSOCKSCarriesBothWaysAndHalfCloses(t *testing.T) {
 }
 
 func TestSOCKSRefusals(t *testing.T) {
-	denied := func(context.Context, netip.AddrPort) error {
+	denied := func(context.Context, string, netip.AddrPort) error {
 		return problem.New(problem.FlowDenied, "no rule", "")
 	}
 	for name, c := range map[string]struct {
 		request []byte
-		explain func(context.Context, netip.AddrPort) error
+		explain func(context.Context, string, netip.AddrPort) error
 		want    byte
 	}{
 		"refused":         {byAddr(inner, 1), nil, replyRefused},
@@ -234,7 +234,7 @@ func TestHTTPRefusals(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			r := newRig(t, closedPort(t), func(o *Options) {
-				o.Explain = func(context.Context, netip.AddrPort) error { return c.explain }
+				o.Explain = func(context.Context, string, netip.AddrPort) error { return c.explain }
 			})
 			conn := connect(t, r)
 			_, _ = io.WriteString(conn, c.request)

@@ -20,9 +20,6 @@ import (
 	"github.com/culvertnet/culvert/internal/wire"
 )
 
-// inbox bounds the gateway's own messages that wait to be worked off; the reader waits when it is full.
-const inbox = 1024
-
 // writeTimeout is how long one frame may take to leave.
 const writeTimeout = 10 * time.Second
 
@@ -44,15 +41,14 @@ var (
 	tooSlow    = &closing{websocket.StatusTryAgainLater, "the gateway does not keep up", true}
 	expired    = &closing{websocket.StatusServiceRestart, "the credential has run out; prove again who you are", false}
 	silent     = &closing{websocket.StatusPolicyViolation, "no answer to pings", true}
-	unrecorded = &closing{websocket.StatusTryAgainLater, "flow records cannot be stored", false}
 	changed    = &closing{websocket.StatusServiceRestart, "the network's relays or STUN servers have changed", false}
 	resync     = &closing{websocket.StatusServiceRestart, "say again what you hold", false}
 )
 
-// stream is one gateway's WebSocket. Four goroutines share it:
+// stream is one gateway's WebSocket. Three goroutines share it, and those who work off what the gateway says of its own accord:
 //
 //	reader ── answers ──► the calls that wait for them
-//	   └───── renewed, end, taken, candidates, leaving ──► worker
+//	   └───── renewed, end, taken, candidates, leaving, flows ──► inbox ──► workers
 //	calls ── offer, renew, renewed, end, candidates ──► queue ──► writer
 //	keeper: pings, presence
 //
@@ -67,17 +63,19 @@ type stream struct {
 	// Set by open, before any goroutine starts; the presence is the keeper's after that, by way of mu.
 	who      session.Gateway
 	onRecord bool      // that it was let in
-	flows    uint64    // the last batch of flow records that is stored; the worker's
+	flows    uint64    // the last batch of flow records that is stored; the flows' worker's
 	renew    time.Time // when the gateway is due a fresh ticket for relays; the keeper's
 
 	queue  chan wire.Frame // to the writer
-	work   chan wire.Frame // to the worker
+	inbox  *inbox          // to the workers
 	kick   chan struct{}   // to the keeper: say again that we are live, something changed
 	proofs *rate.Limiter   // of credentials
 	load   atomic.Int64    // sessions that the gateway holds, roughly
 	said   atomic.Int64    // load as it was announced last
 	over   chan struct{}   // closed by end
 	gone   chan struct{}   // closed when run is through
+
+	workers sync.WaitGroup // who work the inbox off; the reader starts them
 
 	mu       sync.Mutex
 	enrolled enrolment // proven when the stream was opened, and again since
@@ -91,7 +89,7 @@ func newStream(a *API, conn *websocket.Conn, network string, e enrolment, addr s
 	conn.SetReadLimit(wire.MaxState) // until the hello is there
 	return &stream{
 		api: a, conn: conn, network: network, enrolled: e, addr: addr, log: a.log,
-		queue: make(chan wire.Frame, a.opts.Queue), work: make(chan wire.Frame, inbox), kick: make(chan struct{}, 1),
+		queue: make(chan wire.Frame, a.opts.Queue), inbox: newInbox(), kick: make(chan struct{}, 1),
 		proofs: rate.NewLimiter(rate.Every(10*time.Second), 4),
 		over:   make(chan struct{}), gone: make(chan struct{}), calls: map[uint64]chan json.RawMessage{},
 	}
@@ -129,12 +127,12 @@ func (s *stream) run(ctx context.Context) {
 	var wg sync.WaitGroup
 	wg.Go(func() { s.end(s.readAll(ctx)) })
 	wg.Go(func() { s.end(s.writeAll(ctx)) })
-	wg.Go(func() { s.workAll(ctx) })
 	wg.Go(func() { s.end(s.keep(ctx)) })
 	<-s.over
 	s.close()
 	cancel()
 	wg.Wait()
+	s.workers.Wait()
 	stop()
 	s.leave(ctx)
 	s.logEnd(s.why)
@@ -198,9 +196,7 @@ func (s *stream) readAll(ctx context.Context) error {
 		case wire.FrameAnswer:
 			s.settle(f.ID, f.Body)
 		case wire.FrameRenewed, wire.FrameEnd, wire.FrameCandidates, wire.FrameCredential, wire.FrameLeaving, wire.FrameFlows, wire.FrameTaken:
-			select {
-			case s.work <- f:
-			case <-s.over:
+			if !s.take(ctx, f) {
 				return nil
 			}
 		default: // a newer gateway's; it knows our version and can do without

@@ -18,55 +18,64 @@ const workTimeout = 15 * time.Second
 // loadEvery is how often a changed load is said: for each session it would be a write to the state for each join.
 const loadEvery = 250 * time.Millisecond
 
-// Of a state that is away for a moment, because its cluster elects a leader.
-const (
-	workPatience = 10 * time.Second
-	workRetry    = 250 * time.Millisecond
-)
+// workRetry is how long whoever has found the state away waits before he goes on. It is away for a moment while its cluster elects a leader.
+const workRetry = 250 * time.Millisecond
 
-// workAll works a gateway's own messages off, in their order.
-func (s *stream) workAll(ctx context.Context) {
+// take puts a gateway's message into the inbox and has somebody work it off. It waits for room, and says no once the stream is over.
+func (s *stream) take(ctx context.Context, f wire.Frame) bool {
+	switch f.Type {
+	case wire.FrameEnd:
+		s.load.Add(-1)
+	case wire.FrameTaken:
+		s.load.Add(1)
+	}
 	for {
+		taken, line, starts := s.inbox.put(f)
+		if starts {
+			s.workers.Go(func() { s.work(ctx, line) })
+		}
+		if taken {
+			return true
+		}
 		select {
-		case f := <-s.work:
-			s.judge(f, s.workPatiently(ctx, f))
+		case <-s.inbox.room:
 		case <-s.over:
-			return
+			return false
 		}
 	}
 }
 
-// judge looks at what became of a message.
-func (s *stream) judge(f wire.Frame, err error) {
+// work works lines of the inbox off, until there are none or the stream is over.
+func (s *stream) work(ctx context.Context, line string) {
+	for more := true; more; {
+		f := s.inbox.first(line)
+		again := s.judge(f, s.workOne(ctx, f))
+		wait := time.Duration(0)
+		if again {
+			wait = workRetry
+		}
+		select {
+		case <-s.over:
+			return
+		case <-time.After(wait):
+		}
+		line, more = s.inbox.done(line, again)
+	}
+}
+
+// judge looks at what became of a message, and reports whether it has to be worked on again: what must not be lost is, for as long as the
+// stream lasts. It is not ended for that. The gateway would come back with whole state, which is more work for a state that is away.
+func (s *stream) judge(f wire.Frame, err error) (again bool) {
 	switch {
 	case err == nil:
-	case errors.Is(err, session.ErrResync), asserted(f) && problem.Temporary(err):
-		s.end(resync) // its next hello says it again
-	case f.Type == wire.FrameFlows && problem.Temporary(err):
-		s.end(unrecorded) // it sends them again on its next stream
+	case errors.Is(err, session.ErrResync):
+		s.end(resync)
+	case problem.Temporary(err) && (asserted(f) || f.Type == wire.FrameFlows):
+		return true
 	default:
 		s.log.Warn("gateway's message refused", "type", f.Type, "code", problem.CodeOf(err), "err", err)
 	}
-}
-
-// asserted reports whether a message changes what a hello would assert, so that it must not be lost.
-func asserted(f wire.Frame) bool {
-	return f.Type == wire.FrameRenewed || f.Type == wire.FrameEnd || f.Type == wire.FrameTaken
-}
-
-// workPatiently tries again for a while what must not be lost.
-func (s *stream) workPatiently(ctx context.Context, f wire.Frame) error {
-	for deadline := time.Now().Add(workPatience); ; {
-		err := s.workOne(ctx, f)
-		if !asserted(f) || !problem.Temporary(err) || time.Now().After(deadline) {
-			return err
-		}
-		select {
-		case <-time.After(workRetry):
-		case <-s.over:
-			return err
-		}
-	}
+	return false
 }
 
 func (s *stream) workOne(ctx context.Context, f wire.Frame) error {
@@ -84,14 +93,12 @@ func (s *stream) workOne(ctx context.Context, f wire.Frame) error {
 		if err := parse(f, &e); err != nil {
 			return err
 		}
-		s.load.Add(-1)
 		return s.api.opts.Sessions.Ended(ctx, s.who, e)
 	case wire.FrameTaken:
 		var t wire.Taken
 		if err := parse(f, &t); err != nil {
 			return err
 		}
-		s.load.Add(1)
 		return s.api.opts.Sessions.Taken(ctx, s.who, t)
 	case wire.FrameCandidates:
 		var t wire.Trickle

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/culvertnet/culvert/internal/problem"
+	"github.com/culvertnet/culvert/internal/wire"
 )
 
 // Filter chooses records. Empty fields choose all; names compare without regard to case where GitHub's do.
@@ -41,6 +42,7 @@ type seen struct {
 	Unmapped       struct {
 		Network, Gateway string
 		Job              Job
+		Flows            []struct{ Verdict wire.FlowVerdict }
 	}
 }
 
@@ -86,7 +88,7 @@ func (f *Filter) chooses(r *seen) bool {
 		(len(f.Events) == 0 || slices.Contains(f.Events, r.Metadata.Event)) &&
 		f.repository(job.Repository) && is(f.Run, job.RunID) && is(f.Check, job.CheckRunID) && is(f.Session, r.Session.UID) &&
 		is(f.Network, r.Unmapped.Network) && is(f.Gateway, r.Unmapped.Gateway) && fold(f.Actor, r.Actor.User.Name) &&
-		f.rule(r.Authorizations) && f.verdict(r.Action)
+		f.rule(r.Authorizations) && f.verdict(r)
 }
 
 func (f *Filter) repository(got string) bool {
@@ -100,12 +102,30 @@ func (f *Filter) rule(list []Authorization) bool {
 	return f.Rule == "" || slices.ContainsFunc(list, func(a Authorization) bool { return a.Policy.Name == f.Rule })
 }
 
-func (f *Filter) verdict(action int) bool {
+// verdict is about the record, and where that is of flows, about any of them.
+func (f *Filter) verdict(r *seen) bool {
+	for _, flow := range r.Unmapped.Flows {
+		if fits(f.Verdict, flow.Verdict) {
+			return true
+		}
+	}
 	switch f.Verdict {
 	case decisionAllowed:
-		return action == actionAllowed
+		return r.Action == actionAllowed
 	case decisionDenied:
-		return action == actionDenied
+		return r.Action == actionDenied
+	}
+	return true
+}
+
+// fits reports whether a flow is one that a filter's verdict chooses: what was let through is allowed, all else is denied.
+func fits(verdict string, flow wire.FlowVerdict) bool {
+	through := flow == wire.FlowAllowed || flow == wire.FlowObserved
+	switch verdict {
+	case decisionAllowed:
+		return through
+	case decisionDenied:
+		return !through
 	}
 	return true
 }

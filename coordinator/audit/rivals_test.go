@@ -13,6 +13,7 @@ import (
 
 	"github.com/culvertnet/culvert/coordinator/audit/audittest"
 	"github.com/culvertnet/culvert/coordinator/state"
+	"github.com/culvertnet/culvert/internal/problem"
 )
 
 // slowStore is a replicated store as a cluster has one: a message takes a while until it can be read, and meanwhile its place is
@@ -219,4 +220,41 @@ func TestNobodyStarvesOnASlowStore(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) { rivals(t, &slowStore{Store: audittest.New(), takes: takes}, 2, 25) })
 		})
 	}
+}
+
+// cutOffStore takes nothing while it has no connection.
+type cutOffStore struct {
+	*audittest.Store
+	off atomic.Bool
+}
+
+func (s *cutOffStore) Append(ctx context.Context, data []byte, after uint64) (uint64, error) {
+	if s.off.Load() {
+		return 0, fmt.Errorf("append: %w", state.ErrNoConnection)
+	}
+	return s.Store.Append(ctx, data, after)
+}
+
+// TestNobodyWaitsForNoConnection: while a node has no connection to the store, whoever wants a record stored is told at once and may ask
+// another node. What was on its way then is stored later.
+func TestNobodyWaitsForNoConnection(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := &cutOffStore{Store: audittest.New()}
+		l := open(t, store)
+		store.off.Store(true)
+		began := time.Now()
+		for n := range 2 { // one that waits when the connection is lost, and one that comes later
+			if err := l.Record(t.Context(), joined(n)); problem.CodeOf(err) != problem.Unreachable || time.Since(began) > 0 {
+				t.Errorf("%v after %s", err, time.Since(began))
+			}
+		}
+		store.off.Store(false)
+		time.Sleep(2 * lastWait)
+		if err := l.Record(t.Context(), joined(3)); err != nil {
+			t.Error(err)
+		}
+		if rep := sound(t, store); rep.Records != 2 {
+			t.Errorf("%d records", rep.Records)
+		}
+	})
 }

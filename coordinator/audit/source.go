@@ -14,7 +14,6 @@ import (
 	"net/url"
 	"os"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/culvertnet/culvert/internal/problem"
@@ -211,52 +210,4 @@ func Select(r io.Reader, q url.Values, f func(line []byte)) error {
 			f(text)
 		}
 	})
-}
-
-// Line is a record on one line for people.
-func Line(text []byte) string {
-	var r struct {
-		Record
-		Metadata struct {
-			Event    Event  `json:"event_code"`
-			Sequence uint64 `json:"sequence"`
-		} `json:"metadata"`
-	}
-	if json.Unmarshal(text, &r) != nil {
-		return string(text)
-	}
-	var b bytes.Buffer
-	fmt.Fprintf(&b, "%d %s %-18s", r.Metadata.Sequence, time.UnixMilli(r.Time).UTC().Format(time.RFC3339), r.Metadata.Event)
-	say := func(name, value string) { // quoted where it could be mistaken for something else
-		if quoted := strconv.QuoteToASCII(value); value != "" && (strings.ContainsAny(value, " =") || len(quoted) != len(value)+2) {
-			fmt.Fprintf(&b, " %s=%s", name, quoted)
-		} else if value != "" {
-			fmt.Fprintf(&b, " %s=%s", name, value)
-		}
-	}
-	say("network", r.Unmapped.Network)
-	if j := r.Unmapped.Job; j != nil {
-		say("repository", j.Repository)
-		say("ref", j.Ref)
-		say("run", j.RunID)
-		say("check", j.CheckRunID)
-	}
-	if r.Actor != nil {
-		say("actor", r.Actor.User.Name)
-	}
-	if r.Session != nil {
-		say("session", r.Session.UID)
-		say("reason", r.Session.Reason)
-	}
-	say("gateway", r.Unmapped.Gateway)
-	for _, a := range r.Authorizations {
-		say(a.Decision+"-by", a.Policy.Name)
-	}
-	say("code", r.Code)
-	say("detail", r.Detail)
-	say("message", r.Message)
-	if r.Count > 0 {
-		fmt.Fprintf(&b, " count=%d", r.Count)
-	}
-	return b.String()
 }

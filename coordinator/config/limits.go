@@ -21,6 +21,9 @@ type Limits struct {
 	Connections int `yaml:"connections"`
 	// AddressConnections is how many one address may hold open; default 4096. Trusted proxies may hold as many as they like.
 	AddressConnections int `yaml:"address_connections"`
+	// ConnectionRate is how many one address may open a second, and twenty times that at once; default 200, because a TLS handshake costs
+	// a server more than it costs a stranger.
+	ConnectionRate float64 `yaml:"connection_rate"`
 }
 
 func (r *reader) requestLimits(l Limits) Limits {

@@ -23,12 +23,17 @@ type Report struct {
 	Findings []policy.Finding `json:"findings"`
 }
 
-// CheckReport checks a configuration: a coordinator's, or that of a relay by itself, which is told by its ticket_keys.
-func CheckReport(file string) Report {
+// CheckReport checks a configuration: a coordinator's, or that of a relay by itself, which is told by its ticket_keys. With files it looks
+// for those that the configuration names as well, and warns where this user cannot read one.
+func CheckReport(file string, files bool) Report {
 	if data, err := readBounded(file); err == nil && relayKey.Match(data) {
-		return CheckRelay(file)
+		return CheckRelay(file, files)
 	}
-	c, findings := Check(file)
+	more := []func(*reader, *Config){(*reader).lint}
+	if files {
+		more = append(more, (*reader).lintFiles)
+	}
+	c, findings := load(file, more...)
 	r := reportOf(file, findings)
 	if c != nil {
 		r.Networks, r.Rules = len(c.Networks), len(c.Rules)

@@ -54,6 +54,47 @@ func (r *reader) lint(c *Config) {
 	}
 }
 
+// lintFiles looks whether the files that a configuration names are there. It is no mistake of the configuration where they are not: `check` may run
+// on another machine, or as somebody who may not read a key.
+func (r *reader) lintFiles(c *Config) {
+	r.lintTLS(c.TLS)
+	if c.ACME != nil {
+		r.lintFile("$.acme.roots", c.ACME.Roots)
+	}
+	r.lintFile("$.state.credentials", c.State.Credentials)
+	r.lintFile("$.state.elections", c.State.Elections)
+	r.lintFile("$.audit.key", c.Audit.KeyFile)
+	r.lintFile("$.downloads", c.Downloads)
+	for i, issuer := range c.Issuers {
+		r.lintFile(fmt.Sprintf("$.issuers[%d].jwks_file", i), issuer.JWKSFile)
+	}
+	for _, name := range c.NetworkNames() {
+		for i, g := range c.Networks[name].Gateways {
+			r.lintFile(fmt.Sprintf("$.networks.%s.gateways[%d].jwks_file", name, i), g.JWKSFile)
+		}
+	}
+}
+
+func (r *reader) lintTLS(t *TLS) {
+	if t != nil {
+		r.lintFile("$.tls.cert", t.Cert)
+		r.lintFile("$.tls.key", t.Key)
+	}
+}
+
+func (r *reader) lintFile(path, file string) {
+	if file == "" {
+		return
+	}
+	f, err := os.Open(file)
+	if err == nil {
+		_ = f.Close()
+		return
+	}
+	r.locators[0].Add(policy.Warning, policy.FileMissing, path, fmt.Sprintf("%s cannot be read: %v", file, cause(err)),
+		"put it there, or correct the path; check on the machine that it is for, as the user that it is for")
+}
+
 func policyOptions(c *Config, d *document) policy.Options {
 	opts := policy.Options{Networks: c.NetworkNames(), IssuerNames: map[string]string{}}
 	for _, i := range c.Issuers {

@@ -92,7 +92,7 @@ func ParseStandalone(file string, data []byte) (*Standalone, error) {
 	return s, nil
 }
 
-func checkStandalone(file string, data []byte) (*Standalone, []policy.Finding, error) {
+func checkStandalone(file string, data []byte, more ...func(*reader, *Standalone)) (*Standalone, []policy.Finding, error) {
 	parsed, err := yamlfile.Parse(file, data)
 	if err != nil {
 		return nil, nil, err
@@ -101,19 +101,26 @@ func checkStandalone(file string, data []byte) (*Standalone, []policy.Finding, e
 	r := &reader{locators: []*policy.Locator{{File: file, Document: parsed}}, dir: filepath.Dir(file)}
 	r.locators[0].Decode(&d)
 	s := r.standalone(&d)
+	for _, f := range more {
+		f(r, s)
+	}
 	return s, r.findings(), nil
 }
 
 // relayKey is what every relay's file has at its outermost level, and no coordinator's.
 var relayKey = regexp.MustCompile(`(?m)^["']?ticket_keys["']?[ \t]*:`)
 
-// CheckRelay checks the file of a relay that runs by itself.
-func CheckRelay(file string) Report {
+// CheckRelay checks the file of a relay that runs by itself; with files it looks for those that it names as well.
+func CheckRelay(file string, files bool) Report {
 	data, err := readBounded(file)
 	if err != nil {
 		return reportOf(file, []policy.Finding{unreadable(file, err)})
 	}
-	_, findings, err := checkStandalone(file, data)
+	var more []func(*reader, *Standalone)
+	if files {
+		more = append(more, func(r *reader, s *Standalone) { r.lintTLS(s.TLS) })
+	}
+	_, findings, err := checkStandalone(file, data, more...)
 	if err != nil {
 		findings = []policy.Finding{policy.FromProblem(file, err)}
 	}

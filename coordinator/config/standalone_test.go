@@ -105,13 +105,13 @@ func TestCheckKnowsARelaysFile(t *testing.T) {
 			t.Fatal(err)
 		}
 		var out strings.Builder
-		r := CheckReport(file)
+		r := CheckReport(file, false)
 		r.WriteText(&out)
 		if !strings.Contains(out.String(), want) || !r.Relay || r.OK != strings.HasPrefix(want, "ok") {
 			t.Errorf("%q: %+v\n%s", content, r, out.String())
 		}
 	}
-	if r := CheckRelay(filepath.Join(t.TempDir(), "none")); r.OK || r.Errors != 1 {
+	if r := CheckRelay(filepath.Join(t.TempDir(), "none"), true); r.OK || r.Errors != 1 {
 		t.Errorf("%+v", r)
 	}
 }

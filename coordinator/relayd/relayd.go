@@ -111,7 +111,7 @@ func (s *Server) openUDP(ctx context.Context) (err error) {
 		Remote: func(r *http.Request) netip.Addr { return middleware.GetClientIPAddr(r.Context()) },
 	})
 	if err != nil {
-		return problem.Wrap(err, problem.Failed, fmt.Sprintf("cannot listen on UDP %s: %v", c.UDP, err), problem.PortNext(err))
+		return problem.Wrap(err, problem.BadConfig, fmt.Sprintf("cannot listen on UDP %s: %v", c.UDP, err), problem.PortNext(err))
 	}
 	if c.Probe == "" {
 		return nil
@@ -120,7 +120,7 @@ func (s *Server) openUDP(ctx context.Context) (err error) {
 	switch {
 	case err == nil:
 	case c.ProbeChosen:
-		return problem.Wrap(err, problem.Failed, fmt.Sprintf("cannot listen on UDP %s: %v", c.Probe, err), "give probe another address, or set probe: off")
+		return problem.Wrap(err, problem.BadConfig, fmt.Sprintf("cannot listen on UDP %s: %v", c.Probe, err), "give probe another address, or set probe: off")
 	default:
 		s.log.Warn("no second STUN port", "addr", c.Probe, "err", err)
 	}
@@ -171,7 +171,7 @@ func (s *Server) open(ctx context.Context, addr string, h http.Handler, secure *
 	var lc net.ListenConfig
 	l, err := lc.Listen(ctx, "tcp", addr)
 	if err != nil {
-		return nil, problem.Wrap(err, problem.Failed, fmt.Sprintf("cannot listen on TCP %s: %v", addr, err), problem.PortNext(err))
+		return nil, problem.Wrap(err, problem.BadConfig, fmt.Sprintf("cannot listen on TCP %s: %v", addr, err), problem.PortNext(err))
 	}
 	p := &page{listener: l, server: &http.Server{
 		Handler: h, TLSConfig: secure, MaxHeaderBytes: maxHeader,

@@ -1,12 +1,16 @@
 package server
 
 import (
+	"cmp"
 	"net"
 	"net/netip"
 	"slices"
 	"sync"
 	"sync/atomic"
 
+	"golang.org/x/time/rate"
+
+	"github.com/culvertnet/culvert/coordinator/config"
 	"github.com/culvertnet/culvert/coordinator/limit"
 	"github.com/culvertnet/culvert/internal/cork"
 )
@@ -15,8 +19,8 @@ import (
 const (
 	defaultConns     = 32768
 	defaultAddrConns = 4096
-	connRate         = 200  // new connections a second of one address: a TLS handshake costs us more than it costs a stranger
-	connBurst        = 4096 // and how many at once
+	defaultConnRate  = 200  // new connections a second of one address: a TLS handshake costs us more than it costs a stranger
+	defaultConnBurst = 4096 // and how many at once
 	connAddresses    = 1 << 16
 )
 
@@ -34,15 +38,14 @@ type bounded struct {
 	byAddr map[netip.Prefix]int
 }
 
-func boundedListener(l net.Listener, conns, addrConns int, trusted []netip.Prefix) *bounded {
-	if conns <= 0 {
-		conns = defaultConns
+// boundedListener takes what limits say of connections, and the defaults where they say nothing.
+func boundedListener(l net.Listener, limits config.Limits, trusted []netip.Prefix) *bounded {
+	each, burst := rate.Limit(limits.ConnectionRate), max(int(20*limits.ConnectionRate), 1)
+	if each <= 0 {
+		each, burst = defaultConnRate, defaultConnBurst
 	}
-	if addrConns <= 0 {
-		addrConns = defaultAddrConns
-	}
-	return &bounded{Listener: l, max: conns, maxAddr: addrConns, trusted: trusted,
-		opened: limit.New[netip.Prefix](connRate, connBurst, connAddresses), byAddr: map[netip.Prefix]int{}}
+	return &bounded{Listener: l, max: cmp.Or(limits.Connections, defaultConns), maxAddr: cmp.Or(limits.AddressConnections, defaultAddrConns), trusted: trusted,
+		opened: limit.New[netip.Prefix](each, burst, connAddresses), byAddr: map[netip.Prefix]int{}}
 }
 
 // Accept gives the next connection that is within bounds.

@@ -5,6 +5,8 @@ import (
 	"net/netip"
 	"testing"
 	"time"
+
+	"github.com/culvertnet/culvert/coordinator/config"
 )
 
 // accepting takes connections from a listener and keeps them open.
@@ -68,7 +70,7 @@ func isTimeout(err error) bool {
 }
 
 func TestConnectionsOfOneAddress(t *testing.T) {
-	b := boundedListener(listen(t), 5, 2, nil)
+	b := boundedListener(listen(t), config.Limits{Connections: 5, AddressConnections: 2}, nil)
 	got := accepting(t, b)
 	first := dialFrom(t, "127.0.0.1", b.Addr())
 	held := <-got
@@ -91,7 +93,7 @@ func TestConnectionsOfOneAddress(t *testing.T) {
 }
 
 func TestConnectionsInAll(t *testing.T) {
-	b := boundedListener(listen(t), 2, 10, nil)
+	b := boundedListener(listen(t), config.Limits{Connections: 2, AddressConnections: 10}, nil)
 	got := accepting(t, b)
 	dialFrom(t, "127.0.0.1", b.Addr())
 	dialFrom(t, "127.0.0.2", b.Addr())
@@ -104,7 +106,7 @@ func TestConnectionsInAll(t *testing.T) {
 }
 
 func TestTrustedProxiesHoldMore(t *testing.T) {
-	b := boundedListener(listen(t), 10, 1, []netip.Prefix{netip.MustParsePrefix("127.0.0.1/32")})
+	b := boundedListener(listen(t), config.Limits{Connections: 10, AddressConnections: 1}, []netip.Prefix{netip.MustParsePrefix("127.0.0.1/32")})
 	got := accepting(t, b)
 	for range 3 {
 		dialFrom(t, "127.0.0.1", b.Addr())
@@ -122,11 +124,20 @@ func TestTrustedProxiesHoldMore(t *testing.T) {
 }
 
 func TestConnectionsOpenedFast(t *testing.T) {
-	b := boundedListener(listen(t), 10, 10, nil)
+	b := boundedListener(listen(t), config.Limits{Connections: 10, AddressConnections: 10}, nil)
 	source := netip.MustParsePrefix("127.0.0.1/32")
-	for range connBurst + 1000 {
+	for range defaultConnBurst + 1000 {
 		b.opened.Charge(source)
 	}
 	accepting(t, b)
+	shutOut(t, "127.0.0.1", b.Addr())
+}
+
+// TestConnectionRate: the configuration says how fast one address may open them.
+func TestConnectionRate(t *testing.T) {
+	b := boundedListener(listen(t), config.Limits{ConnectionRate: 0.01}, nil)
+	accepted := accepting(t, b)
+	dialFrom(t, "127.0.0.1", b.Addr())
+	<-accepted
 	shutOut(t, "127.0.0.1", b.Addr())
 }

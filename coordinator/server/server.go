@@ -215,7 +215,7 @@ func (s *Server) openState(ctx context.Context) (err error) {
 func (s *Server) listen(ctx context.Context) (err error) {
 	lc := net.ListenConfig{KeepAlive: -1} // whose connections are kept says who bounds them
 	if s.listener, err = lc.Listen(ctx, "tcp", s.config.Listen); err != nil {
-		return problem.Wrap(err, problem.Failed, fmt.Sprintf("cannot listen on TCP %s: %v", s.config.Listen, err), problem.PortNext(err))
+		return problem.Wrap(err, problem.BadConfig, fmt.Sprintf("cannot listen on TCP %s: %v", s.config.Listen, err), problem.PortNext(err))
 	}
 	return s.openUDP(ctx)
 }
@@ -257,7 +257,7 @@ func (s *Server) build() (err error) {
 	if s.api, err = api.New(o); err != nil {
 		return err
 	}
-	s.conns = boundedListener(s.listener, s.config.Limits.Connections, s.config.Limits.AddressConnections, s.config.TrustedProxies)
+	s.conns = boundedListener(s.listener, s.config.Limits, s.config.TrustedProxies)
 	s.http = &http.Server{
 		Handler: s.api, ReadHeaderTimeout: s.opts.HeaderTimeout, ReadTimeout: readTimeout, WriteTimeout: writeTimeout,
 		IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeader, HTTP2: &http.HTTP2Config{MaxConcurrentStreams: maxStreams},

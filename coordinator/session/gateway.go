@@ -158,7 +158,7 @@ func (m *Manager) adopt(ctx context.Context, g Gateway, rules Rules, n config.Ne
 		Ends:        until.Ends,
 	})
 	if errors.Is(err, state.ErrExists) {
-		return false, nil
+		return false, m.unlessThere(ctx, h.Session)
 	}
 	if err != nil {
 		return false, err
@@ -170,6 +170,21 @@ func (m *Manager) adopt(ctx context.Context, g Gateway, rules Rules, n config.Ne
 	m.logOf(l).Info("session adopted from its gateway", "expires", l.Expires)
 	return true, nil
 }
+
+// unlessThere is nil where a session that cannot be adopted has no lease: another one has its address. Else it was there already when the store said that
+// it was not, as a server of its cluster does that leads no longer and does not know yet; then nothing is decided.
+func (m *Manager) unlessThere(ctx context.Context, id string) error {
+	_, err := m.opts.Store.Lease(ctx, id)
+	switch {
+	case errors.Is(err, state.ErrNotFound):
+		return nil
+	case err != nil:
+		return err
+	}
+	return errContradiction
+}
+
+var errContradiction = errors.New("the store has a session that it did not have before")
 
 // standbyOf marks a session that only its standby has spoken of yet: that is both then, until the gateway that carries it comes.
 func standbyOf(g Gateway, h wire.Held) string {
@@ -242,28 +257,46 @@ func (m *Manager) bury(ctx context.Context, l state.Lease) {
 	m.logOf(l).Info("session ended", "reason", endedByRestart)
 }
 
+// renewalsAtOnce is how many renewals in tunnels this node writes to the state at a time. Their leases last for minutes yet: where the state is slower
+// than they come, they wait, and not the joins, which write to it too.
+const renewalsAtOnce = 16
+
 // Renewed takes a gateway's word that it renewed a session in the tunnel. The token is judged here as well: a session
 // that policy no longer carries is ended. ErrResync: the session is not known here.
 func (m *Manager) Renewed(ctx context.Context, g Gateway, r wire.Renewed) error {
-	l, err := m.heldBy(ctx, g, r.Session)
-	if err != nil {
-		return err
+	select {
+	case m.turns <- struct{}{}:
+	case <-ctx.Done():
+		return storeAway(ctx.Err())
 	}
-	if err := checkToken(r.Token); err != nil {
-		return err
-	}
-	rules := m.Rules()
-	c, err := m.rejudge(ctx, rules, l, r.Token)
-	if err != nil {
-		return err
-	}
-	l, err = m.extend(ctx, l.Session, c, rules)
+	l, err := m.renewHeld(ctx, g, r)
+	<-m.turns
 	if err == nil {
 		m.audited(ctx, renewed(l, byGateway))
 		m.tell(ctx, l.Standby, wire.FrameRenewed, wire.Renewed{Session: l.Session, Token: r.Token})
 		m.logOf(l).Info("session renewed", "by", "gateway", "expires", l.Expires)
 	}
 	return err
+}
+
+func (m *Manager) renewHeld(ctx context.Context, g Gateway, r wire.Renewed) (state.Lease, error) {
+	// On a cluster its leader reads a lease from its file for whoever asks, so nobody does where memory says the same.
+	l, ok := m.opts.Store.Recall(r.Session)
+	if !ok || !holds(g, l) {
+		var err error
+		if l, err = m.heldBy(ctx, g, r.Session); err != nil {
+			return l, err
+		}
+	}
+	if err := checkToken(r.Token); err != nil {
+		return l, err
+	}
+	rules := m.Rules()
+	c, err := m.rejudge(ctx, rules, l, r.Token)
+	if err != nil {
+		return l, err
+	}
+	return m.extend(ctx, l, c, rules)
 }
 
 // heldBy reads the lease of a session that a gateway speaks of, if that gateway holds it, be it as a standby.
@@ -278,10 +311,15 @@ func (m *Manager) heldBy(ctx context.Context, g Gateway, id string) (state.Lease
 	if err != nil {
 		return l, storeAway(err)
 	}
-	if l.Network != g.Network || l.Gateway != g.Instance && l.Standby != g.Instance || l.Over != "" {
+	if !holds(g, l) {
 		return l, errUnknown()
 	}
 	return l, nil
+}
+
+// holds reports whether a gateway holds a session that is not over, be it as a standby.
+func holds(g Gateway, l state.Lease) bool {
+	return l.Network == g.Network && (l.Gateway == g.Instance || l.Standby == g.Instance) && l.Over == ""
 }
 
 // Ended takes a gateway's word that a session is over there, of its own accord or because it was told: the address is

@@ -1,6 +1,7 @@
 package session
 
 import (
+	"context"
 	"net/netip"
 	"slices"
 	"strings"
@@ -334,4 +335,37 @@ func TestEndIsKeptForAbsentGateway(t *testing.T) {
 		b.store.Leases(func(state.Lease) bool { n++; return true })
 		return n == 0
 	})
+}
+
+// forgetful is a store whose first word on a lease is that there is none, as that of a server of its cluster that leads no longer.
+type forgetful struct {
+	Store
+	said bool
+}
+
+func (f *forgetful) Lease(ctx context.Context, id string) (state.Lease, error) {
+	if !f.said {
+		f.said = true
+		return state.Lease{}, state.ErrNotFound
+	}
+	return f.Store.Lease(ctx, id)
+}
+
+// TestReconcileBelievesNoContradiction: a session that cannot be adopted because it is there is not ended.
+func TestReconcileBelievesNoContradiction(t *testing.T) {
+	b := newBench(t, Options{})
+	g := b.gateway("a")
+	s := b.job().mustJoin()
+	l, err := b.store.Lease(t.Context(), s.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.m.opts.Store = &forgetful{Store: b.store}
+	held := []wire.Held{{Session: l.Session, Key: l.Key, Addresses: l.Addresses, Expires: l.Expires, Ends: l.Ends}}
+	if over, err := b.m.Reconcile(t.Context(), g.who, held); err == nil || len(over) != 0 {
+		t.Fatalf("%v are over, %v", over, err)
+	}
+	if over, err := b.m.Reconcile(t.Context(), g.who, held); err != nil || len(over) != 0 {
+		t.Fatalf("%v are over, %v", over, err)
+	}
 }

@@ -81,7 +81,7 @@ func (m *Manager) renew(ctx context.Context, l state.Lease, token wire.Secret) (
 		m.auditRefusal(ctx, l, err)
 		return wire.Lease{}, err
 	}
-	l, err = m.extend(ctx, l.Session, c, rules)
+	l, err = m.extend(ctx, l, c, rules)
 	if err != nil {
 		return wire.Lease{}, err
 	}
@@ -147,9 +147,9 @@ func (m *Manager) outgrown(rules Rules, l state.Lease, c policy.Claims) string {
 	return ""
 }
 
-// extend gives a session another lease.
-func (m *Manager) extend(ctx context.Context, id string, c *claims.Claims, rules Rules) (state.Lease, error) {
-	return m.change(ctx, id, func(l *state.Lease) bool {
+// extend gives a session, as it was read, another lease.
+func (m *Manager) extend(ctx context.Context, read state.Lease, c *claims.Claims, rules Rules) (state.Lease, error) {
+	return m.changeRead(ctx, read, func(l *state.Lease) bool {
 		if l.Over != "" {
 			return false
 		}
@@ -167,12 +167,25 @@ func (m *Manager) extend(ctx context.Context, id string, c *claims.Claims, rules
 // change reads a lease, changes it and writes it back, again where somebody else wrote in between. A change that says
 // false leaves the lease alone and means that the session is over.
 func (m *Manager) change(ctx context.Context, id string, edit func(*state.Lease) bool) (state.Lease, error) {
-	var err error
-	for range updateTries {
-		var l state.Lease
-		l, err = m.opts.Store.Lease(ctx, id)
+	l, err := m.opts.Store.Lease(ctx, id)
+	switch {
+	case errors.Is(err, state.ErrNotFound):
+		return l, sessionOver(err)
+	case err != nil:
+		return l, storeAway(err)
+	}
+	return m.changeRead(ctx, l, edit)
+}
+
+// changeRead is change for a lease that was just read.
+func (m *Manager) changeRead(ctx context.Context, l state.Lease, edit func(*state.Lease) bool) (state.Lease, error) {
+	id, err := l.Session, error(nil)
+	for try := range updateTries {
+		if try > 0 {
+			l, err = m.opts.Store.Lease(ctx, id)
+		}
 		if errors.Is(err, state.ErrNotFound) || (err == nil && !edit(&l)) {
-			return l, problem.Wrap(err, problem.SessionOver, "the session has ended", "join again")
+			return l, sessionOver(err)
 		}
 		if err != nil {
 			return l, storeAway(err)
@@ -186,6 +199,10 @@ func (m *Manager) change(ctx context.Context, id string, edit func(*state.Lease)
 		}
 	}
 	return state.Lease{}, storeAway(err)
+}
+
+func sessionOver(err error) error {
+	return problem.Wrap(err, problem.SessionOver, "the session has ended", "join again")
 }
 
 // End ends a session for its owner.

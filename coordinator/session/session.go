@@ -21,6 +21,7 @@ type Store interface {
 	CreateLease(ctx context.Context, l state.Lease, pool state.Pool) (state.Lease, error)
 	AdoptLease(ctx context.Context, l state.Lease) (state.Lease, error)
 	Lease(ctx context.Context, session string) (state.Lease, error)
+	Recall(session string) (state.Lease, bool)
 	UpdateLease(ctx context.Context, l state.Lease) (state.Lease, error)
 	Safe(ctx context.Context) error
 	EndLease(ctx context.Context, session string) error
@@ -114,6 +115,7 @@ type Manager struct {
 	rules  atomic.Pointer[Rules]
 	joins  joins
 	placed placements
+	turns  chan struct{} // of renewals in the tunnel, to write to the state; see Renewed
 
 	mu         sync.Mutex
 	offered    map[string]*offered // sessions of this node's joins that no gateway has answered for yet
@@ -140,7 +142,7 @@ func New(opts Options) (*Manager, error) {
 	if err := opts.Validate(); err != nil {
 		return nil, err
 	}
-	m := &Manager{opts: opts, log: opts.Logger, offered: map[string]*offered{}, ended: map[string]ended{}, joins: opts.Limits.tables()}
+	m := &Manager{opts: opts, log: opts.Logger, offered: map[string]*offered{}, ended: map[string]ended{}, joins: opts.Limits.tables(), turns: make(chan struct{}, renewalsAtOnce)}
 	m.rules.Store(&opts.Rules)
 	return m, nil
 }

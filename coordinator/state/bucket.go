@@ -47,6 +47,8 @@ type bucket struct {
 	expired chan Lease
 	escape  escape
 
+	resumable time.Duration // the watch's
+
 	mu      sync.Mutex
 	writing map[string]write // by key: what this node is writing
 }
@@ -89,7 +91,7 @@ func openBucket(ctx context.Context, conn *nats.Conn, now func() time.Time, log 
 	}
 	b := &bucket{js: js, mirror: newMirror(), log: log, now: now, writing: map[string]write{}, expired: make(chan Lease, maxExpired)}
 	if clustered := conn.ConnectedClusterName() != ""; clustered {
-		b.escape.leave = conn.ForceReconnect
+		b.escape.leave, b.escape.connected = conn.ForceReconnect, conn.IsConnected
 	}
 	b.stream, err = js.Stream(ctx, streamName)
 	if errors.Is(err, jetstream.ErrStreamNotFound) {
@@ -135,9 +137,17 @@ func (b *bucket) write(ctx context.Context, k kind, id string, r record, expect 
 		return 0, fmt.Errorf("encode: %w", err)
 	}
 	// The bucket counts whole seconds and cuts off the rest; it must not be the first to end a record.
-	ttl := max(r.until().Sub(now), r.lasting().Sub(now), 0).Truncate(time.Second) + 2*time.Second
+	ttl := max(r.until().Sub(now), r.lasting().Sub(now), 0).Truncate(time.Second) + 2*time.Second + b.grace(k)
 	msg := &nats.Msg{Subject: subjects + prefixes[k] + id, Data: data, Header: nats.Header{}}
 	return b.publish(ctx, msg, k, id, r, expect, ttl)
+}
+
+// grace is how much longer a lease is kept because it says who holds its address.
+func (b *bucket) grace(k kind) time.Duration {
+	if k == leaseKind && b.mirror.holds != nil {
+		return addressGrace
+	}
+	return 0
 }
 
 // erase removes a key at the revision expect, or at [anyRevision]. lasting is until when a value under it could live.
@@ -146,7 +156,7 @@ func (b *bucket) erase(ctx context.Context, k kind, id string, expect uint64, la
 		operationHeader:     {operationPurge},
 		jetstream.MsgRollup: {jetstream.MsgRollupSubject},
 	}}
-	ttl := markerTTL + max(lasting.Sub(now), 0).Truncate(time.Second)
+	ttl := markerTTL + max(lasting.Sub(now), 0).Truncate(time.Second) + b.grace(k)
 	_, err := b.publish(ctx, msg, k, id, nil, expect, ttl)
 	return err
 }

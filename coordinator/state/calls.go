@@ -25,6 +25,8 @@ const (
 	escapeAfter = 10 * time.Second
 	escapeAgain = 2 * time.Second // where it is seen before that that it is cut off, but not more often
 
+	brokenLong = time.Second // without a connection to any server: whoever asks is to ask another node
+
 	callPatience  = 12 * time.Second // all tries of a call, where its caller has less time to spare: a server's death, noticed late, and an election
 	startPatience = time.Minute      // at the start: for a cluster that was started together with us, or has just lost a server
 
@@ -58,8 +60,9 @@ func once(ctx context.Context, limit time.Duration, f func(ctx context.Context) 
 // escape leaves a server that has no leader of our streams for long, though the connection to it is in order: it is cut off from the
 // other servers, and they may have one.
 type escape struct {
-	leave    func() error
-	election *election // nil where there is no cluster
+	leave     func() error
+	connected func() bool
+	election  *election // nil where there is no cluster
 
 	mu    sync.Mutex
 	since time.Time // the first failure after the last call that worked; zero: none
@@ -68,7 +71,25 @@ type escape struct {
 
 // tries is the function of that name, for calls that a leader answers.
 func (e *escape) tries(ctx context.Context, f func(ctx context.Context) error) error {
-	return tries(ctx, callPatience, func(ctx context.Context) error { return e.call(ctx, f) })
+	return tries(ctx, callPatience, func(ctx context.Context) error { return e.orBroken(e.call(ctx, f)) })
+}
+
+// orBroken gives err, or [ErrNoConnection] where it comes from that.
+func (e *escape) orBroken(err error) error {
+	if err != nil && leaderless(err) && e.broken(time.Now()) {
+		return fmt.Errorf("%w: %v", ErrNoConnection, err)
+	}
+	return err
+}
+
+// broken reports whether there is no connection to any server, and has not been for a while.
+func (e *escape) broken(now time.Time) bool {
+	if e.connected == nil || e.connected() {
+		return false
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return !e.since.IsZero() && now.Sub(e.since) >= brokenLong
 }
 
 // call makes one call that a leader answers.
@@ -143,7 +164,7 @@ func leaderless(err error) bool {
 		return apiErr.Code == http.StatusServiceUnavailable
 	}
 	for _, passing := range []error{errComing, errNewLeader, errCutOff, context.DeadlineExceeded, nats.ErrTimeout, nats.ErrNoResponders, nats.ErrDisconnected, nats.ErrConnectionReconnecting,
-		nats.ErrStaleConnection, jetstream.ErrNoStreamResponse} {
+		nats.ErrStaleConnection, nats.ErrReconnectBufExceeded, jetstream.ErrNoStreamResponse} {
 		if errors.Is(err, passing) {
 			return true
 		}

@@ -95,6 +95,28 @@ func TestEscape(t *testing.T) {
 	}
 }
 
+// TestNoConnection: a call gives up once there has been no connection to any server for a while, and not because one server that is connected has no
+// leader.
+func TestNoConnection(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		connected := false
+		e := escape{leave: func() error { return nil }, connected: func() bool { return connected }}
+		unsent := func(context.Context) error { return nats.ErrReconnectBufExceeded }
+		began := time.Now()
+		if err := e.tries(t.Context(), unsent); !errors.Is(err, ErrNoConnection) || time.Since(began) < brokenLong || time.Since(began) > brokenLong+2*lastAgain {
+			t.Errorf("%v after %s", err, time.Since(began))
+		}
+		began = time.Now()
+		if err := e.tries(t.Context(), unsent); !errors.Is(err, ErrNoConnection) || time.Since(began) > 0 {
+			t.Errorf("the next one: %v after %s", err, time.Since(began))
+		}
+		connected = true
+		if err := e.tries(t.Context(), func(context.Context) error { return nats.ErrNoResponders }); errors.Is(err, ErrNoConnection) || time.Since(began) < callPatience {
+			t.Errorf("without a leader: %v after %s", err, time.Since(began))
+		}
+	})
+}
+
 // TestSettled: what stands under a subject tells what became of a message whose acknowledgement was lost.
 func TestSettled(t *testing.T) {
 	b := open(t, Options{}).bucket

@@ -145,6 +145,47 @@ func (r *reader) text() string {
 	return text
 }
 
+// spot is the lease's IPv4 address, without unpacking the rest.
+func (c *compact) spot() (spot, bool) {
+	rest := c.rest
+	skip := func() string {
+		n, used := uvarint(rest)
+		text := rest[used : used+int(n)] //nolint:gosec // as pack wrote it
+		rest = rest[used+int(n):]        //nolint:gosec // as above
+		return text
+	}
+	number := func() int {
+		n, used := uvarint(rest)
+		rest = rest[used:]
+		return int(n) //nolint:gosec // as above
+	}
+	for range 5 {
+		skip()
+	}
+	for range number() {
+		skip()
+	}
+	if number() == 0 {
+		return spot{}, false
+	}
+	addr := skip()
+	if len(addr) != 4 {
+		return spot{}, false
+	}
+	return spot{c.network, [4]byte([]byte(addr))}, true
+}
+
+// uvarint is [binary.Uvarint] for a text.
+func uvarint(text string) (n uint64, used int) {
+	for shift := 0; ; shift += 7 {
+		b := text[used]
+		used++
+		if n |= uint64(b&0x7f) << shift; b < 0x80 {
+			return n, used
+		}
+	}
+}
+
 func (r *reader) time() time.Time {
 	if len(r.b) < 8 {
 		r.b, r.short = nil, true

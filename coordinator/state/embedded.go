@@ -16,9 +16,9 @@ import (
 
 // Limits of the embedded server. A lease takes about 1 KB on disk and 100 B of index in memory.
 const (
-	maxMemory    = 64 << 20 // bytes of streams in memory; we have none
-	maxStore     = 1 << 30  // bytes of streams on disk
-	syncInterval = 5 * time.Second
+	maxMemory    = 64 << 20  // bytes of streams in memory; we have none
+	maxStore     = 1 << 30   // bytes of streams on disk
+	syncInterval = time.Hour // of NATS, see sweepEvery
 	startTimeout = 10 * time.Second
 )
 

@@ -111,11 +111,10 @@ func (s *Store) CreateLease(ctx context.Context, l Lease, pool Pool) (Lease, err
 	}
 	for n := range pool.candidates(randomTries) {
 		l.Addresses = pool.Addresses(n)
-		id := addressID(l.Network, l.Addresses[0])
-		if r, _ := s.bucket.mirror.get(addressKind, id); s.lives(r) {
+		if r, _ := s.bucket.mirror.get(addressKind, addressID(l.Network, l.Addresses[0])); s.lives(r) {
 			continue
 		}
-		stored, err := s.place(ctx, l, id, s.now().Add(pool.Hold))
+		stored, err := s.place(ctx, l, l.Addresses[0], s.now().Add(pool.Hold), isFree)
 		if errors.Is(err, errHeld) {
 			continue
 		}
@@ -131,7 +130,7 @@ func (s *Store) AdoptLease(ctx context.Context, l Lease) (Lease, error) {
 	if err := errors.Join(s.check(l), err); err != nil {
 		return Lease{}, fmt.Errorf("adopt a lease: %w", err)
 	}
-	stored, err := s.place(ctx, l.stored(), addressID(l.Network, addr), time.Time{})
+	stored, err := s.place(ctx, l.stored(), addr, time.Time{}, isFreeOrOwn)
 	if errors.Is(err, errHeld) {
 		return Lease{}, ErrExists
 	}
@@ -141,11 +140,17 @@ func (s *Store) AdoptLease(ctx context.Context, l Lease) (Lease, error) {
 // errHeld says that another session holds an address.
 var errHeld = errors.New("the address is held by another session")
 
-// place takes the address, at least until hold, and then stores the lease; a lease never stands without its address.
-func (s *Store) place(ctx context.Context, l Lease, address string, hold time.Time) (Lease, error) {
+// place takes the address, at least until hold and some grace, and then stores the lease; a lease never stands without its address. fits says what
+// may be there already, as far as this node has to judge.
+func (s *Store) place(ctx context.Context, l Lease, addr netip.Addr, hold time.Time, fits func(own, live bool) bool) (Lease, error) {
+	hold = hold.Add(addressGrace).Round(0).UTC()
+	if s.embedded != nil {
+		return s.placeHere(ctx, l, addr, hold, fits)
+	}
+	address := addressID(l.Network, addr)
 	holds := holderOf(l)
-	if at := hold.Add(addressGrace).Round(0).UTC(); at.After(holds.Expires) {
-		holds.Expires = at
+	if hold.After(holds.Expires) {
+		holds.Expires = hold
 	}
 	ours := func(r record) bool { return r.(holder).Session == l.Session }
 	revision, over, err := s.occupy(ctx, addressKind, address, holds, ours)
@@ -212,6 +217,18 @@ func (s *Store) Lease(ctx context.Context, session string) (Lease, error) {
 	return *l, nil
 }
 
+// Recall gives a lease as this node has it in memory, if it has: without asking anybody, and maybe out of date. What is written over it is fenced
+// by its revision like anything else.
+func (s *Store) Recall(session string) (Lease, bool) {
+	r, _ := s.bucket.mirror.get(leaseKind, token(session))
+	c, ok := r.(*compact)
+	if !ok || !s.lives(c) {
+		return Lease{}, false
+	}
+	l, err := c.lease()
+	return l, err == nil
+}
+
 // current gives a session's lease, expired or not, and its revision; nil where there is none. Where the state is embedded nobody but this
 // process writes, and its mirror has what the bucket has, but for a write that nobody has acknowledged: whoever writes over that gets a conflict,
 // which brings the mirror up to date. To read one lease from the bucket, NATS reads 4 MB of its file.
@@ -252,10 +269,19 @@ func (s *Store) UpdateLease(ctx context.Context, l Lease) (Lease, error) {
 		return Lease{}, ErrConflict
 	}
 	l = l.stored()
-	if err := s.keepAddress(ctx, l, addressID(l.Network, addr)); err != nil {
+	var c claim
+	if s.embedded == nil {
+		err = s.keepAddress(ctx, l, addressID(l.Network, addr))
+	} else if c, err = s.claimHere(&l, addr, time.Time{}, isOwn); err != nil {
+		err = ErrConflict
+	}
+	if err != nil {
 		return Lease{}, err
 	}
 	l.Revision, err = s.bucket.write(ctx, leaseKind, token(l.Session), l, l.Revision, s.now())
+	if s.embedded != nil && errors.Is(err, ErrConflict) {
+		s.bucket.mirror.holds.release(c)
+	}
 	if errors.Is(err, ErrConflict) {
 		s.catchUp(ctx, l.Session)
 	}
@@ -265,17 +291,22 @@ func (s *Store) UpdateLease(ctx context.Context, l Lease) (Lease, error) {
 	return l, nil
 }
 
-// keepAddress makes a lease's address last as long as the lease. ErrConflict where it is held by another session, or
-// by none, which is to say that the lease has ended.
+// keepAddress makes a lease's address last as long as the lease, and where that takes a write, as long again, but not beyond the session's
+// end: two of three renewals then write the lease alone. ErrConflict where it is held by another session, or by none, which is to say that the lease has
+// ended.
 func (s *Store) keepAddress(ctx context.Context, l Lease, id string) error {
 	want := holderOf(l)
+	ahead := holder{l.Session, want.Expires.Add(l.Expires.Sub(s.now())).Round(0).UTC()}
+	if over := l.Ends.Add(addressGrace); ahead.Expires.After(over) && !over.Before(want.Expires) {
+		ahead.Expires = over
+	}
 	r, revision := s.bucket.mirror.get(addressKind, id)
 	for range maxRaces {
 		if h, ok := r.(holder); ok && h.Session == l.Session {
 			if !h.Expires.Before(want.Expires) {
 				return nil
 			}
-			_, err := s.bucket.write(ctx, addressKind, id, want, revision, s.now())
+			_, err := s.bucket.write(ctx, addressKind, id, ahead, revision, s.now())
 			if !errors.Is(err, ErrConflict) {
 				return err
 			}
@@ -306,7 +337,9 @@ func (s *Store) EndLease(ctx context.Context, session string) error {
 		if err != nil {
 			return fmt.Errorf("end a lease: %w", err)
 		}
-		s.undo(ctx, func(ctx context.Context) error { return s.freeAddress(ctx, *l) })
+		if r, _ := s.bucket.mirror.get(addressKind, addressID(l.Network, l.Addresses[0])); r != nil || s.embedded == nil {
+			s.undo(ctx, func(ctx context.Context) error { return s.freeAddress(ctx, *l) })
+		}
 		return nil
 	}
 	return ErrConflict

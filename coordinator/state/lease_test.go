@@ -157,6 +157,15 @@ func addresses(s *Store) map[string]string {
 			out[id] = e.record.(holder).Session
 		}
 	}
+	if h := s.bucket.mirror.holds; h != nil {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		for at, hold := range h.by {
+			if s.now().Before(fromNanos(hold.until)) {
+				out[addressID(at.network.Value(), netip.AddrFrom4(at.addr))] = hold.session
+			}
+		}
+	}
 	return out
 }
 

@@ -109,7 +109,7 @@ func (l *Log) open(ctx context.Context, opts LogOptions) (err error) {
 		return err
 	}
 	if l.clustered() {
-		l.escape.leave = l.conn.ForceReconnect
+		l.escape.leave, l.escape.connected = l.conn.ForceReconnect, l.conn.IsConnected
 	}
 	if err = Patiently(ctx, l.log, func() error { return l.ready(ctx, opts) }); err == nil {
 		err = Patiently(ctx, l.log, func() (err error) {
@@ -219,7 +219,7 @@ func (l *Log) Close() error {
 func (l *Log) MaxMessage() int { return int(l.conn.MaxPayload()) }
 
 // Append stores a message right after the one whose sequence is after, and gives its own. It is on the disk by then.
-// [ErrConflict] where another message is there already. After any other error the message may or may not have been
+// [ErrConflict] where another message is there already. After any other error, [ErrNoConnection] too, the message may or may not have been
 // stored, and may yet be.
 func (l *Log) Append(ctx context.Context, data []byte, after uint64) (uint64, error) {
 	ctx, cancel := context.WithTimeout(ctx, appendWait)
@@ -235,24 +235,30 @@ func (l *Log) Append(ctx context.Context, data []byte, after uint64) (uint64, er
 	case wrongRevision(err):
 		return 0, ErrConflict
 	default:
-		return 0, fmt.Errorf("append to the audit log: %w", err)
+		return 0, fmt.Errorf("append to the audit log: %w", l.escape.orBroken(err))
 	}
 }
 
 // Get reads one message; [ErrNotFound] where there is none.
 func (l *Log) Get(ctx context.Context, seq uint64) ([]byte, error) {
+	m, err := l.message(ctx, seq)
+	return m.Data, err
+}
+
+// message asks the leader for one.
+func (l *Log) message(ctx context.Context, seq uint64) (Message, error) {
 	var msg *jetstream.RawStreamMsg
 	err := l.escape.tries(ctx, func(ctx context.Context) (err error) {
 		msg, err = l.stream.GetMsg(ctx, seq)
 		return err
 	})
 	if errors.Is(err, jetstream.ErrMsgNotFound) {
-		return nil, ErrNotFound
+		return Message{}, ErrNotFound
 	}
 	if err != nil {
-		return nil, fmt.Errorf("read the audit log: %w", err)
+		return Message{}, fmt.Errorf("read the audit log: %w", err)
 	}
-	return msg.Data, nil
+	return Message{msg.Sequence, msg.Time, msg.Data}, nil
 }
 
 // outdated is how long a cluster's leader may have heard from no majority and still be believed what it says of the log's end: members that have
@@ -302,7 +308,11 @@ func (l *Log) small(ctx context.Context, readOnly bool, name, subject string, fu
 // Seed gives 32 secret random bytes that belong to the log and are the same for everybody who opens it: the first one
 // makes them. [ErrNotFound] where a log that is only read has none.
 func (l *Log) Seed(ctx context.Context, readOnly bool) ([]byte, error) {
-	stream, err := l.small(ctx, readOnly, keyStream, keySubject, jetstream.DiscardNew)
+	var stream jetstream.Stream
+	err := Patiently(ctx, l.log, func() (err error) {
+		stream, err = l.small(ctx, readOnly, keyStream, keySubject, jetstream.DiscardNew)
+		return err
+	})
 	if err != nil {
 		return nil, fmt.Errorf("make the audit log's key ready: %w", err)
 	}

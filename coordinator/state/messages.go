@@ -123,13 +123,7 @@ func (s *Store) Ask(ctx context.Context, instance string, msg []byte) ([]byte, e
 	if s.embedded != nil {
 		return s.askHere(ctx, instance, msg)
 	}
-	deadline, _ := ctx.Deadline()
-	wait := strconv.FormatInt(max(time.Until(deadline).Milliseconds(), 1), 10)
-	answer, err := s.conn.RequestMsgWithContext(ctx, &nats.Msg{
-		Subject: gatewaySubject(instance),
-		Data:    msg,
-		Header:  nats.Header{timeoutHeader: {wait}},
-	})
+	answer, err := s.request(ctx, instance, msg)
 	switch {
 	case errors.Is(err, nats.ErrNoResponders):
 		return nil, ErrAway
@@ -139,4 +133,23 @@ func (s *Store) Ask(ctx context.Context, instance string, msg []byte) ([]byte, e
 		return nil, ErrAway
 	}
 	return answer.Data, nil
+}
+
+// request is one message and its answer; ctx has a deadline. While there is no connection nothing is sent, and it waits for one.
+func (s *Store) request(ctx context.Context, instance string, msg []byte) (*nats.Msg, error) {
+	deadline, _ := ctx.Deadline()
+	for {
+		wait := strconv.FormatInt(max(time.Until(deadline).Milliseconds(), 1), 10)
+		answer, err := s.conn.RequestMsgWithContext(ctx, &nats.Msg{
+			Subject: gatewaySubject(instance), Data: msg, Header: nats.Header{timeoutHeader: {wait}},
+		})
+		if !errors.Is(err, nats.ErrReconnectBufExceeded) || s.bucket.escape.broken(time.Now()) {
+			return answer, err
+		}
+		select {
+		case <-time.After(firstAgain):
+		case <-ctx.Done():
+			return nil, errors.Join(err, ctx.Err())
+		}
+	}
 }

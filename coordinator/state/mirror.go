@@ -38,8 +38,12 @@ type mirror struct {
 	entries    [kinds]map[string]entry
 	generation uint64
 	seen       uint64                        // what the watch has brought; our own writes up to here are known already
+	ahead      uint64                        // the first of our own writes that it has not; 0: none
+	since      time.Time                     // when that was acknowledged
+	stalled    time.Time                     // until when the watch was good, where it is not; see asOf
 	held       map[unique.Handle[string]]int // leases that are not over, by gateway
 	takers     map[string][]presence         // gateways that take sessions, by network, fewest sessions first; nil once one has changed
+	holds      *holds                        // who holds which address, as leases say; nil where addresses have keys of their own
 
 	ready     chan struct{} // closed once a first watch has brought everything
 	readyOnce sync.Once
@@ -61,18 +65,70 @@ func (m *mirror) begin() {
 	m.seen = 0
 }
 
-// settle ends a watch's first part: what it has not brought is gone, and given.
+// behind is how long the watch has not brought a write of ours that was acknowledged.
+func (m *mirror) behind(now time.Time) time.Duration {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	if m.ahead == 0 {
+		return 0
+	}
+	return now.Sub(m.since)
+}
+
+// stallFor bounds how long the mirror is taken for what it was when its watch broke.
+const stallFor = time.Minute
+
+// stall notes that the watch is no longer good, and until when it was.
+func (m *mirror) stall(until time.Time) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.stalled.IsZero() {
+		m.stalled = until
+	}
+}
+
+// goesOn notes that the watch has brought all that its server has, and is good unless that server is behind.
+func (m *mirror) goesOn() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.ahead == 0 {
+		m.stalled = time.Time{}
+	}
+}
+
+// asOf is the time that the mirror shows: now, or when its watch broke. That gateways have not been heard of since then does not say that they
+// are gone.
+func (m *mirror) asOf(now time.Time) time.Time {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	if m.stalled.IsZero() || now.Sub(m.stalled) > stallFor {
+		return now
+	}
+	return m.stalled
+}
+
+// saw notes what the watch has brought; mu is held.
+func (m *mirror) saw(revision uint64) {
+	m.seen = max(m.seen, revision)
+	if m.seen >= m.ahead {
+		m.ahead = 0
+	}
+}
+
+// settle ends a watch's first part: what it has not brought is gone, and given. Where the server that has the watch is behind, that says nothing of
+// what is later than all that it has brought.
 func (m *mirror) settle() (gone []record) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for k, entries := range m.entries {
 		for id, e := range entries {
-			if e.generation != m.generation {
+			if e.generation != m.generation && (e.revision <= m.seen || m.seen == 0) {
 				gone = append(gone, e.record)
 				m.set(kind(k), id, nil)
 			}
 		}
 	}
+	m.stalled = time.Time{}
 	m.readyOnce.Do(func() { close(m.ready) })
 	return gone
 }
@@ -86,7 +142,7 @@ func (m *mirror) knows(k kind, id string, revision uint64) bool {
 	if !ok || e.revision < revision {
 		return false
 	}
-	m.seen = max(m.seen, revision)
+	m.saw(revision)
 	e.generation = m.generation
 	m.set(k, id, &e)
 	return true
@@ -96,7 +152,7 @@ func (m *mirror) knows(k kind, id string, revision uint64) bool {
 func (m *mirror) watched(k kind, id string, r record, revision uint64) (gone record) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.seen = max(m.seen, revision)
+	m.saw(revision)
 	switch old, ok := m.entries[k][id]; {
 	case ok && old.revision > revision:
 	case r == nil:
@@ -112,6 +168,9 @@ func (m *mirror) watched(k kind, id string, r record, revision uint64) (gone rec
 func (m *mirror) wrote(k kind, id string, r record, revision uint64) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if revision > m.seen && m.ahead == 0 {
+		m.ahead, m.since = revision, time.Now()
+	}
 	if old, ok := m.entries[k][id]; revision <= m.seen || ok && old.revision >= revision {
 		return
 	}
@@ -123,6 +182,7 @@ func (m *mirror) set(k kind, id string, e *entry) {
 	switch k {
 	case leaseKind:
 		m.count(m.entries[k][id].record, -1)
+		m.hold(id, e)
 	case gatewayKind:
 		m.takers = nil
 	}
@@ -134,6 +194,31 @@ func (m *mirror) set(k kind, id string, e *entry) {
 		m.count(e.record, 1)
 	}
 	m.entries[k][id] = *e
+}
+
+// hold has a lease say who holds its address, when it comes and when it goes; mu is held.
+func (m *mirror) hold(id string, e *entry) {
+	if m.holds == nil {
+		return
+	}
+	if e != nil && e.record != nil {
+		if c, at, ok := placed(e.record); ok {
+			m.holds.note(at, id, nanos(c.lasting().Add(addressGrace)), e.revision)
+		}
+		return
+	}
+	old := m.entries[leaseKind][id]
+	if _, at, ok := placed(old.record); ok {
+		m.holds.drop(at, id, old.revision)
+	}
+}
+
+// placed gives a lease and its address, where there is one.
+func placed(r record) (c *compact, at spot, ok bool) {
+	if c, ok = r.(*compact); ok {
+		at, ok = c.spot()
+	}
+	return c, at, ok
 }
 
 func (m *mirror) count(r record, by int) {

@@ -116,3 +116,38 @@ func TestMirrorStartsOver(t *testing.T) {
 		}
 	}
 }
+
+// TestMirrorBehind: what the watch has not brought of our own is told, and gateways are not gone for that.
+func TestMirrorBehind(t *testing.T) {
+	m := newMirror()
+	m.begin()
+	m.settle()
+	later := func() time.Time { return time.Now().Add(time.Minute) }
+	m.watched(gatewayKind, "a", presence{}, 4)
+	m.wrote(gatewayKind, "a", presence{}, 3)
+	if d := m.behind(later()); d != 0 {
+		t.Errorf("behind by %v with what came already", d)
+	}
+	m.wrote(gatewayKind, "a", presence{}, 7)
+	m.wrote(gatewayKind, "b", presence{}, 9)
+	m.watched(gatewayKind, "c", presence{}, 6)
+	if d := m.behind(later()); d < 50*time.Second {
+		t.Errorf("behind by %v without the first", d)
+	}
+	now := time.Now()
+	m.stall(now)
+	m.goesOn() // with what that server has
+	if at := m.asOf(now.Add(10 * time.Second)); !at.Equal(now) {
+		t.Errorf("shows %v", at.Sub(now))
+	}
+	if at := m.asOf(now.Add(stallFor + time.Second)); at.Equal(now) {
+		t.Error("stalls for ever")
+	}
+	if !m.knows(gatewayKind, "b", 9) || m.behind(later()) != 0 {
+		t.Error("behind with all that there is")
+	}
+	m.goesOn()
+	if at := m.asOf(now.Add(10 * time.Second)); at.Equal(now) {
+		t.Error("stalled with all that there is")
+	}
+}

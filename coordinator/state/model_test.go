@@ -102,9 +102,6 @@ func (m *model) adopt(t *rapid.T) {
 		if !errors.Is(err, ErrExists) {
 			t.Fatalf("%s has a lease (%v) or %v is held by %q, adopt gives %v", l.Session, exists, l.Addresses, by, err)
 		}
-		if by == l.Session { // the address stays its own, until the later of the two deadlines
-			m.hold(l)
-		}
 		return
 	}
 	if err != nil {
@@ -127,14 +124,13 @@ func (m *model) update(t *rapid.T) {
 		l.Revision--
 	}
 	got, err := m.store.UpdateLease(t.Context(), l)
-	m.hold(l)
 	switch {
 	case stale && !errors.Is(err, ErrConflict):
 		t.Fatalf("an update of an old revision gives %v", err)
 	case !stale && err != nil:
 		t.Fatalf("update: %v", err)
 	case !stale:
-		m.leases[session] = got
+		m.remember(got)
 	}
 }
 

@@ -59,7 +59,7 @@ func (s *Store) DropPresence(ctx context.Context, instance string) error {
 // Gateways lists the live gateways of a network from the node's own mirror, fewest sessions first, leaving ones left
 // out. The list is the caller's to keep, the gateways' candidates are not to be changed.
 func (s *Store) Gateways(network string) []Presence {
-	list, now := s.bucket.mirror.takersOf(network), s.now()
+	list, now := s.bucket.mirror.takersOf(network), s.bucket.mirror.asOf(s.now())
 	out := make([]Presence, 0, len(list))
 	for i := range list {
 		if now.Before(list[i].Expires) {

@@ -1,11 +1,12 @@
 // Package state keeps leases, addresses and gateway presence, and carries messages between coordinator nodes, on NATS
 // JetStream: embedded in the process by default, an existing cluster by URL. There is one code path for both in all that is written. Embedded,
-// this process is the only node: messages to gateways go by way of memory, and a lease is read from the mirror.
+// this process is the only node: messages to gateways go by way of memory, a lease is read from the mirror, and who holds an
+// address is kept in memory and told by leases (see holds).
 //
 // Everything lives in one key-value bucket whose keys expire by themselves:
 //
 //	session.<id>                 a lease
-//	address.<network>.<address>  which session holds an IPv4 overlay address
+//	address.<network>.<address>  which session holds an IPv4 overlay address; embedded, leases say so themselves
 //	gateway.<instance>           a live gateway
 //	ended.<session>              that somebody speaks for the end of a session whose lease ran out
 //	secret.<name>                what all nodes share and nobody else may know; never expires
@@ -40,7 +41,8 @@ type Options struct {
 	Elections   string       // a file like it, of a user of its system account that may ask for elections; "" waits for them
 	Logger      *slog.Logger // defaults to slog.Default
 
-	now func() time.Time // the clock by which leases expire; tests turn it
+	now       func() time.Time // the clock by which leases expire; tests turn it
+	resumable time.Duration    // see the constant; tests shorten it
 }
 
 // Validate fills defaults. Its errors are [problem.BadConfig] and name no URL, since one may hold a password.
@@ -65,6 +67,9 @@ func (o *Options) Validate() error {
 	if o.now == nil {
 		o.now = time.Now
 	}
+	if o.resumable == 0 {
+		o.resumable = resumable
+	}
 	return nil
 }
 
@@ -75,6 +80,9 @@ var (
 	ErrConflict = errors.New("changed by another writer")
 	ErrFull     = errors.New("no free address")
 	ErrAway     = errors.New("gateway does not answer")
+
+	// ErrNoConnection says that no server of a cluster has been reached for a while: another node may reach one.
+	ErrNoConnection = errors.New("there is no connection to nats")
 )
 
 // Store is a coordinator node's view of the shared state, safe for concurrent use.
@@ -129,6 +137,10 @@ func (s *Store) open(ctx context.Context, opts Options) error {
 	if err != nil {
 		return fmt.Errorf("make the state's bucket ready: %w", err)
 	}
+	if s.embedded != nil {
+		s.bucket.mirror.holds = newHolds()
+	}
+	s.bucket.resumable = opts.resumable
 	e := &s.bucket.escape
 	if e.election, err = newElection(opts, s.conn, s.bucket.stream, e.cutOff); err != nil {
 		return err
@@ -139,6 +151,7 @@ func (s *Store) open(ctx context.Context, opts Options) error {
 	if s.embedded != nil {
 		s.syncer = newSyncer(s.embedded.dir)
 		s.tasks.Go(func() { s.syncer.run(s.life) })
+		s.tasks.Go(func() { s.syncer.sweep(s.life, s.log) })
 	}
 	s.tasks.Go(func() { s.bucket.follow(s.life, reconnected) })
 	select {

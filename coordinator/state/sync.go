@@ -4,8 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -14,6 +17,10 @@ import (
 
 // syncEvery bounds how often the disk is asked to make safe what was written: what comes within that after a sync shares the next one.
 const syncEvery = 10 * time.Millisecond
+
+// sweepEvery is how often blocks are made safe that changed without anybody waiting for it: renewals and ends, and what NATS has rewritten without
+// what was replaced in it. NATS would do so itself, but holds a lock of the stream until the disk has answered: joins stood still for 0.6 s.
+const sweepEvery = 5 * time.Second
 
 // syncer makes safe from loss of power what an embedded server has written to its files, on demand. NATS can do so after every write, of which a
 // join needs three, or every few seconds; those whose joins are answered meanwhile would have lost their leases.
@@ -102,6 +109,61 @@ func (s *syncer) sync() error {
 	return err
 }
 
+// sweep makes safe what has changed, every few seconds until ctx ends, beside run.
+func (s *syncer) sweep(ctx context.Context, log *slog.Logger) {
+	tick := time.NewTicker(sweepEvery)
+	defer tick.Stop()
+	safe := map[string]version{}
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		if err := s.catchUp(safe); err != nil {
+			log.Error("the state is not safe from a loss of power", "err", err)
+		}
+	}
+}
+
+// version is what tells that a file has changed.
+type version struct {
+	size int64
+	mod  time.Time
+}
+
+// catchUp makes those blocks safe that are not as they were when that was done last, which safe remembers.
+func (s *syncer) catchUp(safe map[string]version) error {
+	entries, err := os.ReadDir(s.dir)
+	if err != nil {
+		return fmt.Errorf("list the state's files: %w", err)
+	}
+	there := map[string]bool{}
+	changed := false
+	for _, e := range entries {
+		info, gone := e.Info()
+		if gone != nil || !strings.HasSuffix(e.Name(), ".blk") {
+			continue
+		}
+		there[e.Name()] = true
+		now := version{info.Size(), info.ModTime()} // before it is made safe: what is written meanwhile may not be
+		if safe[e.Name()] == now {
+			continue
+		}
+		changed = true
+		failed := syncFile(filepath.Join(s.dir, e.Name()))
+		if failed == nil {
+			safe[e.Name()] = now
+		}
+		err = errors.Join(err, failed)
+	}
+	maps.DeleteFunc(safe, func(name string, _ version) bool { return !there[name] })
+	if changed {
+		err = errors.Join(err, syncDir(s.dir))
+	}
+	return err
+}
+
 // syncFile makes a file safe, unless it is gone.
 func syncFile(name string) error {
 	f, err := os.OpenFile(name, os.O_RDWR, 0)
@@ -116,6 +178,22 @@ func syncFile(name string) error {
 		return fmt.Errorf("make a file of the state safe: %w", err)
 	}
 	return f.Close()
+}
+
+// syncDir makes safe which files a folder has. Windows has no such thing.
+func syncDir(name string) error {
+	if runtime.GOOS == "windows" {
+		return nil
+	}
+	d, err := os.Open(name)
+	if err != nil {
+		return fmt.Errorf("open the state's folder: %w", err)
+	}
+	if err := d.Sync(); err != nil {
+		_ = d.Close()
+		return fmt.Errorf("make the state's folder safe: %w", err)
+	}
+	return d.Close()
 }
 
 // Safe returns once all that this store has written so far outlives a loss of power: at once with an existing cluster, where its

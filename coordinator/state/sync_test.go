@@ -74,3 +74,40 @@ func TestSyncGoesOnFromTheLastBlock(t *testing.T) {
 		t.Errorf("a block that is gone: %v", err)
 	}
 }
+
+// TestSweep: a block that has changed is made safe again, also one behind which the stream has gone on, and no other.
+func TestSweep(t *testing.T) {
+	s := &syncer{dir: t.TempDir()}
+	write := func(name, text string) string {
+		t.Helper()
+		path := filepath.Join(s.dir, name)
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	first := write("1.blk", "a")
+	write("2.blk", "b")
+	write("index.db", "c")
+	safe := map[string]version{}
+	if err := s.catchUp(safe); err != nil || len(safe) != 2 {
+		t.Fatalf("made safe %v: %v", safe, err)
+	}
+	before := safe["1.blk"]
+	if err := os.Rename(write("1.new", "rewritten"), first); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.catchUp(safe); err != nil || safe["1.blk"] == before || safe["1.blk"].size != 9 {
+		t.Errorf("a rewritten block: %v, %v", safe, err)
+	}
+	if err := errors.Join(os.Remove(first), os.Mkdir(first, 0o700)); err != nil { // cannot be opened for writing
+		t.Fatal(err)
+	}
+	was := safe["1.blk"]
+	if s.catchUp(safe) == nil || safe["1.blk"] != was {
+		t.Error("what is not safe counts as safe")
+	}
+	if err := errors.Join(os.Remove(first), s.catchUp(safe)); err != nil || len(safe) != 1 {
+		t.Errorf("without the first: %v, %v", safe, err)
+	}
+}

@@ -21,33 +21,43 @@ const (
 	rewatchDelay = 100 * time.Millisecond
 	openWatch    = 3 * time.Second
 
+	// laggard is how long a write that the stream's leader has acknowledged may stay unseen before another consumer is made. A consumer is on any
+	// of the servers that have the stream, also on one that was cut off and takes a minute or two to catch up, and its heartbeats do not tell.
+	// Where the next one is behind as well, it gets twice as long.
+	laggard     = 3 * time.Second
+	lastLaggard = 24 * time.Second
+	lookForLate = 500 * time.Millisecond
+
 	// resumable is how long after its last word a watch may be gone on with: markers of what is gone last longer, see markerTTL.
 	resumable = markerTTL / 2
 )
 
-var errGap = errors.New("the watch has a gap")
+var (
+	errGap  = errors.New("the watch has a gap")
+	errLate = errors.New("the server that has the watch is behind")
+)
 
 // watcher is where a watch has got to.
 type watcher struct {
-	from    uint64    // sequence to go on from; 0: from the start
-	heard   time.Time // when that was
-	settled bool      // everything that was there at the start has come
+	from     uint64        // sequence to go on from; 0: from the start
+	heard    time.Time     // when that was
+	settled  bool          // everything that was there at the start has come
+	patience time.Duration // with a server that is behind; 0: laggard
 }
 
-// follow keeps the mirror true until ctx ends. Each time the connection was broken it starts over.
+// follow keeps the mirror true until ctx ends.
 func (b *bucket) follow(ctx context.Context, reconnected <-chan struct{}) {
 	var w watcher
 	for ctx.Err() == nil {
 		err := b.watch(ctx, &w, reconnected)
 		if err == nil || ctx.Err() != nil {
-			w.from = 0
 			continue
 		}
+		b.mirror.stall(b.now().Add(-laggard))
 		b.log.Warn("watching the state's bucket broke", "err", err)
 		select {
 		case <-ctx.Done():
 		case <-reconnected:
-			w.from = 0
 		case <-time.After(rewatchDelay):
 		}
 	}
@@ -55,7 +65,7 @@ func (b *bucket) follow(ctx context.Context, reconnected <-chan struct{}) {
 
 // watch feeds the mirror until ctx ends, the connection comes back after a break, or the watch breaks, which is an error.
 func (b *bucket) watch(ctx context.Context, w *watcher, reconnected <-chan struct{}) error {
-	if w.from == 0 || time.Since(w.heard) > resumable {
+	if w.from == 0 || time.Since(w.heard) > b.resumable || b.shrunk(ctx, w.from) {
 		w.from, w.settled = 0, false
 		b.mirror.begin()
 	}
@@ -64,8 +74,8 @@ func (b *bucket) watch(ctx context.Context, w *watcher, reconnected <-chan struc
 		return err
 	}
 	defer b.forget(ctx, consumer.CachedInfo().Name)
-	if !w.settled && consumer.CachedInfo().NumPending == 0 {
-		b.settle(w)
+	if consumer.CachedInfo().NumPending == 0 {
+		b.current(w)
 	}
 	messages, broke, over := make(chan jetstream.Msg, watchQueue), make(chan error, 1), make(chan struct{})
 	running, err := consumer.Consume(func(m jetstream.Msg) {
@@ -85,7 +95,10 @@ func (b *bucket) watch(ctx context.Context, w *watcher, reconnected <-chan struc
 	defer running.Stop()
 	defer close(over)
 	w.heard = time.Now()
-	for delivered := uint64(1); ; delivered++ {
+	looks := time.NewTicker(lookForLate)
+	defer looks.Stop()
+	began, delivered, patience := w.heard, uint64(0), max(w.patience, laggard)
+	for {
 		select {
 		case <-ctx.Done():
 			return nil
@@ -93,12 +106,29 @@ func (b *bucket) watch(ctx context.Context, w *watcher, reconnected <-chan struc
 			return nil
 		case err := <-broke:
 			return err
+		case now := <-looks.C:
+			behind := b.mirror.behind(now)
+			if behind == 0 {
+				w.patience = 0
+			} else if w.settled && min(behind, now.Sub(began)) > patience {
+				w.patience = min(2*patience, lastLaggard)
+				return fmt.Errorf("%w, at %d", errLate, w.from)
+			}
 		case m := <-messages:
+			delivered++
 			if err := b.deliver(w, m, delivered); err != nil {
 				return err
 			}
 		}
 	}
+}
+
+// shrunk reports whether the bucket has lost what was watched already, as one that was restored from a backup has.
+func (b *bucket) shrunk(ctx context.Context, from uint64) bool {
+	ctx, cancel := context.WithTimeout(ctx, openWatch)
+	defer cancel()
+	info, err := b.stream.Info(ctx)
+	return err == nil && info.State.LastSeq+1 < from
 }
 
 // consumer makes one for a watch from a sequence on, or from the start.
@@ -146,14 +176,18 @@ func (b *bucket) deliver(w *watcher, m jetstream.Msg, n uint64) error {
 	removed := m.Headers().Get(operationHeader) != "" || m.Headers().Get(jetstream.MarkerReasonHeader) != ""
 	b.take(strings.TrimPrefix(m.Subject(), subjects), m.Data(), meta.Sequence.Stream, removed)
 	w.from, w.heard = meta.Sequence.Stream+1, time.Now()
-	if !w.settled && meta.NumPending == 0 {
-		b.settle(w)
+	if meta.NumPending == 0 {
+		b.current(w)
 	}
 	return nil
 }
 
-// settle ends a watch's first part.
-func (b *bucket) settle(w *watcher) {
+// current notes that a watch has brought all that there is, which at first ends its first part.
+func (b *bucket) current(w *watcher) {
+	if w.settled {
+		b.mirror.goesOn()
+		return
+	}
 	w.settled = true
 	for _, r := range b.mirror.settle() {
 		b.vanished(r)

@@ -63,11 +63,8 @@ func (m *metrics) serve(address string, g *Gateway) error {
 		return problem.Wrap(err, problem.BadConfig, "the metrics page cannot be served: "+err.Error(),
 			"give another address with --metrics")
 	}
-	registry := prometheus.NewRegistry()
-	registry.MustRegister(m.refusals, m.streams, snapshot{g}, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
-	m.register(registry, g)
 	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{MaxRequestsInFlight: 4, Timeout: 5 * time.Second}))
+	mux.Handle("GET /metrics", promhttp.HandlerFor(m.registry(g), promhttp.HandlerOpts{MaxRequestsInFlight: 4, Timeout: 5 * time.Second}))
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { _, _ = fmt.Fprintln(w, g.health()) })
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
 		if g.Draining() {
@@ -84,6 +81,14 @@ func (m *metrics) serve(address string, g *Gateway) error {
 	m.server = &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 5 * time.Second, WriteTimeout: 10 * time.Second}
 	m.wg.Go(func() { _ = m.server.Serve(l) })
 	return nil
+}
+
+// registry is everything that the page shows.
+func (m *metrics) registry(g *Gateway) *prometheus.Registry {
+	r := prometheus.NewRegistry()
+	r.MustRegister(m.refusals, m.streams, snapshot{g}, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	m.register(r, g)
+	return r
 }
 
 // health is the gateway's word on how it is.

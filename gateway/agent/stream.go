@@ -135,8 +135,8 @@ func permanent(err error) bool {
 // once dials one stream and serves it to its end.
 func (s *stream) once(ctx context.Context) (welcomed bool, err error) {
 	credential, err := s.credential()
-	if err != nil {
-		return false, problem.Wrap(err, problem.Unreachable, "the credential for the coordinator cannot be read", "check the file")
+	if err != nil { // only a person mends that
+		return false, err
 	}
 	conn, err := s.dial(ctx, credential)
 	if err != nil {

@@ -19,7 +19,7 @@ import (
 const maxTargets = 8
 
 // refusedError says that a name leads nowhere that the session may go.
-type refusedError struct{ reason string }
+type refusedError struct{ reason, next string }
 
 // Error gives the reason.
 func (e *refusedError) Error() string { return e.reason }
@@ -74,18 +74,18 @@ func (f *Forwarder) resolve(ctx context.Context, fl *flow) ([]netip.AddrPort, []
 	scope := fl.s.scope.Load()
 	var targets []netip.AddrPort
 	var verdicts []policy.Verdict
-	var reason string
+	var refused refusedError
 	for _, a := range eyeballs.Interleave(addrs) {
 		to := netip.AddrPortFrom(a.Unmap(), fl.key.dst.Port())
 		v := scope.DecideName(fl.name, policy.Flow{Proto: fl.key.proto, Dst: to})
 		if !v.Allowed {
-			reason = v.Reason
+			refused = refusedError{"its name leads to: " + v.Reason, scope.RemedyName(fl.name, policy.Flow{Proto: fl.key.proto, Dst: to})}
 		} else if len(targets) < maxTargets {
 			targets, verdicts = append(targets, to), append(verdicts, v)
 		}
 	}
 	if len(targets) == 0 {
-		return nil, nil, &refusedError{"its name leads to: " + reason}
+		return nil, nil, &refused
 	}
 	return targets, verdicts, nil
 }
@@ -169,7 +169,7 @@ func (s *Session) Reach(target Target) wire.ReachResult {
 	if target.Name != "" {
 		var ok bool
 		if addr, ok = s.serviceAddr(target.Name); !ok {
-			res.Reason = "not granted by this name"
+			res.Reason, res.Next = "not granted by this name", s.scope.Load().RemedyOffer(target.Name, policy.TCP, target.Port)
 			return res
 		}
 	}
@@ -181,7 +181,7 @@ func (s *Session) Reach(target Target) wire.ReachResult {
 	}
 	if fl == nil {
 		s.deny(key, why)
-		res.Reason = why.Reason
+		res.Reason, res.Next = why.Reason, s.remedy(key, why)
 		return res
 	}
 	defer fl.close()
@@ -191,7 +191,7 @@ func (s *Session) Reach(target Target) wire.ReachResult {
 	if err != nil {
 		why := fl.turnAway(err)
 		if refused, ok := errors.AsType[*refusedError](err); ok && why == prohibited {
-			res.Reason = refused.reason
+			res.Reason, res.Next = refused.reason, refused.next
 			return res
 		}
 		res.Verdict, res.Reason = wire.Unreachable, dialReason(err)
@@ -200,4 +200,18 @@ func (s *Session) Reach(target Target) wire.ReachResult {
 	res.Verdict, res.RTT = wire.Reachable, wire.Duration(time.Since(start))
 	_ = conn.Close()
 	return res
+}
+
+// remedy is what has to change for a flow that policy refuses; "" where it is a limit that does.
+func (s *Session) remedy(key flowKey, why judgement) string {
+	scope := s.scope.Load()
+	switch {
+	case why.limit || why.Reason == reasonOver || why.Reason == reasonHeld:
+		return ""
+	case why.Reason == reasonNoName:
+		return "look the name up again, by the DNS inside the tunnel"
+	case why.name != "":
+		return scope.RemedyOffer(why.name, key.proto, key.dst.Port())
+	}
+	return scope.Remedy(policy.Flow{Proto: key.proto, Dst: key.dst})
 }

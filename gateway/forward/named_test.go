@@ -358,10 +358,12 @@ func TestReachByName(t *testing.T) {
 	s := n.join("tcp db.internal:*|tcp *.svc.corp:*|tcp 127.0.0.1:*", own)
 	p := netip.MustParseAddrPort(target).Port()
 	for name, want := range map[string]wire.ReachResult{
-		"db.internal":    {Verdict: wire.Reachable, Rule: "test"},
-		"meta.svc.corp":  {Verdict: wire.FlowDenied, Rule: "test", Reason: "its name leads to: cloud metadata address"},
-		"gone.svc.corp":  {Verdict: wire.Unreachable, Rule: "test", Reason: "the name does not exist"},
-		"other.internal": {Verdict: wire.FlowDenied, Reason: "not granted by this name"},
+		"db.internal": {Verdict: wire.Reachable, Rule: "test"},
+		"meta.svc.corp": {Verdict: wire.FlowDenied, Rule: "test", Reason: "its name leads to: cloud metadata address",
+			Next: "only a line that names exactly 169.254.169.254 opens it, in the coordinator's policy and in the gateway's own --policy; the coordinator's policy has none, and the gateway's own --policy has none"},
+		"gone.svc.corp": {Verdict: wire.Unreachable, Rule: "test", Reason: "the name does not exist"},
+		"other.internal": {Verdict: wire.FlowDenied, Reason: "not granted by this name",
+			Next: "ask for a rule that allows it, or for the address that you mean"},
 	} {
 		got := s.Reach(Target{Name: name, Port: p})
 		got.RTT = 0

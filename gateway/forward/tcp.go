@@ -91,7 +91,10 @@ func (f *Forwarder) serveTCP(r *tcp.ForwarderRequest) {
 	}
 	w := newWindow(ep, &fl.s.purse, fl.floors)
 	defer w.close()
-	re := &relay{fl: fl, ep: ep, wq: &wq, conn: conn, window: w, turn: turn{turns: f.turns, gate: fl.s.gate}}
+	re := &relay{
+		fl: fl, ep: ep, wq: &wq, conn: conn, window: w,
+		turn: turn{turns: f.turns, gate: fl.s.gate}, brisk: brisk{ep: ep},
+	}
 	fl.onRest(re.rest)
 	re.run()
 }
@@ -165,6 +168,7 @@ type relay struct {
 	wq     *waiter.Queue
 	conn   tcpConn
 	window *window
+	brisk  brisk     // down's
 	once   sync.Once // see rest
 	total  int64     // bytes carried to the job
 	deaf   bool      // the target takes nothing more; up's, and run's once that has ended
@@ -298,6 +302,9 @@ func (r *relay) carried(n int) {
 // await waits until the stack has room again. A reset wakes it as well.
 func (r *relay) await(writable <-chan struct{}) {
 	share, full := r.fl.share()
+	if r.brisk.look(r.total, time.Now()) {
+		share = min(share, briskSend)
+	}
 	r.window.fit(r.total, share, full)
 	<-writable
 }

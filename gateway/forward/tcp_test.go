@@ -453,14 +453,14 @@ func TestReach(t *testing.T) {
 	if r := e.s.Reach(at(closed)); r.Verdict != wire.Unreachable || r.Reason != "connection refused" {
 		t.Errorf("closed port: %+v", r)
 	}
-	if r := e.s.Reach(at(netip.MustParseAddrPort("10.0.0.1:80"))); r.Verdict != wire.FlowDenied || r.Reason != "not granted" {
+	if r := e.s.Reach(at(netip.MustParseAddrPort("10.0.0.1:80"))); r.Verdict != wire.FlowDenied || r.Reason != "not granted" || r.Next == "" {
 		t.Errorf("denied: %+v", r)
 	}
 	if n := e.s.Counts(); n.Open != 0 || n.Allowed != 2 || n.Denied != 1 || n.Failed != 1 {
 		t.Errorf("counts: %+v", n)
 	}
 	e.f.Remove(e.s)
-	if r := e.s.Reach(at(target)); r.Verdict != wire.FlowDenied {
+	if r := e.s.Reach(at(target)); r.Verdict != wire.FlowDenied || r.Next != "" { // no policy opens it again
 		t.Errorf("after the end: %+v", r)
 	}
 }

@@ -12,7 +12,7 @@ import (
 const (
 	freeGrowth = 1 << 20  // a send buffer grows to this size without proof that the job takes what is sent
 	mostSend   = 16 << 20 // 1 Gbit/s at 80 ms: the stack wakes a writer when half of it is free
-	mostRead   = 8 << 20  // 800 Mbit/s at 80 ms
+	mostRead   = 16 << 20 // 800 Mbit/s at 80 ms: the stack promises half of it
 	bulkRead   = 8 << 10  // what a flow that is short of buffer has read at a time
 	bulkLook   = 64 << 10 // or has read in many small pieces
 	windowPart = 2        // of a receive buffer the stack promises the job half

@@ -32,9 +32,7 @@ type bench struct {
 func newBench(b *testing.B, link lab.Link) *bench {
 	iperf := program(b, "iperf3")
 	s := setup(b, stage.Options{Link: link, Rules: grantIPF3})
-	if _, err := s.Private.Start(lab.Program{Path: iperf, Args: []string{"-s"}}); err != nil {
-		b.Fatal(err)
-	}
+	serveIperf(b, s.Private, iperf)
 	n := &bench{B: b, stage: s, iperf: iperf, baseline: rawBaseline(b, s), job: newJob(b, s, stage.JobOptions{})}
 	up(b, n.job, "tun", "--wait-for", s.Target(stage.PortHTTP))
 	return n

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -121,6 +122,12 @@ func TestAlwaysDenied(t *testing.T) {
 	up(t, job, "tun")
 	for _, target := range []string{"169.254.169.254:8099", gateway + ":8099", neighbour.addr.String() + ":8099", "127.0.0.1:8099"} {
 		culvert(t, job, problem.FlowDenied.Exit(), "check", target)
+	}
+	own := culvert(t, job, problem.FlowDenied.Exit(), "check", gateway+":8099").Stdout
+	for _, want := range []string{"denied: the gateway's own address", "names exactly " + gateway, "this gateway runs without a --policy of its own"} {
+		if !strings.Contains(own, want) {
+			t.Errorf("the gateway's own address, without %q: %s", want, own)
+		}
 	}
 }
 

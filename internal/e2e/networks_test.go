@@ -53,7 +53,7 @@ func TestTwoNetworks(t *testing.T) {
 				culvert(t, job, 0, "up", "--mode", mode, "--network", network, "--name", network, "--wait-for", named()[i])
 			}
 			both := stage.Network + "," + otherNetwork
-			for _, names := range []string{both, otherNetwork + "," + stage.Network} {
+			for _, names := range []string{both, otherNetwork + "," + stage.Network, ""} {
 				job.Setenv("CULVERT_NAME", names)
 				for _, target := range named() {
 					line := append([]string{s.Binary("culvert"), "exec", "--"}, append(curl, "http://"+target+"/")...)
@@ -63,6 +63,14 @@ func TestTwoNetworks(t *testing.T) {
 				}
 				culvert(t, job, 0, append([]string{"check"}, named()[0], named()[1])...)
 				culvert(t, job, 3, "check", firstName+":81") // its own network grants another port, and no other network has the name
+				for _, network := range []string{stage.Network, otherNetwork} {
+					if got := culvert(t, job, 3, "check", "10.84.0.1:80").Stdout; !strings.Contains(got, "denied by tunnel "+network+": not granted") {
+						t.Errorf("what neither grants, with the names %q: %s", names, got)
+					}
+				}
+			}
+			if got := culvert(t, job, 1, "down"); !strings.Contains(got.Stderr, "--name "+stage.Network) {
+				t.Errorf("down without a name: %s", got)
 			}
 			status := culvert(t, job, 0, "status").Stdout
 			for _, want := range []string{stage.Network + ":\n", otherNetwork + ":\n", firstName, otherName, "10.81.0.0/24", "10.82.0.0/24"} {
@@ -110,7 +118,9 @@ func TestLocalLinksWin(t *testing.T) {
 	}})
 	ip := program(t, "ip")
 	job := newJob(t, s, stage.JobOptions{})
-	for _, args := range [][]string{{"link", "add", "docker0", "type", "bridge"}, {"addr", "add", "172.17.0.1/16", "dev", "docker0"}, {"link", "set", "docker0", "up"}} {
+	for _, args := range [][]string{{"link", "add", "docker0", "type", "bridge"},
+		{"link", "set", "docker0", "addrgenmode", "none"}, // no link-local address: the kernel would finish making it whenever it likes
+		{"addr", "add", "172.17.0.1/16", "dev", "docker0"}, {"link", "set", "docker0", "up"}} {
 		output(t, job, ip, args...)
 	}
 	local := func(when string) {

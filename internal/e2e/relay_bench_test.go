@@ -32,9 +32,7 @@ func relayed(b *testing.B, transport string, link lab.Link) (*stage.Stage, *stag
 	}
 	s := setup(b, stage.Options{Rules: grantIPF3, Runner: runner, Gateway: gateway})
 	must(b, s.Net.Block(s.Runner.Public(), s.GatewayBox.Public()))
-	if _, err := s.Private.Start(lab.Program{Path: program(b, "iperf3"), Args: []string{"-s"}}); err != nil {
-		b.Fatal(err)
-	}
+	serveIperf(b, s.Private, program(b, "iperf3"))
 	job := newJob(b, s, stage.JobOptions{})
 	up(b, job, "tun", "--wait-for", s.Target(stage.PortHTTP))
 	if p := currentPath(b, job); p.Transport != transport || p.direct() {
@@ -53,9 +51,7 @@ var directions = []struct {
 func BenchmarkRelay(b *testing.B) {
 	iperf := program(b, "iperf3")
 	base := setup(b, stage.Options{})
-	if _, err := base.Private.Start(lab.Program{Path: iperf, Args: []string{"-s"}}); err != nil {
-		b.Fatal(err)
-	}
+	serveIperf(b, base.Private, iperf)
 	rawBaseline(b, base)
 	for _, transport := range []string{"udp", "websocket"} {
 		b.Run(transport, func(b *testing.B) {
@@ -114,8 +110,7 @@ func BenchmarkPathChanges(b *testing.B) {
 	for _, direction := range directions {
 		b.Run(direction.name, func(b *testing.B) {
 			w := newWalk(b, stage.Options{Rules: grantIPF3})
-			_, err := w.stage.Private.Start(lab.Program{Path: iperf, Args: []string{"-s"}})
-			must(b, err)
+			serveIperf(b, w.stage.Private, iperf)
 			var out bytes.Buffer
 			args := append([]string{"-c", w.stage.Private.Addr().String(), "-t", "18", "-i", "0.1", "-J", "-C", "cubic"}, direction.flags...)
 			w.began = time.Now()

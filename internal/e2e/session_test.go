@@ -327,4 +327,12 @@ func TestOutsideTheGrantIsReset(t *testing.T) {
 	}
 	culvert(t, job, problem.FlowDenied.Exit(), "check", s.Target(stage.PortOther))
 	culvert(t, job, problem.FlowUnreachable.Exit(), "check", s.Target(9999))
+	culvert(t, job, problem.ExitDone, "down")
+	// A forward to what is not granted is refused at once, also where the runner itself could connect.
+	for _, target := range []string{s.Target(stage.PortOther), net.JoinHostPort("localhost", "7")} {
+		got := culvert(t, job, problem.ExitDenied, "up", "--json", "--mode", "tun", "--forward", "18083:"+target)
+		if p := got.Problem(); p == nil || p.Code != problem.FlowDenied || !strings.Contains(p.Message, "leads nowhere: the grant does not cover "+target) {
+			t.Errorf("a forward to %s: %s", target, got)
+		}
+	}
 }

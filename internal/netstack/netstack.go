@@ -43,7 +43,7 @@ const (
 const (
 	bufferMin     = 4 << 10
 	bufferDefault = 1 << 20
-	receiveMax    = 8 << 20          // 800 Mbit/s at 80 ms
+	receiveMax    = 16 << 20         // 800 Mbit/s at 80 ms: half of it is promised
 	sendMax       = 16 << 20         // the same: a writer is woken when half of it is free
 	timeWait      = 10 * time.Second // a gateway closes many flows first; the port pair is the job's, not ours
 	synRetries    = 5                // about a minute

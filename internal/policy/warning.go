@@ -30,6 +30,7 @@ const (
 	UnusedTarget        Code = "unused-target"
 	UnusedGroup         Code = "unused-group"
 	UnusedIssuer        Code = "unused-issuer"
+	FileMissing         Code = "file-missing"
 	NothingToAccept     Code = "nothing-to-accept"
 	Observes            Code = "observes"
 	expiresSoonDays          = 14
@@ -59,6 +60,7 @@ var warnings = map[Code]string{
 	UnusedTarget:      "no rule names the target",
 	UnusedGroup:       "no rule names the group",
 	UnusedIssuer:      "no rule is for the issuer's tokens",
+	FileMissing:       "a file that the configuration names cannot be read from here, by this user",
 	NothingToAccept:   "the rule accepts a warning that it would not get",
 	Observes:          "the rule lets more through than it allows",
 }

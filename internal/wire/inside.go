@@ -76,6 +76,7 @@ type ReachResult struct {
 	Verdict Verdict  `json:"verdict"`
 	Rule    string   `json:"rule,omitempty"`   // the rule that grants it
 	Reason  string   `json:"reason,omitempty"` // why not
+	Next    string   `json:"next,omitempty"`   // what to do about a denial: whose policy would have to allow it
 	RTT     Duration `json:"rtt,omitempty"`    // from the gateway to the target
 }
 
