@@ -52,14 +52,16 @@ check:
 	@$(call go-tool,actionlint,$(ACTIONLINT))
 	$(GO) test -count=1 ./internal/snippets
 
-# The race detector needs a C compiler.
+# The race detector needs a C compiler. By default it sleeps for a second at the end of every program, and scripts run hundreds. Vet has run in check.
+UNIT = -vet=off -p 2 -timeout 10m
+unit: export GORACE = atexit_sleep_ms=50
 unit: build
 	@if command -v gcc >/dev/null || command -v cc >/dev/null; then \
 		echo "$(GO) test -race ./..."; \
-		CGO_ENABLED=1 CULVERT_E2E_BIN=$(CURDIR)/bin $(GO) test -race -p 2 -timeout 10m $(PACKAGES); \
+		CGO_ENABLED=1 CULVERT_E2E_BIN=$(CURDIR)/bin $(GO) test -race $(UNIT) $(PACKAGES); \
 	elif [ "$$CI" = true ]; then echo "the race detector needs a C compiler, and CI must not skip"; exit 1; \
 	else echo "skipped: the race detector, which needs a C compiler"; \
-		CULVERT_E2E_BIN=$(CURDIR)/bin $(GO) test -p 2 -timeout 10m $(PACKAGES); fi
+		CULVERT_E2E_BIN=$(CURDIR)/bin $(GO) test $(UNIT) $(PACKAGES); fi
 
 # The action's steps, each as the runner starts it.
 action:
@@ -67,9 +69,9 @@ action:
 	elif [ "$$CI" = true ]; then echo "the action's tests need node, and CI must not skip"; exit 1; \
 	else echo "skipped: the action's tests, which need node"; fi
 
-# The real programs in namespaces, alone on the machine because they are timed.
+# The real programs in namespaces, alone on the machine because they are timed; those that mostly wait come last, together.
 e2e: build
-	CULVERT_E2E_BIN=$(CURDIR)/bin $(GO) test -count=1 -timeout 10m ./internal/e2e/...
+	CULVERT_E2E_BIN=$(CURDIR)/bin $(GO) test -vet=off -count=1 -timeout 10m ./internal/e2e/...
 
 # The images as the Dockerfile makes them, for both architectures, and the gateway's tests against its image, and compose.yaml: 5 minutes. The
 # client runs in a container, too. `make test` runs the first of these tests.

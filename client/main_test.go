@@ -56,6 +56,7 @@ func TestScripts(t *testing.T) {
 				Setup: func(env *testscript.Env) error {
 					env.Setenv("CULVERT_NAME", fmt.Sprintf("test-%d-%d", os.Getpid(), scripts.Add(1)))
 					env.Setenv("CULVERT_MODE", "proxy")
+					env.Setenv("GORACE", os.Getenv("GORACE"))
 					return nil
 				},
 				Cmds: map[string]func(*testscript.TestScript, bool, []string){

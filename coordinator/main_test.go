@@ -21,6 +21,7 @@ func TestMain(m *testing.M) {
 func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{Dir: "testdata", Setup: func(e *testscript.Env) error {
 		e.Setenv("GOCOVERDIR", os.Getenv("GOCOVERDIR"))
+		e.Setenv("GORACE", os.Getenv("GORACE"))
 		return nil
 	}, Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){"exits": exits, "await": await}})
 }

@@ -88,6 +88,7 @@ type Log struct {
 	copy  *copier
 	tally Tally
 	stuck atomic.Pointer[error] // why the last try to store failed; nil once one has worked
+	alone atomic.Pointer[lapse] // closed while the node has no connection to the store; replaced by the writer
 
 	failures rate.Sometimes // what is said of that: once a second is enough
 
@@ -108,6 +109,9 @@ type Log struct {
 		since time.Time
 	}
 }
+
+// lapse is closed when a node loses its connection to the store: whoever waits then may ask another node.
+type lapse chan struct{}
 
 // entry is a record on its way into the log.
 type entry struct {
@@ -142,6 +146,7 @@ func Open(ctx context.Context, opts Options) (*Log, error) {
 	}
 	l := &Log{opts: opts, queue: make(chan *entry, opts.Queue), failures: rate.Sometimes{First: 1, Interval: time.Second}}
 	l.node, _ = json.Marshal(opts.Node) // a string always encodes
+	l.found()
 	l.keys = append(l.keys, opts.Key.Public().(ed25519.PublicKey))
 	l.keys = append(l.keys, opts.Former...)
 	l.life, l.end = context.WithCancel(context.WithoutCancel(ctx))
@@ -170,8 +175,11 @@ func (l *Log) Record(ctx context.Context, r Record) error {
 	e := &entry{event: r.Event, body: body, done: make(chan error, 1)}
 	ctx, cancel := context.WithTimeout(ctx, l.opts.Wait)
 	defer cancel()
-	if stuck := l.Ready(); errors.Is(stuck, state.ErrNoConnection) { // the caller may ask another node
-		return away(stuck)
+	alone := *l.alone.Load()
+	select {
+	case <-alone:
+		return away(state.ErrNoConnection)
+	default:
 	}
 	if err := l.put(ctx, e); err != nil {
 		return away(err)
@@ -181,6 +189,9 @@ func (l *Log) Record(ctx context.Context, r Record) error {
 	case <-ctx.Done():
 		e.leave()
 		err = ctx.Err()
+	case <-alone:
+		e.leave()
+		err = state.ErrNoConnection
 	}
 	if err != nil {
 		return away(err)

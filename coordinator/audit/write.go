@@ -147,7 +147,9 @@ func (l *Log) commit(batch []*entry) error {
 			l.sleep(comingWait)
 			continue
 		}
-		l.stuck.Store(&err)
+		if l.stuck.Store(&err); errors.Is(err, state.ErrNoConnection) {
+			l.away()
+		}
 		l.opts.Metrics.failed.Inc()
 		l.failures.Do(func() {
 			l.opts.Logger.Error("audit records cannot be stored and are tried again", "records", len(batch), "waiting", len(l.queue), "err", err, "again_in", wait)
@@ -160,11 +162,34 @@ func (l *Log) commit(batch []*entry) error {
 // stored tells everybody who waits for a batch.
 func (l *Log) stored(batch []*entry, block []byte, began time.Time) {
 	l.stuck.Store(nil)
+	l.found()
 	l.opts.Metrics.committed(batch, len(block), time.Since(began))
 	for _, e := range batch {
 		e.finish(nil)
 	}
 	l.copy.write(block)
+}
+
+// away tells everybody who waits that the node has no connection to the store; found has them wait again.
+func (l *Log) away() {
+	alone := *l.alone.Load()
+	select {
+	case <-alone:
+	default:
+		close(alone)
+	}
+}
+
+func (l *Log) found() {
+	if last := l.alone.Load(); last != nil {
+		select {
+		case <-*last:
+		default:
+			return
+		}
+	}
+	fresh := make(lapse)
+	l.alone.Store(&fresh)
 }
 
 // yield lets other nodes have their turn at the log's end, for about as long as storing a block has taken: they have to read ours

@@ -47,6 +47,38 @@ func TestTwoNodesOnOneCluster(t *testing.T) {
 	}
 }
 
+// TestAddressIsHeldAhead: on a cluster most renewals write the lease alone, and an address stays its session's for as long as its lease, and no
+// longer than the session can last.
+func TestAddressIsHeldAhead(t *testing.T) {
+	clock := newClock()
+	s := open(t, Options{NATS: []string{natsServer(t).ClientURL()}, now: clock.now})
+	l := testLease("s1", clock.now())
+	l.Expires, l.Ends = clock.now().Add(10*time.Minute), clock.now().Add(time.Hour)
+	l = must(s.CreateLease(t.Context(), l, testPool))
+	id, written, last := addressID(l.Network, l.Addresses[0]), 0, uint64(0)
+	for range 12 {
+		clock.turn(5 * time.Minute)
+		if l.Expires = clock.now().Add(10 * time.Minute); l.Expires.After(l.Ends) {
+			l.Expires = l.Ends
+		}
+		if !clock.now().Before(l.Expires) {
+			break
+		}
+		l = must(s.UpdateLease(t.Context(), l))
+		r, revision := s.bucket.mirror.get(addressKind, id)
+		h, ok := r.(holder)
+		if !ok || h.Expires.Before(l.Expires.Add(addressGrace)) || h.Expires.After(l.Ends.Add(addressGrace)) {
+			t.Fatalf("a lease until %s has its address until %s", l.Expires, h.Expires)
+		}
+		if revision != last {
+			written, last = written+1, revision
+		}
+	}
+	if written != 4 {
+		t.Errorf("the address was written %d times in 11 renewals", written)
+	}
+}
+
 // TestNodesRaceForAddresses has two nodes fill a small range at once: every address is given once.
 func TestNodesRaceForAddresses(t *testing.T) {
 	url := natsServer(t).ClientURL()

@@ -291,17 +291,22 @@ func (s *Store) UpdateLease(ctx context.Context, l Lease) (Lease, error) {
 	return l, nil
 }
 
-// keepAddress makes a lease's address last as long as the lease. ErrConflict where it is held by another session, or
-// by none, which is to say that the lease has ended.
+// keepAddress makes a lease's address last as long as the lease, and where that takes a write, as long again, but not beyond the session's
+// end: two of three renewals then write the lease alone. ErrConflict where it is held by another session, or by none, which is to say that the lease has
+// ended.
 func (s *Store) keepAddress(ctx context.Context, l Lease, id string) error {
 	want := holderOf(l)
+	ahead := holder{l.Session, want.Expires.Add(l.Expires.Sub(s.now())).Round(0).UTC()}
+	if over := l.Ends.Add(addressGrace); ahead.Expires.After(over) && !over.Before(want.Expires) {
+		ahead.Expires = over
+	}
 	r, revision := s.bucket.mirror.get(addressKind, id)
 	for range maxRaces {
 		if h, ok := r.(holder); ok && h.Session == l.Session {
 			if !h.Expires.Before(want.Expires) {
 				return nil
 			}
-			_, err := s.bucket.write(ctx, addressKind, id, want, revision, s.now())
+			_, err := s.bucket.write(ctx, addressKind, id, ahead, revision, s.now())
 			if !errors.Is(err, ErrConflict) {
 				return err
 			}

@@ -241,18 +241,24 @@ func (l *Log) Append(ctx context.Context, data []byte, after uint64) (uint64, er
 
 // Get reads one message; [ErrNotFound] where there is none.
 func (l *Log) Get(ctx context.Context, seq uint64) ([]byte, error) {
+	m, err := l.message(ctx, seq)
+	return m.Data, err
+}
+
+// message asks the leader for one.
+func (l *Log) message(ctx context.Context, seq uint64) (Message, error) {
 	var msg *jetstream.RawStreamMsg
 	err := l.escape.tries(ctx, func(ctx context.Context) (err error) {
 		msg, err = l.stream.GetMsg(ctx, seq)
 		return err
 	})
 	if errors.Is(err, jetstream.ErrMsgNotFound) {
-		return nil, ErrNotFound
+		return Message{}, ErrNotFound
 	}
 	if err != nil {
-		return nil, fmt.Errorf("read the audit log: %w", err)
+		return Message{}, fmt.Errorf("read the audit log: %w", err)
 	}
-	return msg.Data, nil
+	return Message{msg.Sequence, msg.Time, msg.Data}, nil
 }
 
 // outdated is how long a cluster's leader may have heard from no majority and still be believed what it says of the log's end: members that have

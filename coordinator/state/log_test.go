@@ -213,3 +213,31 @@ func TestLogSurvivesItsNeighbour(t *testing.T) {
 	}
 	must(l.Append(t.Context(), []byte("b"), 1))
 }
+
+// TestRestOfTheLog: what a consumer's server has not got is read from the leader, and looks the same.
+func TestRestOfTheLog(t *testing.T) {
+	l := openLog(t, LogOptions{})
+	for i := range uint64(5) {
+		must(l.Append(t.Context(), fmt.Append(nil, "message ", i+1), i))
+	}
+	read := func(how func(yield func(Message) bool) error) (out []Message) {
+		if err := how(func(m Message) bool { out = append(out, m); return true }); err != nil {
+			t.Fatal(err)
+		}
+		return out
+	}
+	all := read(func(yield func(Message) bool) error { return l.Read(t.Context(), 2, false, yield) })
+	rest := read(func(yield func(Message) bool) error { return l.rest(t.Context(), 2, 7, lastAgain, yield) })
+	if len(all) != 4 || len(rest) != 4 {
+		t.Fatalf("%d messages, %d from the leader", len(all), len(rest))
+	}
+	for i := range all {
+		if all[i].Sequence != rest[i].Sequence || !all[i].Time.Equal(rest[i].Time) || string(all[i].Data) != string(rest[i].Data) {
+			t.Errorf("%+v, from the leader %+v", all[i], rest[i])
+		}
+	}
+	few := 0
+	if err := l.rest(t.Context(), 1, 5, 0, func(Message) bool { few++; return few < 2 }); err != nil || few != 2 {
+		t.Errorf("%d messages where two were enough, %v", few, err)
+	}
+}

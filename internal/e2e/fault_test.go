@@ -77,6 +77,7 @@ func TestIssuerAway(t *testing.T) {
 
 // A coordinator that dies ends no running job, however long it is away, and takes joins when it is back.
 func TestCoordinatorKilledAndRestarted(t *testing.T) {
+	t.Parallel() // it mostly waits for a lease to run out
 	s := setup(t, stage.Options{Coordinator: "lease: 30s"})
 	job := newJob(t, s, stage.JobOptions{})
 	up(t, job, "tun")

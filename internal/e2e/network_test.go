@@ -14,6 +14,7 @@ import (
 
 // What netcheck and doctor tell of networks in front of a runner, from the real coordinator and its relay.
 func TestNetcheckAndDoctor(t *testing.T) {
+	t.Parallel() // it mostly waits for what does not come
 	for _, tc := range []struct {
 		kind    lab.Kind
 		hard    netcheck.Path // to gateways behind a hard NAT
@@ -26,6 +27,7 @@ func TestNetcheckAndDoctor(t *testing.T) {
 		{lab.OnlyProxy, netcheck.PathWebSocket, "", false},
 	} {
 		t.Run(tc.kind.String(), func(t *testing.T) {
+			t.Parallel()
 			if tc.kind.Is(lab.OnlyProxy) {
 				program(t, stage.ProxyProgram)
 			}

@@ -118,7 +118,9 @@ func TestLocalLinksWin(t *testing.T) {
 	}})
 	ip := program(t, "ip")
 	job := newJob(t, s, stage.JobOptions{})
-	for _, args := range [][]string{{"link", "add", "docker0", "type", "bridge"}, {"addr", "add", "172.17.0.1/16", "dev", "docker0"}, {"link", "set", "docker0", "up"}} {
+	for _, args := range [][]string{{"link", "add", "docker0", "type", "bridge"},
+		{"link", "set", "docker0", "addrgenmode", "none"}, // no link-local address: the kernel would finish making it whenever it likes
+		{"addr", "add", "172.17.0.1/16", "dev", "docker0"}, {"link", "set", "docker0", "up"}} {
 		output(t, job, ip, args...)
 	}
 	local := func(when string) {

@@ -226,6 +226,7 @@ func TestClassifyNATs(t *testing.T) {
 		{lab.CarrierGrade, wire.MappingHard, AddressAndPortDependent, DependenceUnknown},
 	} {
 		t.Run(tc.kind.String(), func(t *testing.T) {
+			t.Parallel() // they mostly wait for what does not come
 			lab.Require(t)
 			n := must(lab.New(t.Context()))(t)
 			t.Cleanup(func() { _ = n.Close() })

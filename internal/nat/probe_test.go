@@ -166,9 +166,7 @@ func TestServerChangesPort(t *testing.T) {
 			t.Errorf("asked to change: %v, but the answer is from %v", change, from)
 		}
 	}
-	if got := s.Stats(); got.Answered != 2 {
-		t.Errorf("stats %+v", got)
-	}
+	settle(t, s, ServerStats{Answered: 2})
 	if _, ok := AppendBindingResponse(nil, ChangeRequest(TxID{7}, false), addrOf(conn.LocalAddr())); ok {
 		t.Error("a server with one port alone answers")
 	}
@@ -186,13 +184,16 @@ func TestServerDropsChangesItCannotMake(t *testing.T) {
 		}
 	}
 	ask(t, c, BindingRequest(TxID{8}))
-	// The readers serve in any order, but each counts before it reads on.
-	deadline := time.Now().Add(30 * time.Second)
-	for s.Stats().Malformed != 2 && time.Now().Before(deadline) {
-		time.Sleep(time.Millisecond)
-	}
-	if got := s.Stats(); got.Malformed != 2 || got.Answered != 1 {
-		t.Errorf("stats %+v", got)
+	settle(t, s, ServerStats{Malformed: 2, Answered: 1})
+}
+
+// settle waits until a server has counted this and no more. Its readers serve in any order, and count an answer when it is on its way.
+func settle(t *testing.T, s *Server, want ServerStats) {
+	t.Helper()
+	for deadline := time.Now().Add(30 * time.Second); s.Stats() != want; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("stats %+v, want %+v", s.Stats(), want)
+		}
 	}
 }
 

@@ -2,6 +2,7 @@ package nat
 
 import (
 	"context"
+	"flag"
 	"net"
 	"net/netip"
 	"testing"
@@ -13,6 +14,7 @@ import (
 
 func TestMain(m *testing.M) {
 	prepare()
+	_ = flag.Set("test.parallel", "8") // however few processors there are: what is parallel here mostly waits
 	goleak.VerifyTestMain(m)
 }
 

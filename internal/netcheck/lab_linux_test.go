@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/ed25519"
 	"encoding/json"
+	"flag"
 	"fmt"
 	"net"
 	"net/http"
@@ -38,6 +39,7 @@ func TestMain(m *testing.M) {
 	if lo, err := netlink.LinkByName("lo"); err == nil {
 		_ = netlink.LinkSetUp(lo) // it is down inside; a test that needs it says so
 	}
+	_ = flag.Set("test.parallel", "8") // however few processors there are: what is parallel here mostly waits
 	goleak.VerifyTestMain(m)
 }
 

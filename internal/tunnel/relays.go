@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"net/http"
 	"net/netip"
@@ -84,6 +85,7 @@ type relays struct {
 
 	mu     sync.Mutex
 	nodes  map[string]*node
+	open   map[*stream]struct{} // those of nodes that others have taken the place of included
 	asks   map[nat.TxID]*node
 	binds  map[nat.TxID]*leg
 	early  time.Time                // until when WebSockets are dialled before they are needed
@@ -96,7 +98,7 @@ type relays struct {
 func newRelays(t *Tunnel, opts RelayOptions) *relays {
 	r := &relays{
 		t: t, opts: opts,
-		nodes: map[string]*node{}, asks: map[nat.TxID]*node{}, binds: map[nat.TxID]*leg{}, waits: map[string][]chan<- bool{},
+		nodes: map[string]*node{}, open: map[*stream]struct{}{}, asks: map[nat.TxID]*node{}, binds: map[nat.TxID]*leg{}, waits: map[string][]chan<- bool{},
 	}
 	r.ctx, r.end = context.WithCancel(context.Background())
 	return r
@@ -418,12 +420,7 @@ func (r *relays) close() {
 	r.closed = true
 	r.disarm()
 	r.end()
-	var open []*stream
-	for _, n := range r.nodes {
-		if n.stream != nil {
-			open = append(open, n.stream)
-		}
-	}
+	open := slices.Collect(maps.Keys(r.open))
 	r.mu.Unlock()
 	for _, s := range open {
 		s.close()

@@ -106,6 +106,38 @@ func TestRelayIsMeasured(t *testing.T) {
 	}
 }
 
+// A WebSocket to a relay whose addresses have changed since is closed with the tunnel, which would wait for it forever otherwise.
+func TestCloseEndsTheStreamsOfFormerRelays(t *testing.T) {
+	one := newFakeRelay(t, "one")
+	client := newRelayedEnd(t, false, one)
+	open := func() bool {
+		one.mu.Lock()
+		defer one.mu.Unlock()
+		return len(one.streams) > 0
+	}
+	one.noUDP.Store(true)
+	within(t, patient, "a WebSocket", open)
+	changed := one.relay()
+	changed.UDP = nil
+	client.SetRelays([]Relay{changed})
+	closed := make(chan error, 1)
+	go func() { closed <- client.Close() }()
+	select {
+	case err := <-closed:
+		if err != nil || open() {
+			t.Errorf("closed: %v, and a stream is open: %v", err, open())
+		}
+	case <-time.After(patient):
+		one.mu.Lock()
+		for s := range one.streams {
+			s.once.Do(func() { close(s.quit) }) // or the test would not end either
+		}
+		one.mu.Unlock()
+		t.Error("the tunnel does not close")
+		<-closed
+	}
+}
+
 // Packets flow through a relay over UDP, and a better path takes over when there is one.
 func TestPacketsFlowThroughARelay(t *testing.T) {
 	r := newFakeRelay(t, "r")

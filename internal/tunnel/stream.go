@@ -145,6 +145,7 @@ func (r *relays) run(n *node) {
 	defer s.close()
 	r.act(func(now time.Time) {
 		n.stream, n.dialing, n.dialed, n.err, n.stood = s, false, now.Sub(start), nil, false
+		r.open[s] = struct{}{}
 		n.version.Add(1)
 		r.stand(n)
 	})
@@ -154,6 +155,9 @@ func (r *relays) run(n *node) {
 	r.t.log.Debug("websocket to a relay", "relay", n.Name, "rtt", time.Since(start))
 	r.stir(n)
 	err = s.read(r)
+	r.mu.Lock()
+	delete(r.open, s)
+	r.mu.Unlock()
 	s.once.Do(func() { close(s.quit) })
 	if !errors.Is(err, errClosed) && r.ctx.Err() == nil {
 		r.t.log.Debug("the websocket to a relay ended", "relay", n.Name, "err", err)
