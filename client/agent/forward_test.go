@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"net/url"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -18,15 +19,25 @@ import (
 	"github.com/culvertnet/culvert/internal/wire"
 )
 
-// freePort is a port of loopback that nobody had a moment ago.
+var ports atomic.Uint32
+
+// freePort is a port that nobody has, at an address of loopback that nobody else is given.
 func freePort(t *testing.T) netip.AddrPort {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	l, err := net.Listen("tcp", fmt.Sprintf("127.77.%d.1:0", ports.Add(1)%256))
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer l.Close()
 	return l.Addr().(*net.TCPAddr).AddrPort()
+}
+
+// fewHosts knows this host alone.
+func fewHosts(_ context.Context, host string) ([]netip.Addr, error) {
+	if host == "localhost" || host == "127.0.0.1" {
+		return []netip.Addr{netip.MustParseAddr("127.0.0.1")}, nil
+	}
+	return nil, &net.DNSError{Err: "no such host", Name: host, IsNotFound: true}
 }
 
 // through asks for the service behind a forward.
@@ -72,6 +83,7 @@ func TestForwardOutsideTheGrant(t *testing.T) {
 			w.Gateway.Names = agenttest.ServiceNames()
 			w.Gateway.Verdict = verdict
 			opts := options(t, w)
+			opts.lookup = fewHosts
 			at := freePort(t)
 			opts.Forwards = []proxy.Forward{{Listen: at, Target: target}}
 			p := start(t, opts).failure(t)
@@ -129,6 +141,7 @@ func TestForwardToWhatStaysOutside(t *testing.T) {
 	w := agenttest.New(t)
 	opts := options(t, w)
 	opts.Direct = []string{"10.77.1.0/24"}
+	opts.lookup = fewHosts
 	r := start(t, opts)
 	r.up(t)
 	r.routes.mu.Lock()

@@ -39,7 +39,7 @@ func (a *Agent) lookupInside(ctx context.Context, host string) (addr netip.Addr,
 func (a *Agent) resolve(ctx context.Context, target string) ([]netip.AddrPort, error) {
 	host, service, err := net.SplitHostPort(target)
 	if err != nil || !a.granted.Covers(host) {
-		return resolve(ctx, target)
+		return a.resolveHere(ctx, target)
 	}
 	port, err := net.DefaultResolver.LookupPort(ctx, "tcp", service)
 	if err != nil {
@@ -60,7 +60,7 @@ func (a *Agent) asked(ctx context.Context, target string) ([]string, error) {
 			return []string{net.JoinHostPort(host, strconv.Itoa(port))}, nil
 		}
 	}
-	addrs, err := resolve(ctx, target)
+	addrs, err := a.resolveHere(ctx, target)
 	targets := make([]string, len(addrs))
 	for i, addr := range addrs {
 		targets[i] = addr.String()

@@ -228,8 +228,8 @@ func (s *session) connectTo(ctx context.Context, target string, addr netip.AddrP
 	return problem.Wrap(errors.Join(err, trying.Err()), problem.FlowUnreachable, fmt.Sprintf("%s %s", addr, what), "")
 }
 
-// resolve gives the addresses of "host:port".
-func resolve(ctx context.Context, target string) ([]netip.AddrPort, error) {
+// resolveHere gives the addresses of "host:port", as this host knows them.
+func (a *Agent) resolveHere(ctx context.Context, target string) ([]netip.AddrPort, error) {
 	if addr, err := netip.ParseAddrPort(target); err == nil {
 		return []netip.AddrPort{netip.AddrPortFrom(addr.Addr().Unmap(), addr.Port())}, nil
 	}
@@ -241,7 +241,7 @@ func resolve(ctx context.Context, target string) ([]netip.AddrPort, error) {
 	if err != nil {
 		return nil, problem.Wrap(err, problem.Usage, fmt.Sprintf("%q is not a port", service), "write it like 10.20.0.5:5432")
 	}
-	addrs, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+	addrs, err := a.opts.lookup(ctx, host)
 	if err != nil || len(addrs) == 0 {
 		return nil, problem.Wrap(err, problem.FlowUnreachable, fmt.Sprintf("the name %q does not resolve", host),
 			"names that the grant does not hold are resolved on this host; ask for a grant of this name, or use an address")

@@ -399,9 +399,16 @@ func FuzzCut(f *testing.F) {
 	d.Close()
 	kernel.Close()
 	datagrams := vnet{flags: 1, kind: unix.VIRTIO_NET_HDR_GSO_UDP_L4, head: 28, size: 10, start: 20, at: 6}
-	message := make([]byte, vnetLen+28+35)
-	datagrams.put(message)
-	message[vnetLen], message[vnetLen+9] = 0x45, unix.IPPROTO_UDP
+	for _, data := range []int{35, 11, 1} {
+		message := make([]byte, vnetLen+28+data)
+		datagrams.put(message)
+		message[vnetLen], message[vnetLen+9] = 0x45, unix.IPPROTO_UDP
+		f.Add(message)
+	}
+	short := vnet{flags: 1, kind: unix.VIRTIO_NET_HDR_GSO_TCPV4, size: 500, start: 20, at: 16}
+	message := make([]byte, vnetLen+510)
+	short.put(message)
+	message[vnetLen], message[vnetLen+9], message[vnetLen+32] = 0x45, unix.IPPROTO_TCP, 2<<4 // a header of eight bytes
 	f.Add(message)
 	bufs, sizes := make([][]byte, 8), make([]int, 8)
 	for i := range bufs {

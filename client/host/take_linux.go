@@ -127,9 +127,9 @@ func complete(b []byte, pseudo uint16) uint16 {
 // valid reports that a packet is what its virtio_net_hdr says, and sets where its data begins: what the kernel says of that is no more than
 // a hint.
 func (v *vnet) valid(p []byte) bool {
-	proto, transport := byte(unix.IPPROTO_TCP), tcpLen
+	proto, least := byte(unix.IPPROTO_TCP), tcpLen
 	if v.kind == unix.VIRTIO_NET_HDR_GSO_UDP_L4 {
-		proto, transport = unix.IPPROTO_UDP, udpLen
+		proto, least = unix.IPPROTO_UDP, udpLen
 	}
 	switch {
 	case p[0]>>4 == 4 && v.kind != unix.VIRTIO_NET_HDR_GSO_TCPV6 && v.start >= ipv4Len && v.start == int(p[0]&0xf)*4:
@@ -137,9 +137,10 @@ func (v *vnet) valid(p []byte) bool {
 	default:
 		return false
 	}
-	if len(p) < v.start+transport || v.size == 0 || p[0]>>4 == 4 && p[9] != proto {
+	if len(p) < v.start+least || v.size == 0 || p[0]>>4 == 4 && p[9] != proto {
 		return false
 	}
+	transport := least
 	switch v.kind {
 	case unix.VIRTIO_NET_HDR_GSO_TCPV4, unix.VIRTIO_NET_HDR_GSO_TCPV6:
 		transport = int(p[v.start+12]>>4) * 4
@@ -150,7 +151,7 @@ func (v *vnet) valid(p []byte) bool {
 		return false
 	}
 	v.head = v.start + transport
-	return transport >= udpLen && v.head < len(p)
+	return transport >= least && v.head < len(p)
 }
 
 const udpLen = 8
@@ -166,16 +167,16 @@ type cutter struct {
 }
 
 func (c *cutter) prepare() {
-	proto, addrs := uint16(unix.IPPROTO_UDP), c.p[8:40]
+	proto, ip := uint16(unix.IPPROTO_UDP), ipv6Len
 	if c.p[0]>>4 == 4 {
-		addrs = c.p[12:20]
+		ip = ipv4Len
 		c.id = binary.BigEndian.Uint16(c.p[4:])
 	}
 	if c.tcp {
 		proto = unix.IPPROTO_TCP
 		c.seq = binary.BigEndian.Uint32(c.p[c.start+4:])
 	}
-	c.pseudo = checksum.Checksum(addrs, proto)
+	c.pseudo = checksum.Checksum(addresses(c.p, ip), proto)
 	c.p[c.start+c.at], c.p[c.start+c.at+1] = 0, 0
 }
 

@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -61,10 +62,12 @@ func FuzzParseForward(f *testing.F) {
 	})
 }
 
-// freePort is a port of loopback that nobody had a moment ago.
+var ports atomic.Uint32
+
+// freePort is a port that nobody has, at an address of loopback that nobody else is given.
 func freePort(t *testing.T) netip.AddrPort {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	l, err := net.Listen("tcp", fmt.Sprintf("127.78.%d.1:0", ports.Add(1)%256))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -53,10 +53,14 @@ func (s *sink) try(fd uintptr) bool {
 	var res tcpip.ReadResult
 	res, s.terr = s.r.ep.Read(s, tcpip.ReadOptions{})
 	s.sent = res.Count
-	return !s.full || s.sent > 0
+	if s.full && s.sent == 0 {
+		s.r.turn.leave() // it is the target that the flow waits for
+		return false
+	}
+	return true
 }
 
-// drain gives what copies all that the job has sent so far.
+// drain gives what copies all that the job has sent so far, or as much of it as the flow's turn is for.
 func (r *relay) drain() (func() error, error) {
 	raw, err := r.conn.SyscallConn()
 	if err != nil {
@@ -68,7 +72,7 @@ func (r *relay) drain() (func() error, error) {
 }
 
 func (s *sink) drain() error {
-	for {
+	for gone := 0; ; {
 		if err := s.raw.Write(s.move); err != nil {
 			return err
 		}
@@ -80,6 +84,9 @@ func (s *sink) drain() error {
 		}
 		if s.terr != nil {
 			return readError(s.terr)
+		}
+		if gone += s.sent; gone >= turnBytes && s.r.turn.held && s.r.unread() > 0 {
+			return nil
 		}
 	}
 }

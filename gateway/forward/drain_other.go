@@ -16,6 +16,7 @@ func (r *relay) empty() error {
 		if terr != nil {
 			return readError(terr)
 		}
+		r.turn.leave() // the target may take its time
 		n, err := r.conn.Write(buf.b[:res.Count])
 		r.took(n)
 		if err != nil {

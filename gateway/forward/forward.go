@@ -90,6 +90,7 @@ type Forwarder struct {
 	busy     atomic.Int64  // sessions with an open flow
 	hungry   census        // sessions that want to send faster
 	pace     pace          // of all flows
+	turns    *turns        // of what comes from the jobs
 	numbers  atomic.Uint64 // of flows
 
 	ctx    context.Context
@@ -118,6 +119,7 @@ func New(opts Options) (*Forwarder, error) {
 		decide:   (*policy.Scope).Decide,
 		dial:     dial,
 		purse:    purse{limit: opts.Limits.TotalBytes},
+		turns:    newTurns(turnFrom, turnTotal),
 		sessions: make(map[*Session]struct{}),
 	}
 	for _, a := range opts.Local {

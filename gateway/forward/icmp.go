@@ -197,13 +197,12 @@ func (fl *flow) echoReplies(conn *pinger, target netip.Addr, out *outlet) {
 	}
 	for {
 		err := conn.next(reply)
-		switch quote := fl.asking.Load(); {
-		case errors.Is(err, syscall.EMSGSIZE) && quote != nil:
+		if errors.Is(err, net.ErrClosed) || errors.Is(err, errors.ErrUnsupported) || fl.ctx.Err() != nil {
+			return
+		}
+		// What else is an error is a router's word on one request, and told once.
+		if quote := fl.asking.Load(); quote != nil && errors.Is(err, syscall.EMSGSIZE) {
 			out.heard(*quote)
-		case errors.Is(err, net.ErrClosed), fl.ctx.Err() != nil:
-			return
-		case errors.Is(err, errors.ErrUnsupported):
-			return
 		}
 	}
 }

@@ -64,8 +64,9 @@ type Session struct {
 	// busier than one with one.
 	carrying sync.Mutex
 
-	hungry      int64  // of Forwarder.hungry
-	hungryFlows census // those that want to send faster
+	hungry      int64         // of Forwarder.hungry
+	hungryFlows census        // those that want to send faster
+	gate        chan struct{} // see [turn]
 
 	// mu orders decisions and changes of scope: a flow is in the table before the next scope is looked at.
 	mu     sync.Mutex
@@ -109,6 +110,7 @@ func (f *Forwarder) newSession(id string, addrs []netip.Addr, scope *policy.Scop
 		echoes:  rate.NewLimiter(echoRate, 2*echoRate),
 		queries: rate.NewLimiter(rate.Limit(l.SessionQueries), l.SessionQueries),
 		lookups: make(chan struct{}, maxLookups),
+		gate:    make(chan struct{}, 1),
 	}
 	s.scope.Store(scope)
 	s.ctx, s.cancel = context.WithCancel(f.ctx)

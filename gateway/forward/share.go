@@ -47,6 +47,20 @@ func (c *census) note(seen *int64, now time.Time) int {
 	return max(c.count, c.last, 1)
 }
 
+// members is how many there are at the moment.
+func (c *census) members(now time.Time) int {
+	period := now.UnixNano()/int64(sharePeriod) + 1
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch period {
+	case c.period:
+		return max(c.count, c.last)
+	case c.period + 1:
+		return c.count
+	}
+	return 0
+}
+
 // pace measures how much all flows together carry. The zero value is ready.
 type pace struct {
 	carried atomic.Int64 // bytes
@@ -82,7 +96,7 @@ func (fl *flow) part() (send, read, budget int64, sessions int) {
 	send = max(shareBytes/n, batch, leastShare)
 	read = send
 	if sessions > 1 {
-		read = max(shareBytes/2/n, batch, leastShare/2)
+		read = max(shareBytes/2/n, windowPart*turnBytes)
 	}
 	return max(send/int64(flows), smallFloor), max(read/int64(flows), smallFloor), max(shareBytes, batch*n), sessions
 }
@@ -95,8 +109,9 @@ func (fl *flow) share() (bytes int64, full bool) {
 }
 
 // readShare is how large the receive buffer of a flow may be that reads much. The stack promises the job half of it, so several sessions
-// together have 8 MiB on their way to the gateway, which its socket can hold, or a batch each, most of which waits for its turn.
-func (fl *flow) readShare() int64 {
-	_, bytes, _, _ := fl.part()
-	return bytes
+// together have 8 MiB on their way to the gateway, which its socket can hold, and a batch where they take turns. bounded says that there are
+// several.
+func (fl *flow) readShare() (bytes int64, bounded bool) {
+	_, bytes, _, sessions := fl.part()
+	return bytes, sessions > 1
 }

@@ -18,6 +18,15 @@ func TestCensus(t *testing.T) {
 	if n := c.note(&members[3], at); n != 10 {
 		t.Errorf("one who comes again makes it %d", n)
 	}
+	if n := c.members(at); n != 10 {
+		t.Errorf("%d members", n)
+	}
+	if n := c.members(at.Add(sharePeriod)); n != 10 {
+		t.Errorf("%d members a period later", n)
+	}
+	if n := c.members(at.Add(2 * sharePeriod)); n != 0 {
+		t.Errorf("%d members two periods later", n)
+	}
 	for _, step := range []struct{ want int }{{10}, {1}, {1}} {
 		at = at.Add(sharePeriod)
 		if n := c.note(&members[0], at); n != step.want {
@@ -54,10 +63,10 @@ func testShare(t *testing.T) {
 	if n != leastShare {
 		t.Errorf("one of 3000 sessions may have %d", n)
 	}
-	if n := (&flow{s: sessions[2]}).readShare(); n != leastShare/4 {
+	if n, bounded := (&flow{s: sessions[2]}).readShare(); n != windowPart*turnBytes/2 || !bounded {
 		t.Errorf("the second flow of one of 3000 sessions may read %d ahead", n)
 	}
-	if n := (&flow{s: &Session{f: &Forwarder{}}}).readShare(); n != shareBytes {
+	if n, bounded := (&flow{s: &Session{f: &Forwarder{}}}).readShare(); n != shareBytes || bounded {
 		t.Errorf("one session may read %d ahead", n)
 	}
 	f.purse.lent.Store(shareBytes)
@@ -79,9 +88,9 @@ func testShareGrowsWithPace(t *testing.T) {
 		lent           int64
 		full, fullMore bool // with so much lent, and with a full part more for each
 	}{
-		{"slow", 1000, 20e6, shareBytes / 1000, shareBytes / 2000, shareBytes - 1, false, true},
-		{"middling", 1000, 250e6, 75e3, 75e3, 74e6, false, true},
-		{"fast", 1000, 2500e6, fullShare, fullShare, 1000*fullShare - 1, false, true},
+		{"slow", 1000, 20e6, shareBytes / 1000, windowPart * turnBytes, shareBytes - 1, false, true},
+		{"middling", 1000, 250e6, 75e3, windowPart * turnBytes, 74e6, false, true},
+		{"fast", 1000, 2500e6, fullShare, windowPart * turnBytes, 1000*fullShare - 1, false, true},
 		{"few", 16, 250e6, shareBytes / 16, shareBytes / 32, shareBytes - 1, false, true},
 		{"alone", 1, 250e6, shareBytes, shareBytes, 100 << 30, false, false},
 	} {
@@ -99,7 +108,7 @@ func testShareGrowsWithPace(t *testing.T) {
 			last.part()
 		}
 		send, full := last.share()
-		if read := last.readShare(); !near(send, c.send) || !near(read, c.read) || full != c.full {
+		if read, _ := last.readShare(); !near(send, c.send) || !near(read, c.read) || full != c.full {
 			t.Errorf("%s: %d to send, %d to read, full: %v; want %d, %d, %v", c.name, send, read, full, c.send, c.read, c.full)
 		}
 		f.purse.lent.Add(fullShare * int64(c.sessions))

@@ -91,7 +91,10 @@ func (f *Forwarder) serveTCP(r *tcp.ForwarderRequest) {
 	}
 	w := newWindow(ep, &fl.s.purse, fl.floors)
 	defer w.close()
-	re := &relay{fl: fl, ep: ep, wq: &wq, conn: conn, window: w, brisk: brisk{ep: ep}}
+	re := &relay{
+		fl: fl, ep: ep, wq: &wq, conn: conn, window: w,
+		turn: turn{turns: f.turns, gate: fl.s.gate}, brisk: brisk{ep: ep},
+	}
 	fl.onRest(re.rest)
 	re.run()
 }
@@ -169,6 +172,8 @@ type relay struct {
 	once   sync.Once // see rest
 	total  int64     // bytes carried to the job
 	deaf   bool      // the target takes nothing more; up's, and run's once that has ended
+	bulk   bool      // the job sends much; up's
+	turn   turn      // up's
 }
 
 // run returns when both directions have ended. A direction that fails resets the flow; one that ends well closes its
@@ -232,10 +237,11 @@ func (r *relay) up() error {
 	entry, readable := waiter.NewChannelEntry(waiter.ReadableEvents | waiter.EventHUp | waiter.EventErr)
 	r.wq.EventRegister(&entry)
 	defer r.wq.EventUnregister(&entry)
+	defer r.turn.leave()
 	drain, err := r.drain()
 	for err == nil {
 		if err = drain(); err == nil {
-			<-readable // a reset wakes it as well
+			err = r.gather(readable)
 		}
 	}
 	switch {
@@ -250,7 +256,9 @@ func (r *relay) up() error {
 
 // took notes that n bytes have gone to the target.
 func (r *relay) took(n int) {
-	r.window.took(n, r.fl.readShare)
+	if r.window.took(n, r.fl.readShare) {
+		r.bulk = true
+	}
 	r.fl.carry(n, 0)
 }
 

@@ -98,31 +98,49 @@ func (w *window) grow(carried, by int64) {
 	w.setSend(w.send + by)
 }
 
-// took is called when the flow has read n bytes that the job sent; share gives how large the receive buffer may be.
-func (w *window) took(n int, share func() int64) {
+// took is called when the flow has read n bytes that the job sent; share gives how large the receive buffer may be, and whether others want
+// more as well: then the buffer grows no further. bulk says that the job sends much.
+func (w *window) took(n int, share func() (bytes int64, bounded bool)) (bulk bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.read += int64(n)
 	w.bulk += int64(n)
 	o := w.ep.SocketOptions()
 	before := o.GetReceiveBufferSize()
+	bulk = n >= bulkRead || w.bulk >= bulkLook
 	if w.closed || w.repays() {
-		return
+		return bulk
 	}
-	if n >= bulkRead || w.bulk >= bulkLook {
+	if bulk {
 		w.bulk = 0
-		if most := share(); before >= most {
+		switch most, bounded := share(); {
+		case before >= most:
 			w.narrow(before, max(most, before/4))
-			return
+			return bulk
+		case bounded:
+			w.widen(before, min(most, mostRead))
+			return bulk
 		}
 	}
 	if before >= mostRead || !w.purse.take(mostRead-before, 0) {
-		return
+		return bulk
 	}
 	w.ep.ModerateRecvBuf(n)
 	grown := o.GetReceiveBufferSize() - before
 	w.purse.give(mostRead - before - grown)
 	w.readLoan += grown
+	return bulk
+}
+
+// widen makes the receive buffer larger, to twice its size at most. The stack would go beyond the share, and what it has promised it cannot take
+// back. mu is held.
+func (w *window) widen(from, to int64) {
+	to = min(to, 2*from)
+	if to-from <= from/8 || !w.purse.take(to-from, 0) {
+		return
+	}
+	w.readLoan += to - from
+	w.ep.SocketOptions().SetReceiveBufferSize(to, false)
 }
 
 // narrow makes the receive buffer smaller. mu is held.

@@ -36,7 +36,7 @@ func TestReceiveBufferGivesBack(t *testing.T) {
 	asked, promised := 0, int64(grown)
 	for read := int64(0); read < 4*grown; read += piece {
 		before := size()
-		w.took(piece, func() int64 { asked++; return share })
+		w.took(piece, func() (int64, bool) { asked++; return share, true })
 		switch after := size(); {
 		case after != before && after < before/4:
 			t.Fatalf("the buffer went from %d to %d", before, after)
@@ -53,7 +53,7 @@ func TestReceiveBufferGivesBack(t *testing.T) {
 	if asked == 0 {
 		t.Error("nobody asked for the share")
 	}
-	if w.took(1000, func() int64 { return share }); size() < share {
+	if w.took(1000, func() (int64, bool) { return share, true }); size() < share {
 		t.Errorf("a small piece makes the buffer %d", size())
 	}
 	w.close()
@@ -66,10 +66,37 @@ func TestReceiveBufferGivesBack(t *testing.T) {
 func TestReceiveBufferBelowItsFloor(t *testing.T) {
 	w, ep, p := testWindow(t)
 	for range 100 {
-		w.took(16<<10, func() int64 { return leastShare })
+		w.took(16<<10, func() (int64, bool) { return leastShare, true })
 	}
 	if n := ep.SocketOptions().GetReceiveBufferSize(); n != leastShare || p.lent.Load() != 0 {
 		t.Errorf("the buffer is %d, lent are %d", n, p.lent.Load())
 	}
 	w.close()
+}
+
+// TestReceiveBufferGrowsToItsShare: beside others a flow's buffer doubles up to its share and no further, and what it pays for that is paid back.
+func TestReceiveBufferGrowsToItsShare(t *testing.T) {
+	w, ep, p := testWindow(t)
+	const share = 5 * receiveFloor
+	before := int64(receiveFloor)
+	for range 10 {
+		if bulk := w.took(bulkRead, func() (int64, bool) { return share, true }); !bulk {
+			t.Error("a large piece is not much")
+		}
+		now := ep.SocketOptions().GetReceiveBufferSize()
+		if now > 2*before || now > share || p.lent.Load() != now-receiveFloor {
+			t.Fatalf("from %d to %d, lent are %d", before, now, p.lent.Load())
+		}
+		before = now
+	}
+	if before != share {
+		t.Errorf("the buffer is %d, want %d", before, share)
+	}
+	if w.took(100, func() (int64, bool) { t.Error("a small piece asks"); return 0, true }) {
+		t.Error("a small piece is much")
+	}
+	w.close()
+	if lent := p.lent.Load(); lent != 0 {
+		t.Errorf("%d are not paid back", lent)
+	}
 }
