@@ -13,9 +13,10 @@ import (
 	"github.com/culvertnet/culvert/internal/lab"
 )
 
-// TestEstablishedConnectionsAreReset: on this host's own loopback, in the test's network namespace. A connection from another address,
-// one that was opened later and the listener stay.
+// TestEstablishedConnectionsAreReset: over loopback in a network namespace of its own, because a reset takes every connection from an
+// address, those of other programs too. A connection from another address, one that was opened later and the listener stay.
 func TestEstablishedConnectionsAreReset(t *testing.T) {
+	inNamespace(t)
 	for _, local := range []string{"127.0.0.9", "::1"} {
 		l, err := net.Listen("tcp", net.JoinHostPort(local, "0"))
 		if err != nil {
