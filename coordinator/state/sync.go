@@ -22,8 +22,8 @@ const syncEvery = 10 * time.Millisecond
 // what was replaced in it. NATS would do so itself, but holds a lock of the stream until the disk has answered: joins stood still for 0.6 s.
 const sweepEvery = 5 * time.Second
 
-// syncer makes safe from loss of power what an embedded server has written to its files, on demand. NATS can do so after every write, of which a
-// join needs three, or every few seconds; those whose joins are answered meanwhile would have lost their leases.
+// syncer makes safe from loss of power what an embedded server has written to its files, on demand. NATS can do so after every write,
+// or every few seconds; those whose joins are answered meanwhile would have lost their leases.
 type syncer struct {
 	dir  string // of the stream's blocks
 	from int    // all blocks before this one are safe; run's
