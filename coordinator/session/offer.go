@@ -185,11 +185,11 @@ func (m *Manager) settle(ctx context.Context, a *admission, g state.Presence, an
 	return s, nil
 }
 
-// endedBefore says why a session could not be written down as held: somebody ended it, or its gateway's stream broke, and the lease
-// may be gone by now for that, or the state changed hands; then another join may do.
+// endedBefore says why a session could not be written down as held. Where its client, the policy or its time ended it, that stands. Else its gateway did, told by a
+// node that could not keep it, or the gateway's stream broke, and the lease may be gone by now for that, or the state changed hands; then another join may do.
 func (m *Manager) endedBefore(ctx context.Context, a *admission, err error) error {
 	l, gone := m.opts.Store.Lease(ctx, a.lease.Session)
-	if gone == nil && l.Over != "" && l.Over != endedByBreak {
+	if gone == nil && (l.Over == endedByClient || l.Over == endedByPolicy || l.Over == endedByTime) {
 		return problem.Wrap(err, problem.SessionOver, "the session ended while it was being set up", "join again")
 	}
 	return problem.Wrap(err, problem.Unreachable, "the session could not be kept", "try again in a few seconds")
