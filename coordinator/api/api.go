@@ -151,6 +151,7 @@ type API struct {
 	limits   *limit.Table[netip.Prefix]
 	failures *limit.Table[netip.Prefix] // of credentials that were not believed
 	joins    chan struct{}              // one token for each join in progress
+	ledgers  ledgers
 	leaving  atomic.Bool
 	draining atomic.Bool
 	ready    readiness

@@ -44,12 +44,19 @@ func (a *API) gateway(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	defer a.running.Done()
+	own, leave, err := a.ledgers.enter(network, enrolment.Enrolment)
+	if err != nil {
+		a.log.Warn("gateway refused", "network", network, "addr", middleware.GetClientIP(r.Context()), "code", problem.CodeOf(err), "err", err)
+		a.fail(w, err)
+		return
+	}
+	defer leave()
 	conn, err := websocket.Accept(w, r, nil)
 	if err != nil {
 		a.log.Warn("gateway's upgrade failed", "network", network, "err", err)
 		return
 	}
-	s := newStream(a, conn, network, enrolment, middleware.GetClientIP(r.Context()))
+	s := newStream(a, conn, network, enrolment, own, middleware.GetClientIP(r.Context()))
 	a.track(s)
 	// The request's context is void once the connection is hijacked.
 	ctx, cancel := context.WithCancel(context.WithoutCancel(r.Context()))
@@ -116,7 +123,7 @@ func (s *stream) hello(ctx context.Context) (wire.Hello, error) {
 	var h wire.Hello
 	ctx, cancel := context.WithTimeout(ctx, s.api.opts.HelloTimeout)
 	defer cancel()
-	f, err := s.readFrame(ctx)
+	f, err := s.readHello(ctx)
 	if err != nil {
 		return h, err
 	}
@@ -137,6 +144,7 @@ func (s *stream) hello(ctx context.Context) (wire.Hello, error) {
 
 // open introduces both sides to each other: hello, reconciliation, welcome.
 func (s *stream) open(ctx context.Context) error {
+	defer s.forgetHello()
 	h, err := s.hello(ctx)
 	if err != nil {
 		return err

@@ -26,6 +26,7 @@ const (
 // answers to offers and the pongs.
 type inbox struct {
 	room chan struct{} // says that something was taken out
+	own  *ledger       // counts what waits here as well
 
 	mu      sync.Mutex
 	lines   map[string][]wire.Frame // the first frame of a line that is worked on stays until that is done
@@ -34,8 +35,21 @@ type inbox struct {
 	size    int
 }
 
-func newInbox() *inbox {
-	return &inbox{room: make(chan struct{}, 1), lines: map[string][]wire.Frame{}}
+func newInbox(own *ledger) *inbox {
+	return &inbox{room: make(chan struct{}, 1), own: own, lines: map[string][]wire.Frame{}}
+}
+
+// count adds to what waits; mu is held.
+func (b *inbox) count(n int) {
+	b.size += n
+	b.own.backlog.Add(int64(n))
+}
+
+// close takes out of the sums what nobody will work off any more.
+func (b *inbox) close() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.count(-b.size)
 }
 
 // asserted reports whether a message changes what a hello would assert, so that it must not be lost.
@@ -67,13 +81,13 @@ func (b *inbox) put(f wire.Frame) (taken bool, start string, starts bool) {
 	line := lineOf(f)
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.size >= maxWaiting {
+	if b.size >= maxWaiting || b.own.backlog.Load() >= maxBacklog {
 		return false, "", false
 	}
 	list, begun := b.lines[line]
-	b.size += costOf(f)
+	b.count(costOf(f))
 	if last := len(list) - 1; last >= 1 && f.Type == wire.FrameRenewed && list[last].Type == wire.FrameRenewed { // only the first may have begun
-		b.size -= costOf(list[last])
+		b.count(-costOf(list[last]))
 		list[last] = f
 		return true, "", false
 	}
@@ -104,7 +118,7 @@ func (b *inbox) first(line string) wire.Frame {
 // drop takes the first frame out of a line; mu is held.
 func (b *inbox) drop(line string) {
 	list := b.lines[line]
-	b.size -= costOf(list[0])
+	b.count(-costOf(list[0]))
 	list[0] = wire.Frame{}
 	if b.lines[line] = list[1:]; len(list) == 1 {
 		delete(b.lines, line)

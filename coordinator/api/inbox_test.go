@@ -31,7 +31,7 @@ func inboxSession(n int) string { return fmt.Sprintf("%022d", n) }
 // goes home while there is something that nobody works on.
 func TestInboxKeepsOrder(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
-		b := newInbox()
+		b := newInbox(newLedger())
 		type message struct {
 			t wire.FrameType
 			n int
@@ -84,7 +84,7 @@ func TestInboxKeepsOrder(t *testing.T) {
 		for len(at) > 0 {
 			work()
 		}
-		if b.size != 0 || len(b.lines) != 0 || b.working != 0 {
+		if b.own.backlog.Load() != 0 || b.size != 0 || len(b.lines) != 0 || b.working != 0 {
 			t.Fatalf("left: %d bytes, %d lines, %d working", b.size, len(b.lines), b.working)
 		}
 		ofSession := func(m message) bool { return asserted(wire.Frame{Type: m.t}) }
@@ -150,7 +150,7 @@ func TestReaderNeverWaitsForRenewals(t *testing.T) {
 			}
 			return nil
 		}}
-		s := &stream{api: &API{opts: Options{Sessions: slow}}, log: slog.New(slog.DiscardHandler), inbox: newInbox(), over: make(chan struct{})}
+		s := &stream{api: &API{opts: Options{Sessions: slow}}, log: slog.New(slog.DiscardHandler), inbox: newInbox(newLedger()), over: make(chan struct{})}
 		const sessions, rounds = 500, 20
 		if !s.take(t.Context(), wire.Frame{Type: wire.FrameFlows, Body: []byte(`{"seq":1}`)}) {
 			t.Fatal("not taken")

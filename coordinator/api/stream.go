@@ -56,6 +56,7 @@ var (
 type stream struct {
 	api     *API
 	conn    *websocket.Conn
+	own     *ledger // shared by the gateways of one enrolment
 	network string
 	addr    string
 	log     *slog.Logger
@@ -65,6 +66,7 @@ type stream struct {
 	onRecord bool      // that it was let in
 	flows    uint64    // the last batch of flow records that is stored; the flows' worker's
 	renew    time.Time // when the gateway is due a fresh ticket for relays; the keeper's
+	hellos   int64     // bytes of own.hellos; open's
 
 	queue  chan wire.Frame // to the writer
 	inbox  *inbox          // to the workers
@@ -85,11 +87,11 @@ type stream struct {
 	calls    map[uint64]chan json.RawMessage
 }
 
-func newStream(a *API, conn *websocket.Conn, network string, e enrolment, addr string) *stream {
+func newStream(a *API, conn *websocket.Conn, network string, e enrolment, own *ledger, addr string) *stream {
 	conn.SetReadLimit(wire.MaxState) // until the hello is there
 	return &stream{
-		api: a, conn: conn, network: network, enrolled: e, addr: addr, log: a.log,
-		queue: make(chan wire.Frame, a.opts.Queue), inbox: newInbox(), kick: make(chan struct{}, 1),
+		api: a, conn: conn, own: own, network: network, enrolled: e, addr: addr, log: a.log,
+		queue: make(chan wire.Frame, a.opts.Queue), inbox: newInbox(own), kick: make(chan struct{}, 1),
 		proofs: rate.NewLimiter(rate.Every(10*time.Second), 4),
 		over:   make(chan struct{}), gone: make(chan struct{}), calls: map[uint64]chan json.RawMessage{},
 	}
@@ -133,6 +135,7 @@ func (s *stream) run(ctx context.Context) {
 	cancel()
 	wg.Wait()
 	s.workers.Wait()
+	s.inbox.close()
 	stop()
 	s.leave(ctx)
 	s.logEnd(s.why)
@@ -174,12 +177,18 @@ func (s *stream) leave(ctx context.Context) {
 
 // readFrame reads one message.
 func (s *stream) readFrame(ctx context.Context) (wire.Frame, error) {
-	var f wire.Frame
 	kind, data, err := s.conn.Read(ctx)
 	if err != nil {
-		return f, fmt.Errorf("read from the gateway: %w", err)
+		return wire.Frame{}, fmt.Errorf("read from the gateway: %w", err)
 	}
-	if kind != websocket.MessageText || json.Unmarshal(data, &f) != nil {
+	return parseFrame(kind, data)
+}
+
+func parseFrame(kind websocket.MessageType, data []byte) (f wire.Frame, err error) {
+	if kind == websocket.MessageText {
+		f, err = wire.ParseFrame(data)
+	}
+	if kind != websocket.MessageText || err != nil {
 		return f, &closing{websocket.StatusUnsupportedData, "a message is not a frame", false}
 	}
 	return f, nil
@@ -239,8 +248,8 @@ func (s *stream) enqueue(f wire.Frame) error {
 // handle takes a message for the gateway from any node: a frame, answered by the gateway or, where it gives no answer,
 // by whether its stream took it.
 func (s *stream) handle(ctx context.Context, msg []byte) []byte {
-	var f wire.Frame
-	if err := json.Unmarshal(msg, &f); err != nil {
+	f, err := wire.ParseFrame(msg)
+	if err != nil {
 		return refusal(problem.Wrap(err, problem.BadRequest, "a message between nodes does not parse", "run the same version on every node"))
 	}
 	if f.Type == wire.FrameOffer || f.Type == wire.FrameRenew {

@@ -15,7 +15,8 @@ import (
 // workTimeout bounds what one of a gateway's messages may take.
 const workTimeout = 15 * time.Second
 
-// loadEvery is how often a changed load is said: for each session it would be a write to the state for each join.
+// loadEvery is how often a changed load is said: for each session it would be a write to the state for each join. Nor is anything else that
+// changes said more often, whatever a gateway sends.
 const loadEvery = 250 * time.Millisecond
 
 // workRetry is how long whoever has found the state away waits before he goes on. It is away for a moment while its cluster elects a leader.
@@ -39,6 +40,7 @@ func (s *stream) take(ctx context.Context, f wire.Frame) bool {
 		}
 		select {
 		case <-s.inbox.room:
+		case <-time.After(workRetry): // there may be room in the inboxes of others with the same enrolment
 		case <-s.over:
 			return false
 		}
@@ -208,6 +210,7 @@ func (s *stream) keep(ctx context.Context) error {
 	pinged := make(chan error, 1)
 	pinging := false
 	s.announce(ctx)
+	news, last := false, time.Now()
 	for {
 		select {
 		case <-s.over:
@@ -216,10 +219,14 @@ func (s *stream) keep(ctx context.Context) error {
 			}
 			return nil
 		case <-s.kick:
-			s.announce(ctx)
-		case <-loads.C:
-			if s.load.Load() != s.said.Load() {
+			if news = time.Since(last) < loadEvery; !news {
 				s.announce(ctx)
+				last = time.Now()
+			}
+		case <-loads.C:
+			if news || s.load.Load() != s.said.Load() {
+				s.announce(ctx)
+				news, last = false, time.Now()
 			}
 		case <-presences.C:
 			if s.runOut(s.api.opts.Now()) {

@@ -127,12 +127,14 @@ func (r *rig) start() {
 	opts := r.opts
 	opts.Config = cfg
 	opts.Logger = slog.New(slog.NewTextHandler(r.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
-	if r.server, err = New(opts); err != nil {
+	s, err := New(opts)
+	if err != nil {
 		r.t.Fatal(err)
 	}
-	if err := r.server.Start(r.t.Context()); err != nil {
+	if err := s.Start(r.t.Context()); err != nil {
 		r.t.Fatal(err)
 	}
+	r.server = s
 }
 
 func (r *rig) stop() {

@@ -12,7 +12,6 @@ import (
 	"time"
 
 	"github.com/coder/websocket"
-	"github.com/nats-io/nats-server/v2/server"
 
 	"github.com/culvertnet/culvert/coordinator/api"
 	"github.com/culvertnet/culvert/coordinator/api/apitest"
@@ -124,20 +123,10 @@ func TestTicketsOutliveARestart(t *testing.T) {
 
 // TestNodesShareTheTicketKey: what one node signs, a relay of another takes.
 func TestNodesShareTheTicketKey(t *testing.T) {
-	srv, err := server.NewServer(&server.Options{
-		Host: "127.0.0.1", Port: server.RANDOM_PORT, NoLog: true, NoSigs: true, JetStream: true, StoreDir: t.TempDir(),
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	srv.Start()
-	t.Cleanup(func() { srv.Shutdown(); srv.WaitForShutdown() })
-	if !srv.ReadyForConnections(time.Minute) {
-		t.Fatal("nats does not start")
-	}
+	nats := natsServer(t)
 	one, two := newRig(t, Options{}), newRig(t, Options{})
 	for _, r := range []*rig{one, two} {
-		r.configured("state: {dir: state}", `state: {nats: ["`+srv.ClientURL()+`"]}`)
+		r.configured("state: {dir: state}", "audit: {max_size: 64MiB}\nstate: {nats: ['"+nats+"']}")
 	}
 	one.gateway()
 	s := one.job().mustJoin()

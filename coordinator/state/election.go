@@ -59,8 +59,10 @@ type election struct {
 	members int
 	settled time.Time // when a leader was elected last
 	warned  bool      // that nobody answers
+	hears   bool      // requests for votes
 	term    uint64    // the latest that was heard of while there was a leader
 	leading string    // who led last, by peerOf
+	stand   standing  // heard on the group's subject, where the user may listen there
 
 	alarms chan bool // true: nobody leads; false: a call takes long
 
@@ -94,6 +96,9 @@ func (e *election) run(ctx context.Context) {
 	look := time.NewTicker(rollEvery)
 	defer look.Stop()
 	e.look(ctx)
+	if e.members >= 3 {
+		e.lookAtSyncing(ctx)
+	}
 	for {
 		select {
 		case <-ctx.Done():
@@ -119,10 +124,21 @@ func (e *election) look(ctx context.Context) {
 	}
 	term, peers := e.roll(ctx, 0, e.members)
 	e.term = max(e.term, term)
+	e.listen()
 	if len(peers) == 0 && !e.warned && ctx.Err() == nil {
 		e.warned = true
 		e.log.Warn("no nats server answers a request for votes: if one dies that leads, joins wait up to 9 s", "subject", votesSubject+e.group)
 	}
+}
+
+// listen hears who stands for leader from now on. A user that may not is told so by the server, which is logged; elections that come to nothing are then
+// waited for.
+func (e *election) listen() {
+	if e.hears {
+		return
+	}
+	_, err := e.votes.Subscribe(votesSubject+e.group, func(m *nats.Msg) { e.stand.heard(m.Data) }) // ends with the connection
+	e.hears = err == nil
 }
 
 // leader asks whether the stream has a leader that answers, and what it says of the members.
@@ -166,22 +182,36 @@ func (e *election) hold(ctx context.Context, nobody bool) bool {
 		switch {
 		case f.leads && !cutOff:
 			return e.found(f.term, began, before)
-		case f.heard && !nobody && !cutOff && f.lives && e.await(ctx, slowLeader):
+		case f.heard && !nobody && !cutOff && f.lives && e.await(ctx, slowLeader, f.answered):
 			return e.found(f.term, began, before)
 		case cutOff, !f.lives, !most, f.heard && moves == 0: // we ask through servers that are lost or cut off, maybe with the leader; or most members are away
 			moves++
 			e.move(ctx, cutOff || !f.lives || f.heard || f.answered > 0, !most)
 		case !nobody && (f.heard || f.answered == e.members): // all are there that matter, among them a leader that is slow
 			return false
-		default:
-			again, wait := e.ask(f.term)
-			if again {
-				e.send(e.term)
-			}
-			if e.await(ctx, wait) {
-				return e.found(e.term, began, before)
-			}
+		case e.elect(ctx, f):
+			return e.found(e.term, began, before)
 		}
+	}
+	return false
+}
+
+// elect asks for an election, where that is for this node to do, and waits for what comes of it. Where it comes to nothing for certain the next one is asked
+// for at once, by all nodes in the same term.
+func (e *election) elect(ctx context.Context, f finding) bool {
+	again, wait := e.ask(f.term)
+	for ctx.Err() == nil {
+		if again {
+			e.send(e.term)
+		}
+		if e.await(ctx, wait, f.answered) {
+			return true
+		}
+		term, torn := e.stand.torn(e.term, e.members, f.answered)
+		if !torn {
+			return false
+		}
+		e.term, again, wait = term+1, true, electionWait+rand.N(electionWait/2)
 	}
 	return false
 }
@@ -258,11 +288,14 @@ func alone(info *jetstream.ClusterInfo, than time.Duration) bool {
 	return 2*heard <= len(info.Replicas)+1
 }
 
-// await waits for a leader.
-func (e *election) await(ctx context.Context, wait time.Duration) bool {
+// await waits for a leader, until an election that so many members take part in cannot give one.
+func (e *election) await(ctx context.Context, wait time.Duration, living int) bool {
 	for deadline := time.Now().Add(wait); time.Now().Before(deadline) && ctx.Err() == nil; {
 		if _, led := e.leader(ctx); led {
 			return true
+		}
+		if _, torn := e.stand.torn(e.term, e.members, living); torn {
+			return false
 		}
 		e.pause(ctx, electionAgain)
 	}

@@ -33,7 +33,7 @@ listen: "127.0.0.1:-1"
 jetstream: {store_dir: %q, max_mem: 64MB, max_file: 2GB}
 no_auth_user: culvert
 accounts: {
-  "$SYS": {users: [{nkey: %s, permissions: {publish: ["$NRG.V.>"], subscribe: ["_INBOX.>"]}}]}
+  "$SYS": {users: [{nkey: %s, permissions: {publish: ["$NRG.V.>", "$SYS.REQ.SERVER.PING.JSZ"], subscribe: ["_INBOX.>", "$NRG.V.>"]}}]}
   CULVERT: {jetstream: enabled, users: [{user: culvert, password: culvert}]}
 }
 cluster: {name: culvert, listen: "127.0.0.1:-1", routes: ["nats://%s"]}
@@ -70,8 +70,8 @@ func seedFile(t *testing.T, key nkeys.KeyPair) string {
 	return file
 }
 
-// TestElections: the members of a cluster tell their term when they are asked for votes, and hold an election in a new one; nothing that was
-// acknowledged is lost by that. A leader that answers is left alone, and a user whom the cluster does not know is refused.
+// TestElections: the members of a cluster tell their term when they are asked for votes, hold an election in a new one, and are heard when they stand; nothing
+// that was acknowledged is lost by that. A leader that answers is left alone, and a user whom the cluster does not know is refused.
 func TestElections(t *testing.T) {
 	if os.Getenv("CULVERT_E2E_CLUSTER") == "" {
 		t.Skip("make cluster runs this, where nothing else keeps three servers from answering in time")
@@ -97,8 +97,12 @@ func TestElections(t *testing.T) {
 	eventually(t, "there is a leader of a later term", func() bool {
 		term, _ := e.roll(t.Context(), 0, e.members)
 		_, led := e.leader(t.Context())
-		return term > before && led
+		_, torn := e.stand.torn(before+1, e.members, e.members)
+		return term > before && led && !torn && e.stand.standing()
 	})
+	if answered, lax := e.servers(t.Context(), 3); answered != 3 || len(lax) != 3 {
+		t.Errorf("%d servers say how they sync, and %s do it now and then", answered, lax)
+	}
 	must(s.CreateLease(t.Context(), testLease("after", time.Now()), testPool))
 	for i := range 20 {
 		must(s.Lease(t.Context(), fmt.Sprint("s", i)))

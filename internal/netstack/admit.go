@@ -17,7 +17,7 @@ func upper(p []byte) uint8 {
 // at here. Of ICMP it takes questions for an echo, and errors: no redirects, and nothing of who is whose neighbour or router.
 func carried(p []byte, ip int) bool {
 	switch proto := upper(p); {
-	case p[0]>>4 == 4 && ip > ipv4Len:
+	case hasOptions(p, ip):
 		return false
 	case proto == uint8(header.ICMPv4ProtocolNumber) && p[0]>>4 == 4:
 		return len(p) < ip+header.ICMPv4MinimumSize || carried4(header.ICMPv4Type(p[ip]))
@@ -28,6 +28,9 @@ func carried(p []byte, ip int) bool {
 	}
 	return true
 }
+
+// hasOptions reports options of IPv4.
+func hasOptions(p []byte, ip int) bool { return p[0]>>4 == 4 && ip > ipv4Len }
 
 func carried4(t header.ICMPv4Type) bool {
 	switch t {

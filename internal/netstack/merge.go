@@ -148,6 +148,9 @@ func (m *merger) add(p []byte) fate {
 
 // addOther takes a packet of a session that is no plain TCP segment: it is put together first where it comes in fragments.
 func (m *merger) addOther(p []byte, ip int) fate {
+	if hasOptions(p, ip) {
+		return uncarried // before it is put together with others, whose headers may be shorter
+	}
 	tcp := false
 	switch f, is, ok := readFragment(p, ip); {
 	case !ok:
@@ -156,7 +159,9 @@ func (m *merger) addOther(p []byte, ip int) fate {
 		if p = m.pieces.add(f); p == nil {
 			return taken
 		}
-		p, ip, tcp, _ = parse(p)
+		if p, ip, tcp, ok = parse(p); !ok {
+			return malformed
+		}
 	}
 	if what := m.admits(p, ip); what != taken {
 		return what

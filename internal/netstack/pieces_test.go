@@ -311,6 +311,42 @@ func TestUncarried(t *testing.T) {
 	}
 }
 
+// TestFragmentsBehindOptions: fragments whose headers differ in length make no packet that is longer than its header can say. A first fragment
+// with options and a last one without once did, and the gateway read from a packet that was none.
+func TestFragmentsBehindOptions(t *testing.T) {
+	m := newMerger()
+	m.forward, m.pieces = true, newPieces()
+	defer m.pieces.close()
+	const step = 1024
+	for end, at := pieceMost-ipv4Len, 0; at < end; at += step {
+		n := min(step, end-at)
+		ip, more := ipv4Len, uint16(header.IPv4FlagMoreFragments)<<13
+		if at == 0 {
+			ip = header.IPv4MaximumHeaderSize
+		}
+		if at+n == end {
+			more = 0
+		}
+		p := make([]byte, ip+n)
+		src := sourceOf(false, 1).As4()
+		p[0], p[8], p[9], p[16] = 4<<4|byte(ip/4), 64, uint8(header.UDPProtocolNumber), 10
+		copy(p[12:], src[:])
+		binary.BigEndian.PutUint16(p[2:], uint16(len(p)))
+		binary.BigEndian.PutUint16(p[6:], more|uint16(at/8))
+		binary.BigEndian.PutUint16(p[10:], ^checksum.Checksum(p[:ip], 0))
+		want := taken
+		if at == 0 {
+			want = uncarried
+		}
+		if got := m.add(p); got != want {
+			t.Errorf("the fragment at %d becomes %d, want %d", at, got, want)
+		}
+	}
+	if m.count != 0 {
+		t.Errorf("%d packets came of it", m.count)
+	}
+}
+
 // FuzzPieces: whatever fragments say, the sums are right, the bounds hold, and what comes out is a packet.
 func FuzzPieces(f *testing.F) {
 	f.Add([]byte{0, 1, 0, 8, 1, 1, 8, 0})

@@ -93,7 +93,11 @@ func (s *stranger) RemovePeer(key wire.Key) error {
 }
 
 func (s *stranger) Shake(key wire.Key) error {
-	return s.device.LookupPeer(device.NoisePublicKey(key)).SendHandshakeInitiation(false)
+	p := s.device.LookupPeer(device.NoisePublicKey(key))
+	if p == nil {
+		return errors.New("no such peer") // it was removed meanwhile
+	}
+	return p.SendHandshakeInitiation(false)
 }
 
 func (s *stranger) Seen(key wire.Key) (Seen, error) {
