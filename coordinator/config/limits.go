@@ -2,6 +2,7 @@ package config
 
 import (
 	"fmt"
+	"math"
 	"reflect"
 	"strings"
 )
@@ -30,9 +31,12 @@ func (r *reader) requestLimits(l Limits) Limits {
 	v := reflect.ValueOf(l)
 	for i := range v.NumField() {
 		f := v.Type().Field(i)
-		if v.Field(i).Convert(reflect.TypeFor[float64]()).Float() < 0 {
-			name, _, _ := strings.Cut(f.Tag.Get("yaml"), ",")
+		name, _, _ := strings.Cut(f.Tag.Get("yaml"), ",")
+		switch n := v.Field(i).Convert(reflect.TypeFor[float64]()).Float(); {
+		case n < 0:
 			r.fail("$.limits."+name, fmt.Sprintf("%s is below zero", name), "leave it out for the default")
+		case math.IsNaN(n) || math.IsInf(n, 0):
+			r.fail("$.limits."+name, fmt.Sprintf("%s is no number that can be counted to", name), "leave it out for the default")
 		}
 	}
 	return l
