@@ -236,7 +236,7 @@ func New(opts Options) (*Agent, error) {
 		marks:  marks{started: opts.Started},
 	}
 	client := a.direct.client()
-	a.api = &coordinator{base: opts.Coordinator, http: client}
+	a.api = &coordinator{base: opts.Coordinator, http: client, avoid: a.direct.dialer.Avoid}
 	var err error
 	if a.tokens, err = opts.Tokens(client); err != nil {
 		return nil, err

@@ -8,10 +8,13 @@ import (
 	"fmt"
 	"io"
 	"mime"
+	"net"
 	"net/http"
 	"net/http/httptrace"
+	"net/netip"
 	"net/url"
 	"sync"
+	"sync/atomic"
 
 	"github.com/culvertnet/culvert/internal/egress"
 	"github.com/culvertnet/culvert/internal/problem"
@@ -23,8 +26,32 @@ const maxAnswer = 2 << 20
 
 // coordinator speaks the coordinator's API. Errors are *problem.Error.
 type coordinator struct {
-	base string // URL without a slash at its end
-	http *http.Client
+	base  string // URL without a slash at its end
+	http  *http.Client
+	avoid func(netip.AddrPort) // has an address dialled after all others for a while; nil: nobody listens
+}
+
+// noting has a request's connection noted.
+func noting(ctx context.Context) (context.Context, *atomic.Pointer[netip.AddrPort]) {
+	var at atomic.Pointer[netip.AddrPort]
+	return httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(got httptrace.GotConnInfo) {
+		if tcp, ok := got.Conn.RemoteAddr().(*net.TCPAddr); ok {
+			addr := tcp.AddrPort()
+			at.Store(&addr)
+		}
+	}}), &at
+}
+
+// leave sees to it that the next request goes to another address of the coordinator's name, if it has one, where this one's could not serve: it has lost its
+// state, or did not answer. Behind a load balancer a new connection may lead elsewhere as well.
+func (c *coordinator) leave(ctx context.Context, at *atomic.Pointer[netip.AddrPort], err error) {
+	if problem.CodeOf(err) != problem.Unreachable || ctx.Err() != nil {
+		return
+	}
+	if addr := at.Load(); addr != nil && c.avoid != nil {
+		c.avoid(*addr)
+	}
+	c.http.CloseIdleConnections()
 }
 
 // info asks what may be known before joining. Its real use is the connection, which the join then finds open: connected
@@ -54,6 +81,13 @@ func (c *coordinator) end(ctx context.Context, id string, secret wire.Secret) er
 
 // call makes one request. out may be nil, and stays as it is where the answer has no content.
 func (c *coordinator) call(ctx context.Context, method, path string, secret wire.Secret, in, out any) error {
+	noted, at := noting(ctx)
+	err := c.exchange(noted, method, path, secret, in, out)
+	c.leave(ctx, at, err)
+	return err
+}
+
+func (c *coordinator) exchange(ctx context.Context, method, path string, secret wire.Secret, in, out any) error {
 	req, err := c.request(ctx, method, path, in)
 	if err != nil {
 		return err
@@ -100,6 +134,13 @@ func (c *coordinator) request(ctx context.Context, method, path string, in any) 
 
 // join asks for a session and calls event for each line of the answer, in order, until the last or the first error.
 func (c *coordinator) join(ctx context.Context, j wire.JoinRequest, event func(wire.JoinEvent) error) error {
+	noted, at := noting(ctx)
+	err := c.ask(noted, j, event)
+	c.leave(ctx, at, err)
+	return err
+}
+
+func (c *coordinator) ask(ctx context.Context, j wire.JoinRequest, event func(wire.JoinEvent) error) error {
 	req, err := c.request(ctx, http.MethodPost, wire.PathSessions, j)
 	if err != nil {
 		return err

@@ -10,6 +10,7 @@ import (
 	"net/url"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -264,6 +265,67 @@ func TestDeadProxyIsNamed(t *testing.T) {
 			}
 			if p.Code != problem.Timeout || !strings.Contains(p.Next, "HTTPS_PROXY") || strings.Contains(p.Message+p.Next, "secret") {
 				t.Errorf("code %s, next %q", p.Code, p.Next)
+			}
+		})
+	}
+}
+
+// TestLeavesWhatCannotServe: a request that the coordinator at one address could not serve, because its state is away or it broke off, is made again to another
+// address of the same name. A refusal is one wherever it was said.
+func TestLeavesWhatCannotServe(t *testing.T) {
+	var asked [2]atomic.Int32
+	var answer atomic.Pointer[http.HandlerFunc]
+	first := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		asked[0].Add(1)
+		(*answer.Load())(w, r)
+	}))
+	defer first.Close()
+	_, port, _ := net.SplitHostPort(first.Listener.Addr().String())
+	l, err := net.Listen("tcp", "127.0.0.2:"+port)
+	if err != nil {
+		t.Skip("no second address of this machine's own:", err)
+	}
+	second := &httptest.Server{Listener: l, Config: &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		asked[1].Add(1)
+		_, _ = io.WriteString(w, "{}")
+	})}}
+	second.Start()
+	defer second.Close()
+	say := func(h http.HandlerFunc) { answer.Store(&h) }
+	away := func(w http.ResponseWriter, _ *http.Request) {
+		problem.Write(w, problem.New(problem.Unreachable, "the coordinator cannot reach its state", "try again"))
+	}
+	for name, c := range map[string]struct {
+		handler http.HandlerFunc
+		moves   bool
+	}{
+		"its state is away": {away, true},
+		"it breaks off":     {func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, true},
+		"it refuses": {func(w http.ResponseWriter, _ *http.Request) {
+			problem.Write(w, problem.New(problem.NoGateway, "no gateway", "start one"))
+		}, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			o := newOutside()
+			c0 := &coordinator{base: "http://culvert.test:" + port, http: o.client(), avoid: o.dialer.Avoid}
+			defer c0.http.CloseIdleConnections()
+			o.dialer.Lookup = func(context.Context, string) ([]netip.Addr, error) {
+				return []netip.Addr{netip.MustParseAddr("127.0.0.1"), netip.MustParseAddr("127.0.0.2")}, nil
+			}
+			say(c.handler)
+			var before [2]int32
+			for i := range asked {
+				before[i] = asked[i].Load()
+			}
+			if _, err := c0.update(t.Context(), "id", "secret", wire.Update{}); err == nil {
+				t.Fatal("the first address serves")
+			}
+			_, err := c0.update(t.Context(), "id", "secret", wire.Update{})
+			if moved := asked[1].Load() > before[1]; moved != c.moves || moved != (err == nil) {
+				t.Errorf("moved %t, %v", moved, err)
+			}
+			if asked[0].Load() == before[0] {
+				t.Error("the first address was never asked")
 			}
 		})
 	}

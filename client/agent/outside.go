@@ -17,7 +17,8 @@ import (
 // or the proxy on the way there. Routes leave them out, so that a grant which covers them, `internet` say, does not cut the
 // branch that the tunnel sits on.
 type outside struct {
-	onNew func(netip.Addr)
+	onNew  func(netip.Addr)
+	dialer egress.Dialer
 
 	mu    sync.Mutex
 	addrs map[netip.Addr]struct{}
@@ -53,7 +54,7 @@ func (o *outside) list() []netip.Addr {
 // client makes the HTTP client for everything outside. It goes through the environment's proxies, and follows no redirect:
 // requests carry tokens.
 func (o *outside) client() *http.Client {
-	dialer := &net.Dialer{
+	o.dialer.Dialer = net.Dialer{
 		Timeout: 10 * time.Second,
 		ControlContext: func(_ context.Context, _, address string, _ syscall.RawConn) error {
 			if addr, err := netip.ParseAddrPort(address); err == nil {
@@ -63,7 +64,7 @@ func (o *outside) client() *http.Client {
 		},
 	}
 	transport := egress.New(&http.Transport{
-		DialContext:           dialer.DialContext,
+		DialContext:           o.dialer.DialContext,
 		ForceAttemptHTTP2:     true,
 		TLSClientConfig:       &tls.Config{MinVersion: tls.VersionTLS12, ClientSessionCache: tls.NewLRUClientSessionCache(8)},
 		TLSHandshakeTimeout:   10 * time.Second,

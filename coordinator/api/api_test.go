@@ -174,3 +174,21 @@ func TestHelloWithTooManySessions(t *testing.T) {
 		t.Error("one more was taken")
 	}
 }
+
+func TestHeldWithTooMuch(t *testing.T) {
+	id := wire.Key{1}.SessionID()
+	for name, c := range map[string]struct {
+		held wire.Held
+		ok   bool
+	}{
+		"as much as may be":  {wire.Held{Session: id, Rules: slices.Repeat([]string{strings.Repeat("r", maxRule)}, maxHeldRules), Addresses: make([]netip.Addr, maxHeldAddrs)}, true},
+		"too many rules":     {wire.Held{Session: id, Rules: make([]string, maxHeldRules+1)}, false},
+		"too many addresses": {wire.Held{Session: id, Addresses: make([]netip.Addr, maxHeldAddrs+1)}, false},
+		"a long rule":        {wire.Held{Session: id, Rules: []string{strings.Repeat("r", maxRule+1)}}, false},
+		"no session's id":    {wire.Held{Session: id[1:]}, false},
+	} {
+		if why := checkHeld(c.held); why == "" != c.ok {
+			t.Errorf("%s: %q", name, why)
+		}
+	}
+}

@@ -177,16 +177,18 @@ func (s *stream) leave(ctx context.Context) {
 
 // readFrame reads one message.
 func (s *stream) readFrame(ctx context.Context) (wire.Frame, error) {
-	var f wire.Frame
 	kind, data, err := s.conn.Read(ctx)
 	if err != nil {
-		return f, fmt.Errorf("read from the gateway: %w", err)
+		return wire.Frame{}, fmt.Errorf("read from the gateway: %w", err)
 	}
 	return parseFrame(kind, data)
 }
 
 func parseFrame(kind websocket.MessageType, data []byte) (f wire.Frame, err error) {
-	if kind != websocket.MessageText || json.Unmarshal(data, &f) != nil {
+	if kind == websocket.MessageText {
+		f, err = wire.ParseFrame(data)
+	}
+	if kind != websocket.MessageText || err != nil {
 		return f, &closing{websocket.StatusUnsupportedData, "a message is not a frame", false}
 	}
 	return f, nil
@@ -246,8 +248,8 @@ func (s *stream) enqueue(f wire.Frame) error {
 // handle takes a message for the gateway from any node: a frame, answered by the gateway or, where it gives no answer,
 // by whether its stream took it.
 func (s *stream) handle(ctx context.Context, msg []byte) []byte {
-	var f wire.Frame
-	if err := json.Unmarshal(msg, &f); err != nil {
+	f, err := wire.ParseFrame(msg)
+	if err != nil {
 		return refusal(problem.Wrap(err, problem.BadRequest, "a message between nodes does not parse", "run the same version on every node"))
 	}
 	if f.Type == wire.FrameOffer || f.Type == wire.FrameRenew {

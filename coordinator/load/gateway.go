@@ -176,7 +176,6 @@ func (g *gateway) once(ctx context.Context, base string) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	for {
-		var f wire.Frame
 		_, data, err := conn.Read(ctx)
 		if err != nil {
 			return err
@@ -185,7 +184,8 @@ func (g *gateway) once(ctx context.Context, base string) error {
 			wg.Go(func() { g.answer(ctx, conn, data) })
 			continue
 		}
-		if err := json.Unmarshal(data, &f); err != nil {
+		f, err := wire.ParseFrame(data)
+		if err != nil {
 			return fmt.Errorf("a frame does not parse: %w", err)
 		}
 		wg.Go(func() { g.handle(ctx, conn, f) })
@@ -248,12 +248,25 @@ var offerHead = []byte(`{"type":"` + wire.FrameOffer + `"`)
 // answer answers an offer.
 func (g *gateway) answer(ctx context.Context, conn *websocket.Conn, data []byte) {
 	var f struct {
-		ID   uint64     `json:"id"`
-		Body wire.Offer `json:"body"`
+		ID   uint64 `json:"id"`
+		Body offer  `json:"body"`
 	}
 	if json.Unmarshal(data, &f) == nil {
 		_ = send(ctx, conn, wire.FrameAnswer, f.ID, g.admit(ctx, f.Body)) // the stream's reader sees that it broke
 	}
+}
+
+// offer is what is looked at of a [wire.Offer].
+type offer struct {
+	Session    string        `json:"session"`
+	Key        wire.Key      `json:"key"`
+	Token      wire.Secret   `json:"token"`
+	Addresses  []netip.Addr  `json:"addresses"`
+	Lease      wire.Duration `json:"lease"`
+	MaxSession wire.Duration `json:"max_session"`
+	Grants     []struct {
+		Rule string `json:"rule"`
+	} `json:"grants"`
 }
 
 // handle answers any other frame.
@@ -273,7 +286,7 @@ func (g *gateway) handle(ctx context.Context, conn *websocket.Conn, f wire.Frame
 }
 
 // admit verifies an offer and takes the session.
-func (g *gateway) admit(ctx context.Context, o wire.Offer) wire.Answer {
+func (g *gateway) admit(ctx context.Context, o offer) wire.Answer {
 	if o.Session != o.Key.SessionID() {
 		return g.refuse(problem.New(problem.BadRequest, "the offer names a session that is not its key's", "report this"))
 	}

@@ -93,7 +93,7 @@ func (j *jobs) join(ctx context.Context, n int, t ticket) (*session, error) {
 		return nil, err
 	}
 	defer resp.close()
-	var s *wire.Session
+	var s *answer
 	for lines := bufio.NewReader(io.LimitReader(resp.Body, maxAnswer)); s == nil; {
 		line, err := lines.ReadBytes('\n')
 		if err != nil {
@@ -102,7 +102,7 @@ func (j *jobs) join(ctx context.Context, n int, t ticket) (*session, error) {
 		if bytes.HasPrefix(line, []byte(`{"admitted":`)) {
 			continue // what it says comes again
 		}
-		var e wire.JoinEvent
+		var e event
 		if err := json.Unmarshal(line, &e); err != nil {
 			return nil, away(fmt.Errorf("read the answer: %w", err))
 		}
@@ -120,6 +120,22 @@ func (j *jobs) join(ctx context.Context, n int, t ticket) (*session, error) {
 	}
 	t.token = ""
 	return &session{id: s.ID, job: t, secret: s.Secret, address: s.Addresses[0], gateway: s.Gateways[0].Key, renewed: began, lease: time.Duration(s.Lease)}, nil
+}
+
+// event is what is looked at of a [wire.JoinEvent], and answer of a [wire.Session].
+type event struct {
+	Session *answer         `json:"session"`
+	Problem json.RawMessage `json:"problem"`
+}
+
+type answer struct {
+	ID        string        `json:"id"`
+	Secret    wire.Secret   `json:"secret"`
+	Addresses []netip.Addr  `json:"addresses"`
+	Lease     wire.Duration `json:"lease"`
+	Gateways  []struct {
+		Key wire.Key `json:"key"`
+	} `json:"gateways"`
 }
 
 // lease asks how long a session lasts by the coordinator's word.

@@ -185,3 +185,25 @@ func TestLeaseRunsOut(t *testing.T) {
 		t.Errorf("%+v", r)
 	}
 }
+
+// TestFlowsOfSeveralSessions: a gateway adds up what too many sessions were denied in a record that names none. It is recorded, and so is what
+// came with it.
+func TestFlowsOfSeveralSessions(t *testing.T) {
+	log := &auditor{}
+	b := newBench(t, Options{Audit: log})
+	g := b.gateway("a")
+	s := b.job().mustJoin()
+	denied := func(session string) wire.FlowRecord {
+		return wire.FlowRecord{Session: session, Proto: "tcp", Verdict: wire.FlowRefused, Reason: "several targets", Began: time.Now(), Count: 7}
+	}
+	if err := b.m.Flows(t.Context(), g.who, wire.Flows{Seq: 1, Records: []wire.FlowRecord{denied(""), denied(s.ID)}}); err != nil {
+		t.Fatal(err)
+	}
+	of := map[string]uint64{}
+	for _, r := range log.of(audit.Flows) {
+		of[r.Session.UID] += r.Count
+	}
+	if len(of) != 2 || of[""] != 7 || of[s.ID] != 7 {
+		t.Errorf("on record are %v", of)
+	}
+}

@@ -83,7 +83,7 @@ func checkFlows(f wire.Flows) error {
 		return problem.New(problem.TooLarge, fmt.Sprintf("more than %d flow records in a batch", wire.MaxFlowRecords), "update the gateway")
 	}
 	for _, r := range f.Records {
-		if !sessionID.MatchString(r.Session) || len(r.Name) > wire.MaxFlowName || len(r.Rule) > wire.MaxFlowText ||
+		if r.Session != "" && !sessionID.MatchString(r.Session) || len(r.Name) > wire.MaxFlowName || len(r.Rule) > wire.MaxFlowText ||
 			len(r.Reason) > wire.MaxFlowText || len(r.Proto) > 8 || len(r.Verdict) > 16 || len(r.Cause) > 32 {
 			return problem.New(problem.BadRequest, "a flow record is not one, or too long", "update the gateway")
 		}

@@ -76,12 +76,10 @@ func (m *Manager) reconcileOne(ctx context.Context, g Gateway, rules Rules, n co
 		return false, m.opts.Store.EndLease(ctx, h.Session) // it has heard of it now
 	case l.Network != g.Network || l.Key != h.Key || !slices.Equal(l.Addresses, h.Addresses):
 		return false, nil
+	case (l.Gateway == "" || l.Gateway == g.Instance) && m.offering(h.Session):
+		return true, nil // a join is about to write its answer down, or to look whether the lease is as it was
 	case l.Gateway == "":
-		// Either a join is about to write its answer down, or its node died while offering it and the client never got an answer.
-		if m.offering(h.Session) {
-			return true, nil
-		}
-		return m.disown(ctx, g, h.Session)
+		return m.disown(ctx, g, h.Session) // its node died while offering it, and the client never got an answer
 	case l.Gateway != g.Instance && l.Standby != g.Instance:
 		return m.reassert(ctx, g, l, h)
 	}
@@ -224,6 +222,9 @@ func (m *Manager) buryPredecessor(ctx context.Context, g Gateway) {
 	m.opts.Store.LeasesWhere(func(h state.Head) bool {
 		return h.Network == g.Network && h.GatewayName == g.Name && h.Gateway != "" && !live[h.Gateway]
 	}, func(l state.Lease) bool {
+		if m.offering(l.Session) {
+			return true // its join asks another gateway
+		}
 		if l.Standby != l.Gateway && live[l.Standby] && l.Over == "" {
 			orphans = append(orphans, l)
 		} else {

@@ -43,6 +43,8 @@ type admission struct {
 	way      string            // what the tickets are for; "" for the session itself
 	standby  bool              // another gateway carries the session
 	several  bool              // the network has more than one gateway
+	asked    string            // the gateway that was asked last, and did not take it; it may think otherwise
+	named    bool              // the lease names the gateway that is being asked, and lasts as if that had said yes: one write for a join
 	tickets  []wire.RelayGrant // the client's
 	log      *slog.Logger
 }
@@ -62,18 +64,20 @@ func (m *Manager) Join(ctx context.Context, j Join) (wire.Session, error) {
 	}
 	gateways = m.spread(id, gateways)
 	a.several = len(gateways) > 1
-	if err := m.createLease(ctx, a); err != nil {
+	if err := m.createLease(ctx, a, gateways[0]); err != nil {
 		return wire.Session{}, m.refused(ctx, a, err)
 	}
 	m.beginOffer(id)
 	defer m.dropOffer(id)
+	safe := m.opts.Store.Saving() // while the record is stored
 	if err := m.recordJoin(ctx, a, gateways[0]); err != nil {
 		m.free(ctx, id)
 		return wire.Session{}, m.unrecorded(a, err)
 	}
-	s, err := m.place(ctx, a, gateways)
+	s, err := m.place(ctx, a, gateways, safe)
 	if err != nil {
 		m.free(ctx, id)
+		m.tell(ctx, a.asked, wire.FrameEnd, wire.End{Session: id, Reason: reasonWithdrawn})
 		return wire.Session{}, m.refused(ctx, a, err)
 	}
 	return s, nil
@@ -187,15 +191,16 @@ func denied(d policy.Decision) error {
 	return e
 }
 
-// createLease gives the session a secret and addresses under a lease that lasts as long as the offers may take.
-func (m *Manager) createLease(ctx context.Context, a *admission) error {
+// createLease gives the session a secret and addresses under a lease that lasts as long as the offers may take. Where this process is the
+// only node, it knows by itself what it is offering, so there the lease is what the first gateway's yes would make of it.
+func (m *Manager) createLease(ctx context.Context, a *admission, first state.Presence) error {
 	now := m.opts.Now()
 	secret, hash := newSecret()
 	a.secret = secret
 	pending := time.Duration(m.opts.MaxOffers)*m.opts.OfferTimeout + offerSlack
 	room := pool(a.network)
 	room.Hold = a.rules.Config.Lease // for the lease that a gateway's answer makes of this one
-	l, err := m.opts.Store.CreateLease(ctx, state.Lease{
+	l := state.Lease{
 		Session:    a.join.Key.SessionID(),
 		Network:    a.join.Network,
 		Key:        a.join.Key,
@@ -207,7 +212,12 @@ func (m *Manager) createLease(ctx context.Context, a *admission) error {
 		Created:    now,
 		Expires:    now.Add(pending),
 		Ends:       endOf(now, a.decision),
-	}, room)
+	}
+	if a.named = m.opts.Store.Sole(); a.named {
+		l.Gateway, l.GatewayName, l.Expires = first.Instance, first.Name, m.deadline(a.rules.Config.Lease, l.Ends)
+		room.Hold += pending // gateways count from their answers
+	}
+	l, err := m.opts.Store.CreateLease(ctx, l, room)
 	switch {
 	case errors.Is(err, state.ErrExists):
 		return problem.Wrap(err, problem.KeyInUse, "this key already has a session", "join again with a new key and a new token")

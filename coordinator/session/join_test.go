@@ -325,10 +325,90 @@ func TestEndWhileOffered(t *testing.T) {
 	r.Admitted = func(s wire.Session) error { return b.m.End(t.Context(), s.ID, s.Secret) }
 	_, err := b.m.Join(t.Context(), r)
 	wantCode(t, err, problem.SessionOver)
-	if n := len(got[wire.End](g, wire.FrameEnd)); n != 1 {
-		t.Errorf("the gateway was told %d times", n)
+	if n := len(got[wire.End](g, wire.FrameEnd)); n == 0 { // twice: before the offer, and after the answer
+		t.Error("the gateway was not told")
 	}
 	b.eventually("the lease is freed", func() bool { return leases(b) == 0 })
+}
+
+// TestLeaseNamesWhoIsAsked: it names the gateway that is being asked, so that a join need not write it again; a gateway that was passed over
+// has no say any more.
+func TestLeaseNamesWhoIsAsked(t *testing.T) {
+	b := newBench(t, Options{})
+	list := []*gateway{b.gateway("a"), b.gateway("b")}
+	var asked []string
+	for _, g := range list {
+		g.set(func(ft wire.FrameType, body json.RawMessage) *wire.Answer {
+			var o wire.Offer
+			if err := json.Unmarshal(body, &o); err != nil {
+				t.Error(err)
+			}
+			l, err := b.store.Lease(t.Context(), o.Session)
+			if err != nil || l.Gateway != g.who.Instance || l.GatewayName != g.who.Name {
+				t.Errorf("while %s is asked, the lease names %q, %v", g.who.Name, l.Gateway, err)
+			}
+			if asked = append(asked, g.who.Instance); len(asked) == 1 {
+				return g.refuse(problem.Denied)(ft, body)
+			}
+			former := list[slices.IndexFunc(list, func(o *gateway) bool { return o != g })]
+			if err := b.m.Ended(t.Context(), former.who, wire.End{Session: o.Session, Reason: "withdrawn"}); err == nil {
+				t.Error("who was passed over ends the session")
+			}
+			if over, err := b.m.Reconcile(t.Context(), former.who, []wire.Held{held(o.Key, "198.18.0.5")}); err != nil || len(over) != 1 {
+				t.Errorf("who was passed over keeps the session: %v, %v", over, err)
+			}
+			mine := held(o.Key, o.Addresses[0].String())
+			mine.Addresses = o.Addresses
+			if over, err := b.m.Reconcile(t.Context(), g.who, []wire.Held{mine}); err != nil || len(over) != 0 {
+				t.Errorf("who is asked loses the session: %v, %v", over, err)
+			}
+			return g.accept(ft, body)
+		})
+	}
+	s := b.job().mustJoin()
+	l, err := b.store.Lease(t.Context(), s.ID)
+	if err != nil || len(asked) != 2 || l.Gateway != asked[1] || time.Until(l.Expires) < 9*time.Minute {
+		t.Errorf("lease %+v, %v; asked %v", l, err, asked)
+	}
+	if n := len(got[wire.End](list[slices.IndexFunc(list, func(g *gateway) bool { return g.who.Instance == asked[0] })], wire.FrameEnd)); n != 1 {
+		t.Errorf("who was passed over was told %d times", n)
+	}
+}
+
+// TestGatewayEndsWhatItIsOffered: a gateway that says that the session is over, before its own answer is taken, is believed.
+func TestGatewayEndsWhatItIsOffered(t *testing.T) {
+	b := newBench(t, Options{})
+	g := b.gateway("a")
+	g.set(func(ft wire.FrameType, body json.RawMessage) *wire.Answer {
+		var o wire.Offer
+		if err := json.Unmarshal(body, &o); err != nil {
+			t.Error(err)
+		}
+		if err := b.m.Ended(t.Context(), g.who, wire.End{Session: o.Session, Reason: "it drains"}); err != nil {
+			t.Error(err)
+		}
+		return g.accept(ft, body)
+	})
+	_, err := b.job().join()
+	wantCode(t, err, problem.Unreachable)
+	b.eventually("the lease is freed", func() bool { return leases(b) == 0 })
+}
+
+// TestJoinWritesItsLeaseOnce: the state's revisions count writes.
+func TestJoinWritesItsLeaseOnce(t *testing.T) {
+	b := newBench(t, Options{})
+	b.gateway("a")
+	revision := func(s wire.Session) uint64 {
+		l, err := b.store.Lease(t.Context(), s.ID)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return l.Revision
+	}
+	first := revision(b.job().mustJoin())
+	if second := revision(b.job().mustJoin()); second != first+1 {
+		t.Errorf("revisions %d and %d", first, second)
+	}
 }
 
 // TestPolicyChangesWhileOffered: the reload cannot see the session as held yet, so the join looks again.

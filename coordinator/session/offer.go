@@ -18,8 +18,11 @@ import (
 // cleanupTime bounds what is done for a session after its caller has gone.
 const cleanupTime = 5 * time.Second
 
-// place offers an admitted session to gateways, best first, until one takes it.
-func (m *Manager) place(ctx context.Context, a *admission, gateways []state.Presence) (wire.Session, error) {
+// place offers an admitted session to gateways, best first, until one takes it. Neither client nor gateway hears of it before it is safe.
+func (m *Manager) place(ctx context.Context, a *admission, gateways []state.Presence, safe func(context.Context) error) (wire.Session, error) {
+	if err := safe(ctx); err != nil {
+		return wire.Session{}, storeAway(err)
+	}
 	if len(gateways) > m.opts.MaxOffers {
 		gateways = gateways[:m.opts.MaxOffers]
 	}
@@ -28,6 +31,11 @@ func (m *Manager) place(ctx context.Context, a *admission, gateways []state.Pres
 	}
 	var refusal error
 	for i, g := range gateways {
+		if i > 0 {
+			if err := m.passOver(ctx, a, g); err != nil {
+				return wire.Session{}, err
+			}
+		}
 		answer, err := m.offer(ctx, a, g)
 		if err == nil {
 			s, err := m.settle(ctx, a, g, answer)
@@ -38,7 +46,7 @@ func (m *Manager) place(ctx context.Context, a *admission, gateways []state.Pres
 			}
 			return s, err
 		}
-		m.tell(ctx, g.Instance, wire.FrameEnd, wire.End{Session: a.lease.Session, Reason: reasonWithdrawn})
+		a.asked = g.Instance
 		a.log.Warn("offer failed", "gateway", g.Name, "code", problem.CodeOf(err), "err", err)
 		refusal = worse(refusal, err)
 		if ctx.Err() != nil {
@@ -46,6 +54,42 @@ func (m *Manager) place(ctx context.Context, a *admission, gateways []state.Pres
 		}
 	}
 	return wire.Session{}, refusal
+}
+
+// passOver leaves the gateway that was asked last for the next one. The lease names that first: the former says that the session is over, when it
+// is told so, and what the gateway says that a lease names counts.
+func (m *Manager) passOver(ctx context.Context, a *admission, next state.Presence) error {
+	if a.named {
+		if err := m.name(ctx, a, next); err != nil {
+			return err
+		}
+	}
+	m.tell(ctx, a.asked, wire.FrameEnd, wire.End{Session: a.lease.Session, Reason: reasonWithdrawn})
+	a.asked = ""
+	return nil
+}
+
+// name has the lease say that a gateway holds the session.
+func (m *Manager) name(ctx context.Context, a *admission, g state.Presence) error {
+	a.lease.Gateway, a.lease.GatewayName = g.Instance, g.Name
+	a.lease.Expires = m.deadline(a.rules.Config.Lease, a.lease.Ends)
+	l, err := m.opts.Store.UpdateLease(ctx, a.lease)
+	if err == nil {
+		err = m.opts.Store.Saving()(ctx) // a session that its job knows of outlives a loss of power
+	}
+	if err != nil {
+		return m.unnamed(ctx, a, err)
+	}
+	a.lease = l
+	return nil
+}
+
+// unnamed says why a lease could not be written, or is no longer as it was written.
+func (m *Manager) unnamed(ctx context.Context, a *admission, err error) error {
+	if errors.Is(err, state.ErrNotFound) || errors.Is(err, state.ErrConflict) {
+		return m.endedBefore(ctx, a, err)
+	}
+	return storeAway(err)
 }
 
 // gone says why a join stopped before every gateway was asked.
@@ -111,20 +155,17 @@ func clean(w *wire.Gateway, g state.Presence) {
 
 // settle writes down who holds the session and gives the client the whole of it.
 func (m *Manager) settle(ctx context.Context, a *admission, g state.Presence, answer wire.Answer) (wire.Session, error) {
-	a.lease.Gateway, a.lease.GatewayName = g.Instance, g.Name
-	a.lease.Expires = m.deadline(a.rules.Config.Lease, a.lease.Ends)
-	l, err := m.opts.Store.UpdateLease(ctx, a.lease)
-	if err == nil {
-		err = m.opts.Store.Safe(ctx) // a session that its job knows of outlives a loss of power
+	var err error
+	if !a.named {
+		err = m.name(ctx, a, g)
+	} else if !m.opts.Store.Stands(a.lease) {
+		err = m.endedBefore(ctx, a, state.ErrConflict)
 	}
 	if err != nil {
 		m.tell(ctx, g.Instance, wire.FrameEnd, wire.End{Session: a.lease.Session, Reason: "the session could not be kept"})
-		if errors.Is(err, state.ErrNotFound) || errors.Is(err, state.ErrConflict) {
-			return wire.Session{}, m.endedBefore(ctx, a, err)
-		}
-		return wire.Session{}, storeAway(err)
+		return wire.Session{}, err
 	}
-	a.lease = l
+	l := a.lease
 	if now := m.Rules(); now.Config != a.rules.Config { // a reload that did not see this lease yet
 		if reason := m.outgrown(now, l, a.claims); reason != "" {
 			_ = m.finish(ctx, l, reason, byCoordinator)
@@ -144,11 +185,11 @@ func (m *Manager) settle(ctx context.Context, a *admission, g state.Presence, an
 	return s, nil
 }
 
-// endedBefore says why a session could not be written down as held: somebody ended it, or its gateway's stream broke, and the lease
-// may be gone by now for that, or the state changed hands; then another join may do.
+// endedBefore says why a session could not be written down as held. Where its client, the policy or its time ended it, that stands. Else its gateway did, told by a
+// node that could not keep it, or the gateway's stream broke, and the lease may be gone by now for that, or the state changed hands; then another join may do.
 func (m *Manager) endedBefore(ctx context.Context, a *admission, err error) error {
 	l, gone := m.opts.Store.Lease(ctx, a.lease.Session)
-	if gone == nil && l.Over != "" && l.Over != endedByBreak {
+	if gone == nil && (l.Over == endedByClient || l.Over == endedByPolicy || l.Over == endedByTime) {
 		return problem.Wrap(err, problem.SessionOver, "the session ended while it was being set up", "join again")
 	}
 	return problem.Wrap(err, problem.Unreachable, "the session could not be kept", "try again in a few seconds")
@@ -243,6 +284,9 @@ func (m *Manager) offering(id string) bool {
 	defer m.mu.Unlock()
 	return m.offered[id] != nil
 }
+
+// unanswered reports whether no gateway has taken a session yet, as far as this node can tell.
+func (m *Manager) unanswered(l state.Lease) bool { return l.Gateway == "" || m.offering(l.Session) }
 
 // dropOffer ends that and gives what came meanwhile, nil where it has ended already.
 func (m *Manager) dropOffer(id string) *offered {

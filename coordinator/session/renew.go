@@ -67,7 +67,7 @@ func (m *Manager) passOn(ctx context.Context, l state.Lease, u wire.Update) erro
 
 // renew judges a fresh token for a session and has its gateway judge it too.
 func (m *Manager) renew(ctx context.Context, l state.Lease, token wire.Secret) (wire.Lease, error) {
-	if l.Gateway == "" {
+	if m.unanswered(l) {
 		return wire.Lease{}, problem.New(problem.GatewayTimeout, "the session is still being offered", "try again in a few seconds")
 	}
 	rules := m.Rules()

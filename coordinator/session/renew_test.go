@@ -1,12 +1,15 @@
 package session
 
 import (
+	"context"
+	"encoding/json"
 	"net/netip"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/culvertnet/culvert/internal/claims"
 	"github.com/culvertnet/culvert/internal/problem"
 	"github.com/culvertnet/culvert/internal/wire"
 )
@@ -175,4 +178,70 @@ func TestCandidatesLater(t *testing.T) {
 	}
 	_, err = b.m.Update(t.Context(), s.ID, s.Secret, wire.Update{Candidates: make([]wire.Candidate, 99)})
 	wantCode(t, err, problem.TooLarge)
+}
+
+// during is a verifier that does something else first.
+type during struct {
+	Verifier
+	do func()
+}
+
+func (d *during) Verify(ctx context.Context, token, audience string) (*claims.Claims, error) {
+	d.do()
+	return d.Verifier.Verify(ctx, token, audience)
+}
+
+// TestNoRenewalOvertakesAnEnd: a session that ends while its renewal is being judged, by whichever way that came, is over and stays so.
+func TestNoRenewalOvertakesAnEnd(t *testing.T) {
+	for name, renew := range map[string]func(b *bench, g *gateway, j *job, s wire.Session, end func()) error{
+		"in the tunnel": func(b *bench, g *gateway, j *job, s wire.Session, end func()) error {
+			rules := b.m.Rules()
+			rules.Verifier = &during{rules.Verifier, end}
+			b.m.rules.Store(&rules)
+			return b.m.Renewed(t.Context(), g.who, wire.Renewed{Session: s.ID, Token: j.token()})
+		},
+		"at the coordinator": func(b *bench, g *gateway, j *job, s wire.Session, end func()) error {
+			g.set(func(f wire.FrameType, body json.RawMessage) *wire.Answer {
+				if f == wire.FrameRenew {
+					end()
+				}
+				return g.accept(f, body)
+			})
+			_, err := b.m.Update(t.Context(), s.ID, s.Secret, wire.Update{Token: j.token()})
+			return err
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := newBench(t, Options{})
+			g, j := b.gateway("a"), b.job()
+			s := j.mustJoin()
+			err := renew(b, g, j, s, func() {
+				if err := b.m.End(t.Context(), s.ID, s.Secret); err != nil {
+					t.Error(err)
+				}
+			})
+			wantCode(t, err, problem.SessionOver)
+			l, err := b.store.Lease(t.Context(), s.ID)
+			if err != nil || l.Over != endedByClient || l.Expires.After(time.Now().Add(2*time.Minute)) {
+				t.Errorf("the lease is over because of %q and lives until %v (%v)", l.Over, l.Expires, err)
+			}
+		})
+	}
+}
+
+// TestShorterSessionsEndLongOnes: a rule that lets sessions last less long ends those that have lasted longer.
+func TestShorterSessionsEndLongOnes(t *testing.T) {
+	b := newBench(t, Options{})
+	g := b.gateway("a")
+	b.job().mustJoin()
+	later := time.Now().Add(90 * time.Minute)
+	b.now.Store(&later)
+	b.m.SetRules(t.Context(), b.rules(rulesV1))
+	if ends := got[wire.End](g, wire.FrameEnd); len(ends) != 0 {
+		t.Fatalf("ended within its time: %v", ends)
+	}
+	b.m.SetRules(t.Context(), b.rules(strings.Replace(rulesV1, "max_session: 2h", "max_session: 1h", 1)))
+	if ends := got[wire.End](g, wire.FrameEnd); len(ends) != 1 || ends[0].Reason != endedByTime {
+		t.Errorf("the gateway heard %v", ends)
+	}
 }

@@ -23,7 +23,9 @@ type Store interface {
 	Lease(ctx context.Context, session string) (state.Lease, error)
 	Recall(session string) (state.Lease, bool)
 	UpdateLease(ctx context.Context, l state.Lease) (state.Lease, error)
-	Safe(ctx context.Context) error
+	Sole() bool
+	Stands(l state.Lease) bool
+	Saving() (safe func(ctx context.Context) error)
 	EndLease(ctx context.Context, session string) error
 	Expired() <-chan state.Lease
 	ClaimEnd(ctx context.Context, session string) (bool, error)
@@ -96,7 +98,7 @@ func (o *Options) Validate() error {
 //	         token, policy, address
 //	Join ──────────────────────────► offered ──── no gateway takes it ────► (lease freed)
 //	                                    │
-//	                     a gateway's answer; lease names it
+//	                     a gateway's answer; lease names it (see named)
 //	                                    ▼
 //	Reconcile ────── adopted ───────► held ◄──── renewed (by PATCH, or by the gateway's word)
 //	(unknown here, held there)          │   ▲ its standby takes over: by the client's choice, or when the first is gone

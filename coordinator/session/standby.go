@@ -30,7 +30,7 @@ func (m *Manager) Standby(ctx context.Context, id string, secret wire.Secret, r 
 	if err != nil {
 		return wire.Standby{}, err
 	}
-	if l.Gateway == "" {
+	if m.unanswered(l) {
 		return wire.Standby{}, problem.New(problem.GatewayTimeout, "the session is still being offered", "try again in a few seconds")
 	}
 	others := m.others(l, r)

@@ -132,7 +132,7 @@ func makeStream(ctx context.Context, js jetstream.JetStream, clustered bool, log
 // write stores r for as long as it lives by its own word, and at least for a second, over the revision expect: 0
 // where there must be nothing, [anyRevision] for whatever there is. [ErrConflict] where there is something else.
 func (b *bucket) write(ctx context.Context, k kind, id string, r record, expect uint64, now time.Time) (uint64, error) {
-	data, err := json.Marshal(r)
+	data, err := encode(r)
 	if err != nil {
 		return 0, fmt.Errorf("encode: %w", err)
 	}

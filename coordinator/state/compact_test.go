@@ -1,6 +1,7 @@
 package state
 
 import (
+	"encoding/json"
 	"fmt"
 	"net/netip"
 	"reflect"
@@ -70,6 +71,30 @@ func filled(t *testing.T) (l Lease, c *compact) {
 		t.Fatal(err)
 	}
 	return l, c
+}
+
+// What is written by hand is what [json.Marshal] writes, also of a field that is added some day.
+func TestEncodedLease(t *testing.T) {
+	full, _ := filled(t)
+	text := rapid.OneOf(rapid.String(), rapid.SampledFrom([]string{"", "a<b>&c", "\u2028", "tab\t\"quote\"", "\xff"}))
+	rapid.Check(t, func(rt *rapid.T) {
+		l := full
+		if rapid.Bool().Draw(rt, "bare") {
+			l = Lease{}
+		}
+		l.Session, l.Over, l.Standby = text.Draw(rt, "session"), text.Draw(rt, "over"), text.Draw(rt, "standby")
+		l.Claims = rapid.MapOf(text, text).Draw(rt, "claims")
+		l.Rules = rapid.SliceOf(text).Draw(rt, "rules")
+		l.SecretHash = rapid.SliceOf(rapid.Byte()).Draw(rt, "hash")
+		l.Expires = time.Unix(rapid.Int64Range(0, 1<<33).Draw(rt, "s"), rapid.Int64Range(0, 999_999_999).Draw(rt, "ns")).UTC()
+		want, err := json.Marshal(l)
+		if err != nil {
+			rt.Fatal(err)
+		}
+		if got, err := encode(l); err != nil || string(got) != string(want) {
+			rt.Fatalf("got  %s, %v\nwant %s", got, err, want)
+		}
+	})
 }
 
 // Every field of a lease survives, also one that is added some day.

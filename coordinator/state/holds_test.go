@@ -175,8 +175,9 @@ func TestClaims(t *testing.T) {
 	}
 	longer, _ := h.claim(at, "a", later.Add(time.Minute), now, isOwn)
 	h.drop(at, "a", 7) // of the lease that is being replaced
+	kept := h.get(at).session
 	h.note(at, "a", nanos(later), 7)
-	if h.get(at).session != "a" {
+	if kept != "a" || h.get(at).session != "a" {
 		t.Fatal("a claim went with the lease before it")
 	}
 	h.release(longer)
@@ -193,5 +194,8 @@ func TestClaims(t *testing.T) {
 	h.note(at, "a", nanos(later.Add(time.Hour)), 9)
 	if h.get(at).session != "b" {
 		t.Fatal("a claim is overridden")
+	}
+	if h.drop(at, "a", ^uint64(0)); h.get(at).session != "b" {
+		t.Fatal("another's lease takes a claim along")
 	}
 }

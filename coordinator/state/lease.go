@@ -291,6 +291,16 @@ func (s *Store) UpdateLease(ctx context.Context, l Lease) (Lease, error) {
 	return l, nil
 }
 
+// Sole reports whether this process is the only node, because the state is embedded in it.
+func (s *Store) Sole() bool { return s.embedded != nil }
+
+// Stands reports whether a lease is still as this node has written it. On a cluster another node may have changed it a moment ago: there,
+// writing over its revision tells.
+func (s *Store) Stands(l Lease) bool {
+	r, revision := s.bucket.mirror.get(leaseKind, token(l.Session))
+	return s.lives(r) && revision == l.Revision
+}
+
 // keepAddress makes a lease's address last as long as the lease, and where that takes a write, as long again, but not beyond the session's
 // end: two of three renewals then write the lease alone. ErrConflict where it is held by another session, or by none, which is to say that the lease has
 // ended.

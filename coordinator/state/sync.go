@@ -22,8 +22,8 @@ const syncEvery = 10 * time.Millisecond
 // what was replaced in it. NATS would do so itself, but holds a lock of the stream until the disk has answered: joins stood still for 0.6 s.
 const sweepEvery = 5 * time.Second
 
-// syncer makes safe from loss of power what an embedded server has written to its files, on demand. NATS can do so after every write, of which a
-// join needs three, or every few seconds; those whose joins are answered meanwhile would have lost their leases.
+// syncer makes safe from loss of power what an embedded server has written to its files, on demand. NATS can do so after every write,
+// or every few seconds; those whose joins are answered meanwhile would have lost their leases.
 type syncer struct {
 	dir  string // of the stream's blocks
 	from int    // all blocks before this one are safe; run's
@@ -43,22 +43,15 @@ func newSyncer(storeDir string) *syncer {
 	return &syncer{dir: filepath.Join(storeDir, "jetstream", "$G", "streams", streamName, "msgs"), kick: make(chan struct{}, 1)}
 }
 
-// wait returns once all that was written before is on the disk.
-func (s *syncer) wait(ctx context.Context) error {
+// begin gives the sync that makes safe all that was written before.
+func (s *syncer) begin() *round {
 	s.mu.Lock()
-	r := s.next
-	if r == nil {
-		r = &round{done: make(chan struct{})}
-		s.next = r
+	defer s.mu.Unlock()
+	if s.next == nil {
+		s.next = &round{done: make(chan struct{})}
 		s.kick <- struct{}{} // has room: next was nil, so run has taken the last one
 	}
-	s.mu.Unlock()
-	select {
-	case <-r.done:
-		return r.err
-	case <-ctx.Done():
-		return ctx.Err()
-	}
+	return s.next
 }
 
 // run syncs when somebody waits, until ctx ends.
@@ -196,18 +189,27 @@ func syncDir(name string) error {
 	return d.Close()
 }
 
-// Safe returns once all that this store has written so far outlives a loss of power: at once with an existing cluster, where its
-// servers see to that.
-func (s *Store) Safe(ctx context.Context) error {
+// Saving has all that this store has written so far outlive a loss of power; safe waits for that. With an existing cluster it has nothing to wait
+// for: its servers see to that.
+func (s *Store) Saving() (safe func(ctx context.Context) error) {
 	if s.syncer == nil {
-		return nil
+		return func(context.Context) error { return nil }
 	}
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	stop := context.AfterFunc(s.life, cancel) // nobody syncs any more
-	defer stop()
-	if err := s.syncer.wait(ctx); err != nil {
-		return fmt.Errorf("make the state safe: %w", err)
+	r := s.syncer.begin()
+	return func(ctx context.Context) error {
+		select {
+		case <-r.done:
+			if r.err != nil {
+				return fmt.Errorf("make the state safe: %w", r.err)
+			}
+			return nil
+		case <-ctx.Done():
+			return fmt.Errorf("make the state safe: %w", ctx.Err())
+		case <-s.life.Done(): // nobody syncs any more
+			return fmt.Errorf("make the state safe: %w", context.Canceled)
+		}
 	}
-	return nil
 }
+
+// Safe returns once all that this store has written so far outlives a loss of power.
+func (s *Store) Safe(ctx context.Context) error { return s.Saving()(ctx) }

@@ -34,6 +34,7 @@ const crowdEnv = "CULVERT_TEST_CROWD"
 type crowdOrder struct {
 	Join    *crowdClient  `json:",omitempty"`
 	Go      *crowdGo      `json:",omitempty"`
+	Light   bool          `json:",omitempty"` // Join's: as one of lights
 	Measure time.Duration `json:",omitempty"`
 }
 
@@ -65,6 +66,7 @@ type crowdAnswer struct {
 type crowd struct {
 	service netip.AddrPort
 	clients []*job
+	lights  *lights // nil where clients are complete
 	bytes   [2048]atomic.Int64
 }
 
@@ -98,6 +100,8 @@ func crowdMain() {
 
 func (c *crowd) obey(o crowdOrder, a *crowdAnswer) error {
 	switch {
+	case o.Join != nil && o.Light:
+		return c.joinLight(o.Join)
 	case o.Join != nil:
 		return c.join(o.Join)
 	case o.Go != nil:
@@ -113,7 +117,7 @@ func (c *crowd) obey(o crowdOrder, a *crowdAnswer) error {
 		return errors.Join(errs...)
 	}
 	began, used := time.Now(), processorTime()
-	before := make([]int64, len(c.clients))
+	before := make([]int64, c.members())
 	for i := range before {
 		before[i] = c.bytes[i].Load()
 	}
@@ -162,8 +166,31 @@ func (c *crowd) join(o *crowdClient) error {
 	return peer.WaitHandshake(ctx)
 }
 
+// joinLight is join for a light client.
+func (c *crowd) joinLight(o *crowdClient) (err error) {
+	if c.lights == nil {
+		c.lights, err = newLights(o.Port, func(index int, bytes int64) { c.bytes[index].Add(bytes) })
+		if err != nil {
+			return err
+		}
+	}
+	_, err = c.lights.join(o)
+	return err
+}
+
+// members is how many have joined.
+func (c *crowd) members() int {
+	if c.lights != nil {
+		return len(c.lights.all)
+	}
+	return len(c.clients)
+}
+
 // transfer begins one connection over which bytes go without end.
 func (c *crowd) transfer(index int, kind byte) error {
+	if c.lights != nil {
+		return c.transferLight(index, kind)
+	}
 	conn, err := c.clients[index].dial(c.service)
 	if err != nil {
 		return err
@@ -182,6 +209,16 @@ func (c *crowd) transfer(index int, kind byte) error {
 	return nil
 }
 
+// transferLight is transfer for a light client; its target throws away what it gets without looking.
+func (c *crowd) transferLight(index int, kind byte) error {
+	var head [5]byte
+	if head[0] = kind; kind == 'u' {
+		head[0] = 'x'
+	}
+	binary.BigEndian.PutUint32(head[1:], uint32(index))
+	return c.lights.all[index].dial(c.service, head[:], kind == 'u')
+}
+
 // serve is the service in the private network: what it does, the first bytes of a connection say.
 func (c *crowd) serve(l net.Listener) {
 	for {
@@ -195,9 +232,12 @@ func (c *crowd) serve(l net.Listener) {
 			if _, err := io.ReadFull(conn, head[:]); err != nil {
 				return
 			}
-			if head[0] == 'd' {
+			switch head[0] {
+			case 'd':
 				pourInto(conn)
-			} else {
+			case 'x':
+				discard(conn, &c.bytes[binary.BigEndian.Uint32(head[1:])])
+			default:
 				tally(conn, &c.bytes[binary.BigEndian.Uint32(head[1:])])
 			}
 		}()
@@ -225,12 +265,37 @@ func tally(r io.Reader, n *atomic.Int64) {
 	}
 }
 
+// discard counts what comes and has the kernel drop it (tcp(7), MSG_TRUNC): a service elsewhere takes nothing of this machine either.
+func discard(conn net.Conn, n *atomic.Int64) {
+	raw, err := conn.(*net.TCPConn).SyscallConn()
+	if err != nil {
+		return
+	}
+	for err == nil {
+		err = raw.Read(func(fd uintptr) bool {
+			got, _, errno := syscall.RawSyscall6(syscall.SYS_RECVFROM, fd, 0, 1<<20, syscall.MSG_TRUNC|syscall.MSG_DONTWAIT, 0, 0)
+			switch {
+			case errno == syscall.EAGAIN:
+				return false
+			case errno != 0 && errno != syscall.EINTR:
+				err = errno
+			case errno == 0 && got == 0:
+				err = io.EOF
+			case errno == 0:
+				n.Add(int64(got))
+			}
+			return true
+		})
+	}
+}
+
 // audience is the parent's side of a crowd.
 type audience struct {
 	tb      testing.TB
 	service netip.AddrPort
 	in      *json.Encoder
 	out     *json.Decoder
+	light   bool
 }
 
 // gather starts a crowd in a process of its own.

@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -507,6 +508,50 @@ func TestOwnPolicyNarrowsWhatIsOffered(t *testing.T) {
 	}
 	if left := time.Until(a.Lease.Ends); left > 30*time.Minute {
 		t.Errorf("the session may last %v, the gateway's own policy says 30m", left)
+	}
+}
+
+// TestLongestSessionBoundsTheOwnPolicy: a rule of the gateway's own file may shorten what its operator set, and not lengthen it.
+func TestLongestSessionBoundsTheOwnPolicy(t *testing.T) {
+	r := newRig(t, ownRules)
+	r.door.judge.maxSession = 10 * time.Minute
+	a, err := r.admit(r.fresh())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if left := time.Until(a.Lease.Ends); left > 10*time.Minute {
+		t.Errorf("the session may last %v", left)
+	}
+}
+
+// TestOwnPolicyChangesDuringAdmission: a file that is taken up while a session is being opened holds for it as well.
+func TestOwnPolicyChangesDuringAdmission(t *testing.T) {
+	r := newRig(t, ownRules)
+	changed, err := policy.ParseFile("policy.yaml", []byte(strings.Replace(ownRules, "acme/shop", "acme/other", 1)), policy.Options{Issuers: r.door.judge.issuers})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.plane.before = func(string) { r.door.judge.policy.Store(changed) }
+	if _, err := r.admit(r.fresh()); problem.CodeOf(err) != problem.Denied {
+		t.Errorf("admitted by a policy that holds no more: %v", err)
+	}
+	if r.door.table.size() != 0 {
+		t.Error("it keeps a place")
+	}
+}
+
+// TestOwnersAreOfOneIssuer: an owner's id is a number of the issuer that gave it. Another one's owner may have the same.
+func TestOwnersAreOfOneIssuer(t *testing.T) {
+	o := Options{Owners: []string{ownerID}, Issuers: []claims.Issuer{{URL: "https://ghes.example.com/_services/token"}, {URL: claims.GitHub}}}
+	j, err := newJudge(&o, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for issuer, want := range map[string]problem.Code{claims.GitHub: "", o.Issuers[0].URL: problem.GatewayRefused} {
+		_, err := j.rule(&claims.Claims{Issuer: issuer, RepositoryOwnerID: ownerID})
+		if err != nil != (want != "") || err != nil && problem.CodeOf(err) != want {
+			t.Errorf("%s: %v, want %q", issuer, err, want)
+		}
 	}
 }
 

@@ -15,30 +15,36 @@ import (
 )
 
 // BenchmarkActiveSessions has many sessions carry all they can at once, each over a tunnel of its own, and compares with one. The
-// clients and the service are in a process of their own. In "greedy", one session has 64 transfers where the others have one each.
+// clients and the service are in a process of their own. In "greedy", one session has 64 transfers where the others have one each. In
+// "light", clients are [lights].
 func BenchmarkActiveSessions(b *testing.B) {
 	for _, c := range []struct {
 		name     string
 		kind     byte
 		sessions int
 		greedy   int
+		light    bool
 	}{
-		{"down-1", 'd', 1, 1},
-		{"down-100", 'd', 100, 1}, {"up-100", 'u', 100, 1}, {"down-greedy", 'd', 20, 64}, {"up-greedy", 'u', 20, 64},
-		{"down-1000", 'd', 1000, 1}, {"up-1000", 'u', 1000, 1},
+		{"down-1", 'd', 1, 1, false},
+		{"down-100", 'd', 100, 1, false}, {"up-100", 'u', 100, 1, false},
+		{"down-greedy", 'd', 20, 64, false}, {"up-greedy", 'u', 20, 64, false},
+		{"down-1000", 'd', 1000, 1, false}, {"up-1000", 'u', 1000, 1, false},
+		{"light-down-100", 'd', 100, 1, true}, {"light-up-100", 'u', 100, 1, true},
+		{"light-down-1000", 'd', 1000, 1, true}, {"light-up-1000", 'u', 1000, 1, true},
 	} {
 		b.Run(c.name, func(b *testing.B) {
 			for range b.N {
-				share(b, c.kind, c.sessions, c.greedy)
+				share(b, c.kind, c.sessions, c.greedy, c.light)
 			}
 		})
 	}
 }
 
 // share reports what sessions get that all want all.
-func share(b *testing.B, kind byte, sessions, greedy int) {
+func share(b *testing.B, kind byte, sessions, greedy int, light bool) {
 	const settle, window = 2 * time.Second, 4 * time.Second
 	crowd := gather(b)
+	crowd.light = light
 	w := newWorld(b, func(o *Options) {
 		o.PolicyFile = writeFile(b, strings.NewReplacer("OWNER", ownerID, "SERVICE", crowd.service.String()).Replace(
 			"rules:\n  - {name: own, match: {repository_owner_id: OWNER}, allow: [\"tcp SERVICE\", \"tcp 10.20.0.5:5432\"]}\n"))
@@ -134,7 +140,7 @@ func (a *audience) join(w *world, i int, grants []wire.Grant) {
 	if err != nil {
 		a.tb.Fatal(err)
 	}
-	a.ask(crowdOrder{Join: &crowdClient{
+	a.ask(crowdOrder{Light: a.light, Join: &crowdClient{
 		Private: key.Bytes(), Gateway: answer.Gateway.Key, Inside: answer.Gateway.Addresses[0], Port: w.gateway.Port(), Addrs: overlayOf(i),
 	}})
 }

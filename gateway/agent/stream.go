@@ -319,12 +319,12 @@ func write(ctx context.Context, conn *websocket.Conn, f wire.Frame) error {
 }
 
 func read(ctx context.Context, conn *websocket.Conn) (wire.Frame, error) {
-	var f wire.Frame
 	_, b, err := conn.Read(ctx)
 	if err != nil {
-		return f, lost(err)
+		return wire.Frame{}, lost(err)
 	}
-	if err := json.Unmarshal(b, &f); err != nil {
+	f, err := wire.ParseFrame(b)
+	if err != nil {
 		return f, problem.New(problem.Incompatible, "the coordinator sent something that is no frame",
 			"check that nothing on the way changes the stream, and that both sides are of the same version")
 	}

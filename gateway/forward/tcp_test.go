@@ -260,6 +260,23 @@ func TestTCPLimits(t *testing.T) {
 	}
 }
 
+// TestLastFlowsAreForOthers: a session that takes all that it can get leaves the last quarter of the gateway's flows to one that has fewer.
+func TestLastFlowsAreForOthers(t *testing.T) {
+	target := netip.MustParseAddrPort(server(t, "tcp4", echo))
+	e := newEnv(t, Limits{TotalFlows: 8})
+	e.add("session-2", other4)
+	for i, want := range []error{nil, nil, nil, nil, nil, nil, syscall.ECONNREFUSED} {
+		if _, err := e.dialFrom(job4, target, 20*time.Second); (err == nil) != (want == nil) {
+			t.Fatalf("flow %d of the first: %v, want %v", i+1, err, want)
+		}
+	}
+	for i := range 2 {
+		if _, err := e.dialFrom(other4, target, 20*time.Second); err != nil {
+			t.Errorf("flow %d of the second: %v", i+1, err)
+		}
+	}
+}
+
 // TestTCPRate: a flow over the rate is not refused but waits for the job's next SYN.
 func TestTCPRate(t *testing.T) {
 	target := server(t, "tcp4", echo)

@@ -70,7 +70,8 @@ func TestTurnPatience(t *testing.T) {
 	}
 }
 
-// TestUploadsByTurns: uploads that take turns come through whole, and a target that takes nothing keeps no turn.
+// TestUploadsByTurns: uploads that take turns come through whole. A target that takes nothing keeps no turn, and a job that takes one and
+// says no more does not for long.
 func TestUploadsByTurns(t *testing.T) {
 	e := newEnv(t, Limits{})
 	e.f.turns = newTurns(turnBytes, turnBytes) // one at a time, so two sessions take turns
@@ -95,6 +96,12 @@ func TestUploadsByTurns(t *testing.T) {
 	silent := dial(stranger, stuck)
 	var work sync.WaitGroup
 	work.Go(func() { _, _ = silent.Write(make([]byte, 32<<20)) })
+	idle := dial(stranger, netip.MustParseAddrPort(server(t, "tcp4", func(c *net.TCPConn) { _, _ = io.Copy(io.Discard, c) })))
+	work.Go(func() { // some turns' worth; then it has one and sends nothing
+		if _, err := idle.Write(make([]byte, 256<<10)); err != nil {
+			t.Error(err)
+		}
+	})
 	for _, from := range []netip.Addr{job4, other4} {
 		c := dial(from, target)
 		work.Go(func() {
@@ -115,6 +122,7 @@ func TestUploadsByTurns(t *testing.T) {
 		}
 	}
 	_ = silent.Close()
+	_ = idle.Close()
 	close(free)
 	work.Wait()
 	eventually(t, "all turns are given back", func() bool {

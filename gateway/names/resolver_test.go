@@ -121,6 +121,32 @@ func TestResolveTroubles(t *testing.T) {
 	}
 }
 
+// TestAnswersAreHeldAgainstTheQuestion: what answers another question, or is none, is not believed, whoever sent it.
+func TestAnswersAreHeldAgainstTheQuestion(t *testing.T) {
+	asked := new(dns.Msg)
+	asked.SetQuestion("db.internal.", dns.TypeA)
+	for name, c := range map[string]struct {
+		change func(reply *dns.Msg)
+		want   bool
+	}{
+		"as asked":      {func(*dns.Msg) {}, true},
+		"other case":    {func(m *dns.Msg) { m.Question[0].Name = "DB.internal." }, true},
+		"another name":  {func(m *dns.Msg) { m.Question[0].Name = "db2.internal." }, false},
+		"another type":  {func(m *dns.Msg) { m.Question[0].Qtype = dns.TypeAAAA }, false},
+		"another class": {func(m *dns.Msg) { m.Question[0].Qclass = dns.ClassCHAOS }, false},
+		"no question":   {func(m *dns.Msg) { m.Question = nil }, false},
+		"two questions": {func(m *dns.Msg) { m.Question = append(m.Question, m.Question[0]) }, false},
+		"a question":    {func(m *dns.Msg) { m.Response = false }, false},
+	} {
+		reply := new(dns.Msg)
+		reply.SetReply(asked)
+		c.change(reply)
+		if got := answers(reply, asked); got != c.want {
+			t.Errorf("%s: %t", name, got)
+		}
+	}
+}
+
 // However many flows want a name at once, it is asked for once, and not again while it is good.
 func TestResolveAsksOnce(t *testing.T) {
 	u := namestest.New(t)

@@ -185,7 +185,7 @@ func TestAnswers(t *testing.T) {
 		{"_pg.db.internal.", dns.TypeSRV, "REFUSED"},
 		{"_tcp.db.internal.", dns.TypeSRV, "REFUSED"},
 		{"pg._tcp.db.internal.", dns.TypeSRV, "REFUSED"},
-		{"_sixteen-letters-._tcp.db.internal.", dns.TypeSRV, "REFUSED"},
+		{"_sixteen-letters1._tcp.db.internal.", dns.TypeSRV, "REFUSED"},
 		{"_fifteen-letters._tcp.db.internal.", dns.TypeSRV, "NXDOMAIN"},
 		{"_a._b._c.db.internal.", dns.TypeSRV, "REFUSED"},
 		{"_pg._tcp.other.internal.", dns.TypeSRV, "REFUSED"},

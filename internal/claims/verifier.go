@@ -1,8 +1,10 @@
 package claims
 
 import (
-	"bytes"
 	"context"
+	"crypto"
+	"crypto/rsa"
+	"crypto/sha256"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -14,7 +16,6 @@ import (
 	"time"
 
 	"github.com/coreos/go-oidc/v3/oidc"
-	"github.com/go-jose/go-jose/v4"
 
 	"github.com/culvertnet/culvert/internal/problem"
 	"github.com/culvertnet/culvert/internal/wire"
@@ -199,8 +200,10 @@ func (v *Verifier) VerifyIf(ctx context.Context, token, audience string, look fu
 
 // compactToken is a token's outer form, read before anything of it is believed.
 type compactToken struct {
-	kid     string // the id of the key that is said to have signed it
-	payload []byte
+	kid       string // the id of the key that is said to have signed it
+	payload   []byte
+	signed    string // header and payload, as they stand in the token
+	signature string // as it stands there
 }
 
 // parseCompact bounds a token and reads its outer form (RFC 7515, section 7.1). The alphabet is checked first, because
@@ -229,11 +232,15 @@ func parseCompact(token string) (compactToken, error) {
 		return malformed(err)
 	}
 	var header struct {
-		Alg string `json:"alg"`
-		Kid string `json:"kid"`
+		Alg  string          `json:"alg"`
+		Kid  string          `json:"kid"`
+		Crit json.RawMessage `json:"crit"`
 	}
 	if err := json.Unmarshal(raw, &header); err != nil {
 		return malformed(err)
+	}
+	if header.Crit != nil { // RFC 7515, section 4.1.11: nothing is understood here that it could name
+		return compactToken{}, invalid(nil, "the token's header says that something in it is critical, which is not supported")
 	}
 	if header.Alg != oidc.RS256 {
 		return compactToken{}, invalid(nil, fmt.Sprintf("the token is signed with algorithm %s, only RS256 is accepted", clip(header.Alg)))
@@ -242,7 +249,7 @@ func parseCompact(token string) (compactToken, error) {
 	if err != nil {
 		return malformed(err)
 	}
-	return compactToken{kid: header.Kid, payload: payload}, nil
+	return compactToken{kid: header.Kid, payload: payload, signed: token[:len(head)+1+len(body)], signature: sig}, nil
 }
 
 // strictBase64 takes one spelling of every value.
@@ -272,24 +279,23 @@ func (s *signature) VerifySignature(ctx context.Context, token string) ([]byte, 
 		s.err = err
 		return nil, err
 	}
-	jws, err := jose.ParseSignedCompact(token, []jose.SignatureAlgorithm{jose.RS256})
+	mark, err := strictBase64.DecodeString(s.outer.signature)
 	if err != nil {
 		s.err = invalid(err, "the token is not a signed JWT in compact form")
 		return nil, s.err
 	}
-	var payload []byte
+	digest := sha256.Sum256([]byte(s.outer.signed))
+	err = errors.New("no key")
 	for _, key := range found { // nearly always one; some issuers give two keys one id
-		if payload, err = jws.Verify(key); err == nil {
+		// RS256 (RFC 7518, section 3.3). To have go-jose do it, the token is taken apart a third time, which costs twice what this does.
+		if err = rsa.VerifyPKCS1v15(key, crypto.SHA256, digest[:], mark); err == nil {
 			break
 		}
-	}
-	if err == nil && !bytes.Equal(payload, s.outer.payload) {
-		err = errors.New("another payload than the one that was parsed")
 	}
 	if err != nil {
 		s.err = invalid(err, "the token's signature is wrong")
 		return nil, s.err
 	}
 	s.valid = true
-	return payload, nil
+	return s.outer.payload, nil
 }

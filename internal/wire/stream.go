@@ -1,6 +1,7 @@
 package wire
 
 import (
+	"bytes"
 	"encoding/json"
 	"net/netip"
 	"strconv"
@@ -52,6 +53,61 @@ func (f Frame) Encode() []byte {
 		b = append(append(b, `,"body":`...), f.Body...)
 	}
 	return append(b, '}')
+}
+
+// ParseFrame reads a frame. Its body is part of data. What [Frame.Encode] writes is read without the three times that encoding/json looks
+// at each byte; any other spelling is left to that.
+func ParseFrame(data []byte) (f Frame, err error) {
+	if f, ok := parseEncoded(data); ok {
+		return f, nil
+	}
+	err = json.Unmarshal(data, &f)
+	return f, err
+}
+
+// parseEncoded reads a frame as Encode writes it; ok is false for anything else.
+func parseEncoded(data []byte) (f Frame, ok bool) {
+	rest, ok := bytes.CutPrefix(data, []byte(`{"type":"`))
+	rest, ended := bytes.CutSuffix(rest, []byte(`}`))
+	name, rest, quoted := bytes.Cut(rest, []byte(`"`))
+	if !ok || !ended || !quoted || !plain(name) {
+		return f, false
+	}
+	f.Type = FrameType(name)
+	if digits, found := bytes.CutPrefix(rest, []byte(`,"id":`)); found {
+		n := 0
+		for n < len(digits) && digits[n] >= '0' && digits[n] <= '9' {
+			n++
+		}
+		if f.ID, ok = number(digits[:n]); !ok {
+			return f, false
+		}
+		rest = digits[n:]
+	}
+	if body, found := bytes.CutPrefix(rest, []byte(`,"body":`)); found {
+		f.Body, rest = body, nil
+		ok = json.Valid(body)
+	}
+	return f, ok && len(rest) == 0
+}
+
+// plain reports whether a text in JSON means itself.
+func plain(text []byte) bool {
+	for _, c := range text {
+		if c < ' ' || c > '~' || c == '\\' {
+			return false
+		}
+	}
+	return true
+}
+
+// number reads digits as JSON would.
+func number(digits []byte) (uint64, bool) {
+	if len(digits) == 0 || len(digits) > 1 && digits[0] == '0' {
+		return 0, false
+	}
+	n, err := strconv.ParseUint(string(digits), 10, 64)
+	return n, err == nil
 }
 
 // Hello introduces a gateway and re-asserts every session it holds.

@@ -146,8 +146,33 @@ func TestFrameEncode(t *testing.T) {
 			f.Body, _ = json.Marshal(rapid.MapOf(rapid.String(), rapid.String()).Draw(rt, "content"))
 		}
 		var got Frame
+		if parsed, err := ParseFrame(f.Encode()); err != nil || parsed.Type != f.Type || parsed.ID != f.ID || !bytes.Equal(parsed.Body, f.Body) {
+			rt.Fatalf("%+v came back as %+v, %v", f, parsed, err)
+		}
 		if err := json.Unmarshal(f.Encode(), &got); err != nil || got.Type != f.Type || got.ID != f.ID || !bytes.Equal(got.Body, f.Body) {
 			rt.Fatalf("%s: %+v, %v", f.Encode(), got, err)
+		}
+	})
+}
+
+// FuzzParseFrame: what is read the short way is what encoding/json reads.
+func FuzzParseFrame(f *testing.F) {
+	for _, seed := range []string{
+		`{"type":"offer","id":7,"body":{"a":[1,"}"]}}`, `{"type":"end","body":{"session":"x"},"id":3}`, `{"type":"end"}`, `{"type":"a","id":01}`, `{"type":"a","id":1e3}`,
+		`{"type":"a","body":null}`, `{"type":"a","body": {} }`, `{"type":"a\u0062"}`, `{"type":"a","body":{}},"body":{}}`, `{"id":1,"type":"a"}`, `{"type":"a","body":}`, `{"type":"a",}`,
+		`{"type":"a","id":18446744073709551616}`, `{"type":"a","body":{},"type":"b"}`, `{"type":"}`, ``, `{"type":"a","body":1 2}`,
+	} {
+		f.Add([]byte(seed))
+	}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		var want Frame
+		wantErr := json.Unmarshal(data, &want)
+		got, err := ParseFrame(data)
+		if (err == nil) != (wantErr == nil) {
+			t.Fatalf("%v, want %v", err, wantErr)
+		}
+		if err == nil && (got.Type != want.Type || got.ID != want.ID || string(bytes.TrimSpace(got.Body)) != string(want.Body)) {
+			t.Fatalf("got %+v, want %+v", got, want)
 		}
 	})
 }

@@ -82,8 +82,8 @@ func disk() error {
 	return nil
 }
 
-// begin starts the program whose path and arguments are the lines of the file /begin, if there is one. It is not started again: that it ends
-// is for the test to see.
+// begin starts the programs of the file /begin, if there is one: path and arguments are lines, variables of the environment may stand before them, and an empty
+// line is between programs. None is started again: that it ends is for the test to see.
 func begin() error {
 	text, err := os.ReadFile("/begin")
 	if errors.Is(err, os.ErrNotExist) {
@@ -92,9 +92,21 @@ func begin() error {
 	if err != nil {
 		return err
 	}
-	words := strings.Split(strings.TrimSpace(string(text)), "\n")
+	for program := range strings.SplitSeq(strings.TrimSpace(string(text)), "\n\n") {
+		if err := start(strings.Split(program, "\n")); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func start(words []string) error {
+	env := []string{"PATH=/bin", "HOME=/tmp"}
+	for len(words) > 1 && !strings.HasPrefix(words[0], "/") {
+		env, words = append(env, words[0]), words[1:]
+	}
 	cmd := exec.Command(words[0], words[1:]...)
-	cmd.Env, cmd.Stdout, cmd.Stderr = []string{"PATH=/bin", "HOME=/tmp"}, os.Stdout, os.Stderr
+	cmd.Env, cmd.Stdout, cmd.Stderr = env, os.Stdout, os.Stderr
 	if err := cmd.Start(); err != nil {
 		return err
 	}

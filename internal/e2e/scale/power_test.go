@@ -39,7 +39,7 @@ var (
 	guestEnd = netip.MustParseAddr("10.99.0.2")
 )
 
-// plug is a coordinator with embedded state in a virtual machine, and the plug to pull.
+// plug is a coordinator with embedded state, or the nats-servers of one, in a virtual machine, and the plug to pull.
 type plug struct {
 	t       testing.TB
 	host    *lab.Host // where jobs and gateways are played
@@ -49,7 +49,8 @@ type plug struct {
 	image   string // of the first file system
 	console string
 	machine *process
-	node    *node // as the generator sees it
+	node    *node       // as the generator sees it
+	up      func() bool // what is in the machine answers
 	random  *rand.Rand
 }
 
@@ -73,9 +74,23 @@ func newPlug(t testing.TB) *plug {
 	p.must(err)
 	p.must(p.host.ServeGuest(hostEnd))
 	p.makeDisk()
-	p.node = &node{t: t, host: p.host, addr: netip.AddrPortFrom(guestEnd, joinPort).String(), issuer: "http://" + freeAddr(t, p.host)}
-	p.pack()
 	return p
+}
+
+// embedded puts a coordinator with embedded state into the machine.
+func (p *plug) embedded() {
+	p.t.Helper()
+	p.node = &node{t: p.t, host: p.host, addr: netip.AddrPortFrom(guestEnd, joinPort).String(), issuer: "http://" + freeAddr(p.t, p.host)}
+	client := p.host.Client(5 * time.Second)
+	p.up = func() bool {
+		resp, err := client.Get(p.node.url() + "/readyz")
+		if err != nil {
+			return false
+		}
+		_ = resp.Body.Close()
+		return resp.StatusCode == http.StatusOK
+	}
+	p.packCoordinator()
 }
 
 func (p *plug) must(err error) {
@@ -110,8 +125,8 @@ func (p *plug) makeDisk() {
 	})
 }
 
-// pack writes the machine's first file system: modules, the coordinator and its configuration.
-func (p *plug) pack() {
+// packCoordinator writes a first file system with the coordinator and its configuration.
+func (p *plug) packCoordinator() {
 	p.t.Helper()
 	// The range is small, so that an address that is given while another session has it is met soon.
 	config := fmt.Sprintf(`
@@ -128,22 +143,30 @@ issuers: [{url: %[4]q}]
 networks: {load: {sessions: 10.64.0.0/22, gateways: [{issuer: %[4]q, subject: culvert-load}]}}
 rules: [{name: load, network: load, match: {repository_owner_id: 1, repository_id: 2}, allow: ["tcp 10.20.0.5:5432"]}]
 `, p.node.url(), p.node.addr, hostEnd.Masked(), p.node.issuer)
-	read := func(path string) []byte {
-		data, err := os.ReadFile(path)
-		p.must(err)
-		return data
-	}
-	dir := os.Getenv(kernelEnv)
 	var a vm.Archive
-	a.File("init", read(filepath.Join(dir, "guest")), 0o755)
-	a.File("bin/culvert-coordinator", read(binary()), 0o755)
+	a.File("bin/culvert-coordinator", p.read(binary()), 0o755)
 	a.File("culvert.yaml", []byte(config), 0o600)
 	a.File("begin", []byte("/bin/culvert-coordinator\nserve\n--config\n/culvert.yaml\n--log-level\nwarn\n"), 0o644)
+	p.pack(&a)
+}
+
+func (p *plug) read(path string) []byte {
+	p.t.Helper()
+	data, err := os.ReadFile(path)
+	p.must(err)
+	return data
+}
+
+// pack writes the machine's first file system: what it is given, and the machine's own program and modules.
+func (p *plug) pack(a *vm.Archive) {
+	p.t.Helper()
+	dir := os.Getenv(kernelEnv)
+	a.File("init", p.read(filepath.Join(dir, "guest")), 0o755)
 	p.must(a.Modules(dir, "virtio_pci", "virtio_net", "virtio_blk"))
 	p.must(os.WriteFile(p.image, a.End(), 0o600))
 }
 
-// on boots the machine, which starts the coordinator by itself, and gives how long it takes until that is ready.
+// on boots the machine, which starts what it has by itself, and gives how long it takes until that is ready.
 func (p *plug) on() time.Duration {
 	p.t.Helper()
 	kernel, err := vm.Kernel(os.Getenv(kernelEnv))
@@ -155,23 +178,17 @@ func (p *plug) on() time.Duration {
 		"-append", fmt.Sprintf("console=ttyS0 quiet panic=-1 reboot=t guest.addr=%s/%d guest.via=%s guest.disk=/dev/vda:/disk", guestEnd, hostEnd.Bits(), hostEnd.Addr()),
 		"-blockdev", "driver=nbd,node-name=disk,server.type=unix,server.path="+p.socket, "-device", "virtio-blk-pci,drive=disk",
 		"-netdev", "tap,id=n0,ifname="+lab.TapDevice+",script=no,downscript=no", "-device", "virtio-net-pci,netdev=n0,romfile=")
-	client := p.host.Client(5 * time.Second)
 	for deadline := began.Add(2 * time.Minute); time.Now().Before(deadline); time.Sleep(50 * time.Millisecond) {
 		select {
 		case <-p.machine.Done():
 			p.t.Fatalf("the machine has ended:\n%s", tail(p.console))
 		default:
 		}
-		resp, err := client.Get(p.node.url() + "/readyz")
-		if err != nil {
-			continue
-		}
-		_ = resp.Body.Close()
-		if resp.StatusCode == http.StatusOK {
+		if p.up() {
 			return time.Since(began)
 		}
 	}
-	p.t.Fatalf("the coordinator is never ready:\n%s", tail(p.console))
+	p.t.Fatalf("what is in the machine is never ready:\n%s", tail(p.console))
 	return 0
 }
 
@@ -227,6 +244,7 @@ func TestPowerLoss(t *testing.T) {
 		times = n
 	}
 	p := newPlug(t)
+	p.embedded()
 	t.Cleanup(func() {
 		if t.Failed() {
 			t.Logf("the machine's console:\n%s", tail(p.console))
