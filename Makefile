@@ -123,8 +123,8 @@ kernel: build
 	CULVERT_E2E_BIN=$(CURDIR)/bin CULVERT_E2E_KERNEL=$(CURDIR)/$(KERNEL) \
 		$(GO) test -count=1 -timeout 10m -run '^TestKernel' -v ./internal/e2e
 
-# A coordinator with embedded state in a virtual machine whose plug is pulled again and again while jobs join, on a disk that loses what was not
-# flushed: two minutes, and 40 MB to fetch the first time. For x86-64 alone.
+# A coordinator with embedded state, then the three nats-servers of another one, in a virtual machine whose plug is pulled again and again while jobs join, on a
+# disk that loses what was not flushed: four minutes, and 40 MB to fetch the first time. For x86-64 alone.
 power: build
 	@$(call want,qemu-system-x86_64 depmod mkfs.ext4,qemu-system-x86 kmod e2fsprogs)
 	@$(unpack-kernel)

@@ -2,6 +2,7 @@ package session
 
 import (
 	"context"
+	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
@@ -367,5 +368,36 @@ func TestReconcileBelievesNoContradiction(t *testing.T) {
 	}
 	if over, err := b.m.Reconcile(t.Context(), g.who, held); err != nil || len(over) != 0 {
 		t.Fatalf("%v are over, %v", over, err)
+	}
+}
+
+// TestEndedBeforeItWasThrough: a join whose session somebody with a say in it has ended has failed for good; where the gateway did, or the state changed hands,
+// another one may do.
+func TestEndedBeforeItWasThrough(t *testing.T) {
+	b := newBench(t, Options{})
+	g := Gateway{Network: "corp", Name: "a", Instance: "away-away-away-away"}
+	for i, c := range []struct {
+		over string
+		want problem.Code
+	}{
+		{endedByClient, problem.SessionOver}, {endedByPolicy, problem.SessionOver}, {endedByTime, problem.SessionOver},
+		{"ended by its gateway", problem.Unreachable}, {endedByBreak, problem.Unreachable}, {endedByRestart, problem.Unreachable}, {"", problem.Unreachable},
+	} {
+		h := held(b.job().key, fmt.Sprintf("198.18.0.%d", 5+i))
+		if _, err := b.m.Reconcile(t.Context(), g, []wire.Held{h}); err != nil {
+			t.Fatal(err)
+		}
+		l, err := b.store.Lease(t.Context(), h.Session)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if c.over != "" {
+			if err := b.m.finish(t.Context(), l, c.over, byCoordinator); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := b.m.endedBefore(t.Context(), &admission{lease: l}, state.ErrConflict); problem.CodeOf(err) != c.want {
+			t.Errorf("%q: %v", c.over, err)
+		}
 	}
 }

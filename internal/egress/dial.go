@@ -3,16 +3,17 @@ package egress
 import (
 	"cmp"
 	"context"
+	"errors"
 	"net"
 	"net/netip"
 	"slices"
 	"sync"
 	"time"
+
+	"github.com/culvertnet/culvert/internal/eyeballs"
 )
 
 const (
-	// attemptDelay is after how long without an answer the next address is tried as well (RFC 8305, section 5).
-	attemptDelay = 250 * time.Millisecond
 	// maxAddresses of one name are tried.
 	maxAddresses = 8
 	// avoidFor is how long an address that was left comes after all others.
@@ -88,82 +89,42 @@ func (d *Dialer) resolve(ctx context.Context, host string) ([]netip.Addr, error)
 	return resolver.LookupNetIP(ctx, "ip", host)
 }
 
-// order gives the addresses in the order in which they are tried: families in turn, beginning with that of the system's first choice (RFC 8305, section 4),
-// and those to be avoided last.
+// order gives the addresses in the order in which they are tried: families in turn, and those to be avoided last.
 func (d *Dialer) order(found []netip.Addr, port uint16) []netip.AddrPort {
-	var families [2][]netip.AddrPort
-	for _, a := range found {
-		a = a.Unmap()
-		i := 0
-		if a.Is4() != found[0].Unmap().Is4() {
-			i = 1
-		}
-		if to := netip.AddrPortFrom(a, port); !slices.Contains(families[i], to) {
-			families[i] = append(families[i], to)
-		}
+	for i := range found {
+		found[i] = found[i].Unmap()
 	}
 	var list, last []netip.AddrPort
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	now := time.Now()
-	for i := range max(len(families[0]), len(families[1])) {
-		for _, f := range families {
-			switch {
-			case i >= len(f):
-			case now.Before(d.avoid[f[i]]):
-				last = append(last, f[i])
-			default:
-				list = append(list, f[i])
-			}
+	for _, a := range eyeballs.Interleave(found) {
+		to := netip.AddrPortFrom(a, port)
+		switch {
+		case slices.Contains(list, to) || slices.Contains(last, to):
+		case now.Before(d.avoid[to]):
+			last = append(last, to)
+		default:
+			list = append(list, to)
 		}
 	}
 	list = append(list, last...)
 	return list[:min(len(list), maxAddresses)]
 }
 
-// race gives the first connection that stands, and waits until the other tries have ended. The error is that of the first address.
-func (d *Dialer) race(ctx context.Context, network string, list []netip.AddrPort) (won net.Conn, first error) {
-	ctx, cancel := context.WithCancel(ctx)
-	var trying sync.WaitGroup
-	defer trying.Wait()
-	defer cancel()
-	type outcome struct {
-		conn net.Conn
-		err  error
-		n    int
+// race gives the first connection that stands. The error is the first that was met.
+func (d *Dialer) race(ctx context.Context, network string, list []netip.AddrPort) (net.Conn, error) {
+	if len(list) == 1 {
+		return d.one(ctx, network, list[0].String())
 	}
-	outcomes, over := make(chan outcome), make(chan struct{})
-	defer close(over)
-	next := time.NewTimer(0)
-	defer next.Stop()
-	for begun, failed := 0, 0; failed < len(list); {
-		select {
-		case <-next.C:
-			n := begun
-			if begun++; begun < len(list) {
-				next.Reset(attemptDelay)
-			}
-			trying.Go(func() {
-				conn, err := d.one(ctx, network, list[n].String())
-				select {
-				case outcomes <- outcome{conn, err, n}:
-				case <-over:
-					if conn != nil {
-						_ = conn.Close()
-					}
-				}
-			})
-		case o := <-outcomes:
-			if o.err == nil {
-				return o.conn, nil
-			}
-			if failed++; o.n == 0 || first == nil {
-				first = o.err
-			}
-			if begun < len(list) {
-				next.Reset(0)
-			}
-		}
+	conn, err := eyeballs.Dial(ctx, list, func(ctx context.Context, to netip.AddrPort) (net.Conn, error) {
+		return d.one(ctx, network, to.String())
+	})
+	if several, ok := err.(interface{ Unwrap() []error }); ok {
+		err = several.Unwrap()[0]
 	}
-	return nil, first
+	if op := (*net.OpError)(nil); err != nil && !errors.As(err, &op) {
+		err = &net.OpError{Op: "dial", Net: network, Addr: net.TCPAddrFromAddrPort(list[0]), Err: err}
+	}
+	return conn, err
 }

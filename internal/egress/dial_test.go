@@ -82,7 +82,7 @@ func TestDialsSeveralAddresses(t *testing.T) {
 		{"the first is far", []string{"10.0.0.1", "10.0.0.2"}, map[string]time.Duration{"10.0.0.1": 300 * ms}, "10.0.0.1", 300 * ms, "10.0.0.1 10.0.0.2"},
 		{"the first refuses", []string{"10.0.0.1", "10.0.0.2"}, map[string]time.Duration{"10.0.0.1": -5 * ms, "10.0.0.2": 20 * ms}, "10.0.0.2", 25 * ms, "10.0.0.1 10.0.0.2"},
 		{"one family is silent", []string{"fd00::1", "fd00::2", "10.0.0.1"}, map[string]time.Duration{"10.0.0.1": 20 * ms}, "10.0.0.1", 270 * ms, "fd00::1 10.0.0.1"},
-		{"all refuse", []string{"10.0.0.1", "10.0.0.2"}, map[string]time.Duration{"10.0.0.1": -5 * ms, "10.0.0.2": -5 * ms}, "refused", 10 * ms, "10.0.0.1 10.0.0.2"},
+		{"all refuse", []string{"10.0.0.1", "10.0.0.2"}, map[string]time.Duration{"10.0.0.1": -5 * ms, "10.0.0.2": -5 * ms}, "dial tcp 10.0.0.1:443: refused", 10 * ms, "10.0.0.1 10.0.0.2"},
 		{"nobody answers", []string{"10.0.0.1", "10.0.0.1"}, nil, "context deadline exceeded", 10 * time.Second, "10.0.0.1"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
