@@ -17,10 +17,10 @@ import (
 // Bounds of what the gateways of one enrolment have at this node together. A gateway may call itself by any number of instances, so that bounds
 // of one stream alone are none.
 const (
-	maxStreams = 256
+	maxStreams = 1024
 	maxHellos  = 4 * wire.MaxState // bytes of hellos that are being read, or held against the state
 	maxBacklog = 4 * maxWaiting    // bytes that wait in their inboxes
-	smallHello = 256 << 10         // bytes of a hello that nobody has to wait for, a thousand sessions
+	smallHello = 128 << 10         // bytes of a hello that nobody has to wait for, some hundred sessions
 )
 
 // ledger adds up what the gateways of one enrolment have.
