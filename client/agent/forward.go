@@ -26,6 +26,20 @@ const (
 	nextForward = "ask for a rule that allows it, or leave the forward out"
 )
 
+// advice is the next step for whoever names a target that does not lead into the tunnel.
+type advice struct {
+	outside string // where it stays outside, though it may be granted
+	denied  string // where the grant does not cover it
+}
+
+var (
+	forwarding = advice{"connect to it without a forward, which leads into the tunnel or nowhere", nextForward}
+	waiting    = advice{
+		"leave it out of --wait-for, which is about the tunnel alone; what stays outside needs none",
+		"`culvert status` shows the routes of a session; ask for a rule that allows it, or leave it out of --wait-for",
+	}
+)
+
 // within gives the addresses of "host:port" that lead into the tunnel, at least one: what a forward may connect to. Errors are
 // *problem.Error, [problem.FlowDenied] where nothing of it is granted.
 func (a *Agent) within(ctx context.Context, target string) ([]netip.AddrPort, error) {
@@ -41,7 +55,7 @@ func (a *Agent) within(ctx context.Context, target string) ([]netip.AddrPort, er
 	}
 	targets := slices.DeleteFunc(slices.Clone(all), func(t netip.AddrPort) bool { return !a.inside(t.Addr()) })
 	if len(targets) == 0 {
-		return nil, a.outsideOf(target, all[0].Addr())
+		return nil, a.outsideOf(target, all[0].Addr(), forwarding)
 	}
 	return targets, nil
 }
@@ -54,21 +68,20 @@ func (a *Agent) led() bool {
 }
 
 // outsideOf says why a target's address does not lead into the tunnel.
-func (a *Agent) outsideOf(target string, addr netip.Addr) error {
+func (a *Agent) outsideOf(target string, addr netip.Addr, next advice) error {
 	if host, _, err := net.SplitHostPort(target); err == nil && host != addr.String() {
 		target += " (" + addr.String() + ")"
 	}
 	a.routes.mu.Lock()
 	left := yielded(a.routes.left, addr)
 	a.routes.mu.Unlock()
-	const direct = "connect to it without a forward, which leads into the tunnel or nowhere"
 	switch {
 	case left:
-		return problem.New(problem.FlowDenied, target+" is directly connected to this host, and stays outside the tunnel", direct)
+		return problem.New(problem.FlowDenied, target+" is directly connected to this host, and stays outside the tunnel", next.outside)
 	case a.aside.holds(addr) || a.aside != nil && contains(a.aside.prefixes, addr):
-		return problem.New(problem.FlowDenied, target+" is kept outside the tunnel by --direct", direct)
+		return problem.New(problem.FlowDenied, target+" is kept outside the tunnel by --direct", next.outside)
 	}
-	return problem.New(problem.FlowDenied, "the grant does not cover "+target, nextForward)
+	return problem.New(problem.FlowDenied, "the grant does not cover "+target, next.denied)
 }
 
 // mayForward says which forward leads to a target that nothing grants. That a target does not answer is no error: its service may

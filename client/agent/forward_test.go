@@ -155,6 +155,14 @@ func TestForwardToWhatStaysOutside(t *testing.T) {
 			t.Errorf("%s: %v", target, err)
 		}
 	}
+	for target, want := range map[string]string{
+		"10.77.1.1:80": "leave it out of --wait-for", "10.77.2.1:80": "leave it out of --wait-for", "10.78.0.1:80": "ask for a rule",
+	} {
+		err := r.outsideOf(target, netip.MustParseAddrPort(target).Addr(), waiting)
+		if p := problem.From(err); p.Code != problem.FlowDenied || !strings.Contains(p.Next, want) || strings.Contains(p.Next, "forward") {
+			t.Errorf("waiting for %s: %v", target, err)
+		}
+	}
 }
 
 // The proxy speaks of the name that a program has asked for. Its service address, which no rule and no person knows, is for the gateway.

@@ -196,8 +196,7 @@ func (s *session) connect(ctx context.Context, target string, limit time.Duratio
 	}
 	for _, addr := range targets {
 		if !s.agent.inside(addr.Addr()) {
-			err = problem.New(problem.FlowDenied, fmt.Sprintf("%s (%s) does not lie in what this session may reach through the tunnel",
-				target, addr.Addr()), "`culvert status` shows the routes; ask for a grant that covers it")
+			err = s.agent.outsideOf(target, addr.Addr(), waiting)
 			continue
 		}
 		if err = s.connectTo(ctx, target, addr, limit); err == nil {

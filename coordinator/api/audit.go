@@ -3,6 +3,7 @@ package api
 import (
 	"context"
 	"encoding/hex"
+	"errors"
 	"net/netip"
 
 	"github.com/coder/websocket"
@@ -96,7 +97,15 @@ func (s *stream) left(why error) {
 	r := s.record(audit.Unenrolled)
 	r.Succeeded()
 	if why != nil {
-		r.Detail = clip(printable(why.Error()), 200)
+		r.Detail = clip(printable(lastWord(why)), 200)
 	}
 	s.api.opts.Audit.Note(r)
+}
+
+// lastWord is why a stream ended: the gateway's own reason where it closed in good order, else the error.
+func lastWord(why error) string {
+	if c, ok := errors.AsType[websocket.CloseError](why); ok && c.Reason != "" {
+		return c.Reason
+	}
+	return why.Error()
 }

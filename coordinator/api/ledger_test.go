@@ -3,6 +3,8 @@ package api
 import (
 	"context"
 	"encoding/json"
+	"errors"
+	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -147,5 +149,15 @@ func TestHellosOfOneEnrolment(t *testing.T) {
 	own.hellos.Release(maxHellos)
 	if !own.hellos.TryAcquire(maxHellos) {
 		t.Error("the one that waited in vain has room")
+	}
+}
+
+// TestLastWord: the record of a gateway that closed in good order has its reason, and not the library's words about it.
+func TestLastWord(t *testing.T) {
+	closed := fmt.Errorf("read from the gateway: %w", websocket.CloseError{Code: websocket.StatusNormalClosure, Reason: "the gateway stops"})
+	for want, why := range map[string]error{"the gateway stops": closed, "read from the gateway: EOF": errors.New("read from the gateway: EOF")} {
+		if got := lastWord(why); got != want {
+			t.Errorf("%q, want %q", got, want)
+		}
 	}
 }

@@ -11,6 +11,7 @@ import (
 
 	"github.com/culvertnet/culvert/internal/problem"
 	"github.com/culvertnet/culvert/internal/wire"
+	"github.com/culvertnet/culvert/internal/yamlfile"
 )
 
 // Filter chooses records. Empty fields choose all; names compare without regard to case where GitHub's do.
@@ -144,9 +145,15 @@ func ParseFilter(q url.Values, now time.Time) (Filter, error) {
 	if f.Until, err = parseTime("until", q.Get("until"), now); err != nil {
 		return f, err
 	}
+	if !f.Since.IsZero() && !f.Until.IsZero() && f.Until.Before(f.Since) {
+		return f, problem.New(problem.BadRequest, "until lies before since, so no record can match", "swap them; 3h is longer ago than 2h")
+	}
+	if r := f.Repository; r != "" && !strings.Contains(r, "/") {
+		return f, problem.New(problem.BadRequest, fmt.Sprintf("%q is no repository", r), "write OWNER/NAME, or OWNER/ for all of an owner's")
+	}
 	for _, name := range q["event"] {
 		if _, ok := kinds[Event(name)]; !ok {
-			return f, problem.New(problem.BadRequest, fmt.Sprintf("there is no event %q", name), fmt.Sprintf("name one of %q", Events()))
+			return f, problem.New(problem.BadRequest, fmt.Sprintf("there is no event %q", name), nextEvent(name))
 		}
 		f.Events = append(f.Events, Event(name))
 	}
@@ -154,6 +161,18 @@ func ParseFilter(q url.Values, now time.Time) (Filter, error) {
 		return f, problem.New(problem.BadRequest, fmt.Sprintf("%q is no verdict", v), "write allowed or denied")
 	}
 	return f, nil
+}
+
+// nextEvent gives the event that was meant, or all of them.
+func nextEvent(name string) string {
+	var names []string
+	for _, e := range Events() {
+		names = append(names, string(e))
+	}
+	if near := yamlfile.Nearest(name, names); near != "" {
+		return fmt.Sprintf("did you mean %q?", near)
+	}
+	return "name one of " + strings.Join(names, ", ")
 }
 
 func parseTime(name, s string, now time.Time) (time.Time, error) {

@@ -44,6 +44,7 @@ func Line(text []byte, verdict string) string {
 	for _, a := range r.Authorizations {
 		say(a.Decision+"-by", a.Policy.Name)
 	}
+	writeChange(&b, &r.Record)
 	say("code", r.Code)
 	say("detail", r.Detail)
 	say("message", r.Message)
@@ -57,6 +58,22 @@ func Line(text []byte, verdict string) string {
 		}
 	}
 	return b.String()
+}
+
+// writeChange writes what a changed policy or key was and is.
+func writeChange(b *bytes.Buffer, r *Record) {
+	if c := r.Unmapped.Change; c != nil {
+		fmt.Fprintf(b, " rules=%d", c.Rules)
+		say(b, "added", strings.Join(c.Added, ","))
+		say(b, "removed", strings.Join(c.Removed, ","))
+		say(b, "changed", strings.Join(c.Changed, ","))
+		say(b, "other", strings.Join(c.Other, ","))
+		return
+	}
+	if r.Entity != nil && r.EntityResult != nil {
+		say(b, "was", r.Entity.UID)
+		say(b, "is", r.EntityResult.UID)
+	}
 }
 
 // writeFlow writes what became of a flow.

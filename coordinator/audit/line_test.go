@@ -1,12 +1,14 @@
 package audit
 
 import (
+	"encoding/json"
 	"net/netip"
 	"net/url"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/culvertnet/culvert/internal/problem"
 	"github.com/culvertnet/culvert/internal/wire"
 )
 
@@ -35,6 +37,42 @@ func TestFlowsForPeople(t *testing.T) {
 		}
 		if got := [2]bool{f.matches(text), f.matches(only)}; got != want {
 			t.Errorf("%q finds %v, want %v", verdict, got, want)
+		}
+	}
+}
+
+// TestChangesForPeople: what was changed stands in the line, so that nobody has to read the record for it.
+func TestChangesForPeople(t *testing.T) {
+	for want, r := range map[string]Record{
+		" rules=3 added=a,b changed=c": {Unmapped: Unmapped{Change: &Change{Rules: 3, Added: []string{"a", "b"}, Changed: []string{"c"}}}},
+		" was=K1 is=K2":                {Entity: &Entity{UID: "K1"}, EntityResult: &Entity{UID: "K2"}},
+	} {
+		text, err := json.Marshal(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := Line(text, ""); !strings.Contains(got, want) {
+			t.Errorf("%q has no %q", got, want)
+		}
+	}
+}
+
+// TestFilterThatCannotMatch: a filter that finds nothing by mistake says so, in place of finding nothing.
+func TestFilterThatCannotMatch(t *testing.T) {
+	for want, q := range map[string]url.Values{
+		`did you mean "session.join"?`: {"event": {"session.jion"}},
+		"name one of audit.broken, ":   {"event": {"xyz"}},
+		"OWNER/NAME":                   {"repository": {"acme"}},
+		"swap them":                    {"since": {"2h"}, "until": {"3h"}},
+	} {
+		_, err := ParseFilter(q, time.Now())
+		if p := problem.From(err); p.Code != problem.BadRequest || !strings.Contains(p.Next, want) {
+			t.Errorf("%v: %v", q, err)
+		}
+	}
+	for _, q := range []url.Values{{"repository": {"acme/"}}, {"repository": {"acme/shop"}}, {"since": {"3h"}, "until": {"2h"}}} {
+		if _, err := ParseFilter(q, time.Now()); err != nil {
+			t.Errorf("%v: %v", q, err)
 		}
 	}
 }

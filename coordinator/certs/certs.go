@@ -48,7 +48,8 @@ func (c *Files) Get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 	defer c.mu.Unlock()
 	if time.Since(c.looked) >= certEvery && c.look() != c.stamps {
 		if err := c.load(); err != nil {
-			c.log.Error("the changed certificate is refused and the old one stays in use", "err", err)
+			c.log.Error("the changed certificate is refused and the old one stays in use", "file", c.cert, "key_file", c.key, "err", err,
+				"next", "put a PEM file with the chain and one with its key there; they are read again when they change")
 		} else {
 			c.log.Info("the changed certificate is in use")
 		}

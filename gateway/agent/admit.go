@@ -119,7 +119,10 @@ func (d *door) tryAdmit(ctx context.Context, o wire.Offer) (*session, error) {
 func (d *door) refused(what, id string, s *session, err error) {
 	p := problem.From(err)
 	d.metrics.refused(p)
-	args := []any{"session", id, "code", p.Code, "err", p.Message, "cause", p.Err}
+	args := []any{"session", id, "code", p.Code, "err", p.Message}
+	if p.Err != nil {
+		args = append(args, "cause", p.Err)
+	}
 	if s != nil {
 		args = append(args, "repository", s.repo, "run_id", s.who.run)
 	}

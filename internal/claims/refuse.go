@@ -71,12 +71,12 @@ func (c *Claims) checkTimes(now time.Time, leeway time.Duration) error {
 		return missing("iat")
 	case !now.Before(c.Expiry.Add(leeway)):
 		return problem.New(problem.TokenExpired, fmt.Sprintf("the token expired %s ago", now.Sub(c.Expiry).Round(time.Second)),
-			fresh+"; if it is fresh, set this host's clock")
+			fresh+"; if it is fresh, the clock of the coordinator or gateway that says so is wrong: set it")
 	}
 	for _, t := range []time.Time{c.NotBefore, c.IssuedAt} {
 		if t.After(now.Add(leeway)) {
 			return problem.New(problem.TokenEarly, fmt.Sprintf("the token becomes valid only in %s", t.Sub(now).Round(time.Second)),
-				"set this host's clock, or wait; a token just made is valid at once")
+				"set the clock of the coordinator or gateway that says so, or wait; a token just made is valid at once")
 		}
 	}
 	return nil

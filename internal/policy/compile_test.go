@@ -268,3 +268,14 @@ func TestCompileDoesNotKeepItsInput(t *testing.T) {
 		t.Error("the policy changed with the rule it was compiled from")
 	}
 }
+
+// TestSuggestsNothingOfNothing: where no name of a kind is defined, the next step does not list none.
+func TestSuggestsNothingOfNothing(t *testing.T) {
+	for want, names := range map[string][]string{
+		"there are none; define it, or take it out": nil, `did you mean "corp"?`: {"corp", "lab"}, `the networks are "a", "b"`: {"a", "b"},
+	} {
+		if got := suggest("crop", names, "the networks are"); got != want {
+			t.Errorf("%q, want %q", got, want)
+		}
+	}
+}

@@ -65,6 +65,9 @@ func suggest(got string, names []string, otherwise string) string {
 	if near := yamlfile.Nearest(got, names); near != "" {
 		return fmt.Sprintf("did you mean %q?", near)
 	}
+	if len(names) == 0 {
+		return "there are none; define it, or take it out"
+	}
 	const most = 20
 	if len(names) > most {
 		return fmt.Sprintf("%s %s and %d more", otherwise, quoted(names[:most]), len(names)-most)
