@@ -93,11 +93,7 @@ func openBucket(ctx context.Context, conn *nats.Conn, now func() time.Time, log 
 	if clustered := conn.ConnectedClusterName() != ""; clustered {
 		b.escape.leave, b.escape.connected = conn.ForceReconnect, conn.IsConnected
 	}
-	b.stream, err = js.Stream(ctx, streamName)
-	if errors.Is(err, jetstream.ErrStreamNotFound) {
-		b.stream, err = makeStream(ctx, js, conn.ConnectedClusterName() != "", log)
-	}
-	if err != nil {
+	if b.stream, err = findOrMake(ctx, js, conn.ConnectedClusterName() != "", log, bucketConfig()); err != nil {
 		return nil, err
 	}
 	if c := b.stream.CachedInfo().Config; !c.AllowMsgTTL || c.MaxMsgsPerSubject != 1 || c.SubjectDeleteMarkerTTL == 0 {
@@ -106,8 +102,8 @@ func openBucket(ctx context.Context, conn *nats.Conn, now func() time.Time, log 
 	return b, nil
 }
 
-func makeStream(ctx context.Context, js jetstream.JetStream, clustered bool, log *slog.Logger) (jetstream.Stream, error) {
-	config := jetstream.StreamConfig{
+func bucketConfig() jetstream.StreamConfig {
+	return jetstream.StreamConfig{
 		Name:                   streamName,
 		Description:            "Culvert: sessions, addresses and gateways",
 		Subjects:               []string{subjects + ">"},
@@ -126,7 +122,6 @@ func makeStream(ctx context.Context, js jetstream.JetStream, clustered bool, log
 		AllowDirect:            false, // reads go to the leader: what one node wrote, another reads
 		Replicas:               1,
 	}
-	return makeReplicated(ctx, js, clustered, log, config)
 }
 
 // write stores r for as long as it lives by its own word, and at least for a second, over the revision expect: 0

@@ -70,6 +70,31 @@ func seedFile(t *testing.T, key nkeys.KeyPair) string {
 	return file
 }
 
+// TestReplicasAreMadeUpFor: streams that were made while the cluster had too few servers get their replicas when a coordinator starts later.
+func TestReplicasAreMadeUpFor(t *testing.T) {
+	servers, _ := natsCluster(t)
+	conn := must(nats.Connect(servers[0].ClientURL()))
+	defer conn.Close()
+	js := must(jetstream.New(conn))
+	eventually(t, "the servers know each other", func() bool {
+		_, err := js.CreateStream(t.Context(), jetstream.StreamConfig{Name: "PROBE", Replicas: 3})
+		return err == nil
+	})
+	for _, config := range []jetstream.StreamConfig{bucketConfig(), logConfig(LogOptions{MaxBytes: 1 << 20})} {
+		eventually(t, "the stream is there, on one server", func() bool {
+			_, err := js.CreateStream(t.Context(), config)
+			return err == nil
+		})
+	}
+	open(t, Options{NATS: []string{servers[1].ClientURL()}})
+	openLog(t, LogOptions{Options: Options{NATS: []string{servers[2].ClientURL()}}, MaxBytes: 1 << 20})
+	for _, name := range []string{streamName, logStream, markStream} {
+		if n := must(must(js.Stream(t.Context(), name)).Info(t.Context())).Config.Replicas; n != 3 {
+			t.Errorf("%s has %d replicas", name, n)
+		}
+	}
+}
+
 // TestElections: the members of a cluster tell their term when they are asked for votes, hold an election in a new one, and are heard when they stand; nothing
 // that was acknowledged is lost by that. A leader that answers is left alone, and a user whom the cluster does not know is refused.
 func TestElections(t *testing.T) {

@@ -131,9 +131,10 @@ func (l *Log) open(ctx context.Context, opts LogOptions) (err error) {
 
 // ready finds or makes the stream, and gives it the limits that are asked for.
 func (l *Log) ready(ctx context.Context, opts LogOptions) (err error) {
-	l.stream, err = l.js.Stream(ctx, logStream)
-	if errors.Is(err, jetstream.ErrStreamNotFound) && !opts.ReadOnly {
-		l.stream, err = makeReplicated(ctx, l.js, l.clustered(), l.log, logConfig(opts))
+	if opts.ReadOnly {
+		l.stream, err = l.js.Stream(ctx, logStream)
+	} else {
+		l.stream, err = findOrMake(ctx, l.js, l.clustered(), l.log, logConfig(opts))
 	}
 	if errors.Is(err, jetstream.ErrStreamNotFound) {
 		return ErrNotFound
@@ -186,20 +187,6 @@ func logConfig(opts LogOptions) jetstream.StreamConfig {
 		DenyPurge:    true,
 		Replicas:     1,
 	}
-}
-
-// makeReplicated creates a stream with three replicas where there is a cluster that can, one elsewhere.
-func makeReplicated(ctx context.Context, js jetstream.JetStream, clustered bool, log *slog.Logger, config jetstream.StreamConfig) (jetstream.Stream, error) {
-	if clustered {
-		config.Replicas = 3
-		stream, err := js.CreateStream(ctx, config)
-		if err == nil || leaderless(err) { // it may come to be all the same: whoever asks again finds it
-			return stream, err
-		}
-		log.Warn("a stream is not replicated: nats did not make three replicas", "stream", config.Name, "err", err)
-		config.Replicas = 1
-	}
-	return js.CreateStream(ctx, config)
 }
 
 // Close ends the connection and the embedded server, and waits. It may be called more than once.
@@ -292,14 +279,14 @@ func (l *Log) Info(ctx context.Context) (LogInfo, error) {
 
 // small finds or makes a stream for one small message.
 func (l *Log) small(ctx context.Context, readOnly bool, name, subject string, full jetstream.DiscardPolicy) (jetstream.Stream, error) {
-	stream, err := l.js.Stream(ctx, name)
-	if !errors.Is(err, jetstream.ErrStreamNotFound) {
+	if readOnly {
+		stream, err := l.js.Stream(ctx, name)
+		if errors.Is(err, jetstream.ErrStreamNotFound) {
+			return nil, ErrNotFound
+		}
 		return stream, err
 	}
-	if readOnly {
-		return nil, ErrNotFound
-	}
-	return makeReplicated(ctx, l.js, l.clustered(), l.log, jetstream.StreamConfig{
+	return findOrMake(ctx, l.js, l.clustered(), l.log, jetstream.StreamConfig{
 		Name: name, Description: "Culvert: belongs to the audit log", Subjects: []string{subject}, MaxMsgs: 1, MaxBytes: 8192, MaxMsgSize: -1,
 		MaxConsumers: -1, Discard: full, Storage: jetstream.FileStorage, DenyDelete: true, DenyPurge: true, Replicas: 1,
 	})

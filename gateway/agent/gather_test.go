@@ -147,6 +147,7 @@ func TestGathersMappedPorts(t *testing.T) {
 		g := testGatherer("10.20.0.7")
 		forwarded := wire.Candidate{Kind: wire.Mapped, Addr: netip.MustParseAddrPort("203.0.113.77:51820")}
 		var on atomic.Bool
+		on.Store(true)
 		g.mapped = func() (wire.Candidate, bool) { return forwarded, on.Load() }
 		g.reflexive = func(ctx context.Context, _ netip.AddrPort) (netip.AddrPort, error) {
 			select {
@@ -162,7 +163,6 @@ func TestGathersMappedPorts(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan struct{})
 		go func() { defer close(done); g.run(ctx) }()
-		on.Store(true)
 		g.again()
 		synctest.Wait()
 		host := wire.Candidate{Kind: wire.Host, Addr: netip.MustParseAddrPort("10.20.0.7:51820")}
