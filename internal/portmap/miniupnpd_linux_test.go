@@ -56,8 +56,9 @@ func child(protocols string) int {
 		port = uint16(fixed)
 	}
 	var m *Manager
+	// Again at once: the router may not have been up yet when it was asked first.
 	m, err = New(Options{
-		Port: port, Check: time.Second, Logger: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelDebug})),
+		Port: port, Check: time.Second, Retry: time.Second, Logger: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelDebug})),
 		OnChange: func() {
 			c, _ := m.Candidate()
 			_ = json.NewEncoder(os.Stdout).Encode(c)
@@ -344,8 +345,8 @@ func (h *home) keep(box int, protocols string, port uint16) *keeper {
 	}()
 	h.Cleanup(func() {
 		process.Kill()
+		_, _ = stdin.Close(), out.Close() // it is not done before what copies to it is
 		<-process.Done()
-		_, _ = stdin.Close(), out.Close()
 		for range k.lines {
 		}
 		if h.Failed() {
