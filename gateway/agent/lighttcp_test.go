@@ -223,11 +223,11 @@ func (t *lightTCP) late(c *light) {
 		t.syn(c)
 		return
 	}
-	t.back()
-	if t.room < lightSegment { // the window may have opened without our having heard of it
-		c.seal(t.build(t.next, lightAck, t.stamps(c), 1))
+	if t.room < lightSegment && t.next == t.acked { // the window may have opened without our having heard of it
+		c.seal(t.build(t.acked-1, lightAck, t.stamps(c), 0))
 		return
 	}
+	t.back()
 	t.respond(c)
 }
 

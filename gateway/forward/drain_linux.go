@@ -54,13 +54,13 @@ func (s *sink) try(fd uintptr) bool {
 	res, s.terr = s.r.ep.Read(s, tcpip.ReadOptions{})
 	s.sent = res.Count
 	if s.full && s.sent == 0 {
-		s.r.turn.leave() // it is the target that the flow waits for
+		s.r.giveUp() // it is the target that the flow waits for
 		return false
 	}
 	return true
 }
 
-// drain gives what copies all that the job has sent so far, or as much of it as the flow's turn is for.
+// drain gives what copies all that the job has sent so far.
 func (r *relay) drain() (func() error, error) {
 	raw, err := r.conn.SyscallConn()
 	if err != nil {
@@ -72,7 +72,7 @@ func (r *relay) drain() (func() error, error) {
 }
 
 func (s *sink) drain() error {
-	for gone := 0; ; {
+	for {
 		if err := s.raw.Write(s.move); err != nil {
 			return err
 		}
@@ -84,9 +84,6 @@ func (s *sink) drain() error {
 		}
 		if s.terr != nil {
 			return readError(s.terr)
-		}
-		if gone += s.sent; gone >= turnBytes && s.r.turn.held && s.r.unread() > 0 {
-			return nil
 		}
 	}
 }

@@ -1,6 +1,10 @@
 package forward
 
-import "sync/atomic"
+import (
+	"sync/atomic"
+
+	"github.com/culvertnet/culvert/internal/netstack"
+)
 
 // Every flow has a floor of buffer space that nobody takes away. What it needs beyond is lent: by its session's purse, which
 // borrows from the process's. A flow pays back what it does not use, so that idle connections cost their floors alone, and a
@@ -16,7 +20,7 @@ import "sync/atomic"
 // which is 172 MiB with the defaults, and the whole process TotalBytes beyond the floors of its flows.
 const (
 	sendFloor    = 64 << 10
-	receiveFloor = 128 << 10
+	receiveFloor = netstack.ForwardBuffer
 	smallFloor   = 8 << 10
 	smallFrom    = 256 // flows of one session
 )

@@ -96,7 +96,7 @@ func (fl *flow) part() (send, read, budget int64, sessions int) {
 	send = max(shareBytes/n, batch, leastShare)
 	read = send
 	if sessions > 1 {
-		read = max(shareBytes/2/n, windowPart*turnBytes)
+		read = max(shareBytes/2/n, windowPart*batchBytes)
 	}
 	return max(send/int64(flows), smallFloor), max(read/int64(flows), smallFloor), max(shareBytes, batch*n), sessions
 }

@@ -63,7 +63,7 @@ func testShare(t *testing.T) {
 	if n != leastShare {
 		t.Errorf("one of 3000 sessions may have %d", n)
 	}
-	if n, bounded := (&flow{s: sessions[2]}).readShare(); n != windowPart*turnBytes/2 || !bounded {
+	if n, bounded := (&flow{s: sessions[2]}).readShare(); n != windowPart*batchBytes/2 || !bounded {
 		t.Errorf("the second flow of one of 3000 sessions may read %d ahead", n)
 	}
 	if n, bounded := (&flow{s: &Session{f: &Forwarder{}}}).readShare(); n != shareBytes || bounded {
@@ -88,9 +88,9 @@ func testShareGrowsWithPace(t *testing.T) {
 		lent           int64
 		full, fullMore bool // with so much lent, and with a full part more for each
 	}{
-		{"slow", 1000, 20e6, shareBytes / 1000, windowPart * turnBytes, shareBytes - 1, false, true},
-		{"middling", 1000, 250e6, 75e3, windowPart * turnBytes, 74e6, false, true},
-		{"fast", 1000, 2500e6, fullShare, windowPart * turnBytes, 1000*fullShare - 1, false, true},
+		{"slow", 1000, 20e6, shareBytes / 1000, windowPart * batchBytes, shareBytes - 1, false, true},
+		{"middling", 1000, 250e6, 75e3, windowPart * batchBytes, 74e6, false, true},
+		{"fast", 1000, 2500e6, fullShare, windowPart * batchBytes, 1000*fullShare - 1, false, true},
 		{"few", 16, 250e6, shareBytes / 16, shareBytes / 32, shareBytes - 1, false, true},
 		{"alone", 1, 250e6, shareBytes, shareBytes, 100 << 30, false, false},
 	} {

@@ -237,7 +237,7 @@ func (r *relay) up() error {
 	entry, readable := waiter.NewChannelEntry(waiter.ReadableEvents | waiter.EventHUp | waiter.EventErr)
 	r.wq.EventRegister(&entry)
 	defer r.wq.EventUnregister(&entry)
-	defer r.turn.leave()
+	defer r.giveUp()
 	drain, err := r.drain()
 	for err == nil {
 		if err = drain(); err == nil {

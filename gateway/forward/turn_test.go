@@ -17,7 +17,7 @@ func TestTurns(t *testing.T) { synctest.Test(t, testTurns) }
 
 func testTurns(t *testing.T) {
 	const sessions, room, each = 20, 4, 50
-	ts := newTurns(room*turnBytes, room*turnBytes)
+	ts := newTurns(room*batchBytes, room*turnBytes)
 	if ts.needed(room) || !ts.needed(room+1) {
 		t.Error("turns are needed as soon as not all have room, and not before")
 	}
@@ -74,7 +74,7 @@ func TestTurnPatience(t *testing.T) {
 // says no more does not for long.
 func TestUploadsByTurns(t *testing.T) {
 	e := newEnv(t, Limits{})
-	e.f.turns = newTurns(turnBytes, turnBytes) // one at a time, so two sessions take turns
+	e.f.turns = newTurns(batchBytes, turnBytes) // one at a time, so two sessions take turns
 	e.add("session-2", other4)
 	e.add("session-3", stranger)
 	const size = 3 << 20

@@ -46,6 +46,7 @@ type window struct {
 	repay    int64 // of readLoan …
 	repayAt  int64 // … when so much has been read
 	small    int   // small writes since the stack was seen empty
+	pinned   pin
 	closed   bool
 }
 
@@ -53,7 +54,8 @@ type window struct {
 func newWindow(ep tcpip.Endpoint, p *purse, f floors) *window {
 	w := &window{ep: ep.(*tcp.Endpoint), purse: p, floors: f, send: f.send}
 	o := w.ep.SocketOptions()
-	o.SetSendBufferSize(f.send, true) // from now on its size is ours to set
+	w.pinned.edge = o.GetReceiveBufferSize() / windowPart // promised before this
+	o.SetSendBufferSize(f.send, true)                     // from now on its size is ours to set
 	o.SetReceiveBufferSize(f.receive, false)
 	return w
 }
@@ -108,16 +110,18 @@ func (w *window) took(n int, share func() (bytes int64, bounded bool)) (bulk boo
 	o := w.ep.SocketOptions()
 	before := o.GetReceiveBufferSize()
 	bulk = n >= bulkRead || w.bulk >= bulkLook
-	if w.closed || w.repays() {
+	if w.closed || !w.pinned.on && w.repays() {
 		return bulk
 	}
 	if bulk {
 		w.bulk = 0
 		switch most, bounded := share(); {
+		case w.pinned.on:
+			return bulk
 		case before >= most:
 			w.narrow(before, max(most, before/4))
 			return bulk
-		case bounded:
+		case bounded || w.pinned.ever:
 			w.widen(before, min(most, mostRead))
 			return bulk
 		}
@@ -230,5 +234,5 @@ func (w *window) close() {
 		return
 	}
 	w.closed = true
-	w.purse.give(w.sendLoan + w.readLoan)
+	w.purse.give(w.sendLoan + w.readLoan + w.pinned.loan)
 }
