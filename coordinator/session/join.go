@@ -62,8 +62,8 @@ func (m *Manager) Join(ctx context.Context, j Join) (wire.Session, error) {
 		return wire.Session{}, m.refused(ctx, a, problem.New(problem.NoGateway,
 			fmt.Sprintf("no gateway of network %q is connected", a.join.Network), "start one, or look at its log for why it cannot connect"))
 	}
-	gateways = m.spread(id, gateways)
 	a.several = len(gateways) > 1
+	gateways = m.spread(id, gateways)
 	if err := m.createLease(ctx, a, gateways[0]); err != nil {
 		return wire.Session{}, m.refused(ctx, a, err)
 	}

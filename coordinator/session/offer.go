@@ -23,9 +23,6 @@ func (m *Manager) place(ctx context.Context, a *admission, gateways []state.Pres
 	if err := safe(ctx); err != nil {
 		return wire.Session{}, storeAway(err)
 	}
-	if len(gateways) > m.opts.MaxOffers {
-		gateways = gateways[:m.opts.MaxOffers]
-	}
 	if err := a.announce(gateways[0]); err != nil {
 		return wire.Session{}, problem.Wrap(err, problem.Cancelled, "the client went away", "join again")
 	}

@@ -80,7 +80,7 @@ func (m *Manager) standbyFor(l state.Lease, r wire.StandbyRequest, rules Rules, 
 // placeStandby offers a running session to other gateways, best first, until one is ready for it.
 func (m *Manager) placeStandby(ctx context.Context, a *admission, others []state.Presence) (wire.Standby, error) {
 	var refusal error
-	for _, g := range others[:min(len(others), m.opts.MaxOffers)] {
+	for _, g := range others {
 		a.way = wire.StandbyID(a.lease.Key, g.Key)
 		answer, err := m.offer(ctx, a, g)
 		if err == nil {
