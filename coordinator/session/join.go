@@ -64,11 +64,13 @@ func (m *Manager) Join(ctx context.Context, j Join) (wire.Session, error) {
 	}
 	a.several = len(gateways) > 1
 	gateways = m.spread(id, gateways)
+	if !m.beginOffer(id) { // before there is a lease: one that nobody offers and no gateway holds is ended
+		return wire.Session{}, m.refused(ctx, a, keyInUse(nil))
+	}
+	defer m.dropOffer(id)
 	if err := m.createLease(ctx, a, gateways[0]); err != nil {
 		return wire.Session{}, m.refused(ctx, a, err)
 	}
-	m.beginOffer(id)
-	defer m.dropOffer(id)
 	safe := m.opts.Store.Saving() // while the record is stored
 	if err := m.recordJoin(ctx, a, gateways[0]); err != nil {
 		m.free(ctx, id)
@@ -220,7 +222,7 @@ func (m *Manager) createLease(ctx context.Context, a *admission, first state.Pre
 	l, err := m.opts.Store.CreateLease(ctx, l, room)
 	switch {
 	case errors.Is(err, state.ErrExists):
-		return problem.Wrap(err, problem.KeyInUse, "this key already has a session", "join again with a new key and a new token")
+		return keyInUse(err)
 	case errors.Is(err, state.ErrFull):
 		return problem.Wrap(err, problem.NoAddress, fmt.Sprintf("every address of network %q is in use", a.join.Network),
 			"wait for other jobs to end, or give the network a larger `sessions` range")
@@ -231,6 +233,10 @@ func (m *Manager) createLease(ctx context.Context, a *admission, first state.Pre
 	a.relays = pick(a.join.Relays, a.rules.Relays)
 	a.tickets = m.tickets(a, relay.Client, a.lease.Key)
 	return nil
+}
+
+func keyInUse(err error) error {
+	return problem.Wrap(err, problem.KeyInUse, "this key already has a session", "join again with a new key and a new token")
 }
 
 // endOf is when a session that begins now has to be over: no rule that let it in lasts longer.

@@ -268,11 +268,15 @@ func (m *Manager) free(ctx context.Context, id string) {
 	}
 }
 
-// beginOffer notes that a join of this node is offering a session.
-func (m *Manager) beginOffer(id string) {
+// beginOffer notes that a join of this node is offering a session, or is about to, unless another one is.
+func (m *Manager) beginOffer(id string) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if m.offered[id] != nil {
+		return false
+	}
 	m.offered[id] = &offered{}
+	return true
 }
 
 // offering reports whether a join of this node is offering the session.

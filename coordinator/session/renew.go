@@ -20,6 +20,7 @@ const (
 	endedByClient  = "ended by the client"
 	endedByPolicy  = "policy no longer gives what the session holds"
 	endedByRestart = "its gateway was restarted"
+	endedUnheld    = "its gateway does not hold it"
 	endedByLease   = "its lease ran out"
 	endedByBreak   = "its gateway's stream broke before the join was through"
 	endedByTime    = "the longest time that a session may last is over"
