@@ -46,20 +46,20 @@ func (m *Manager) recordJoin(ctx context.Context, a *admission, first state.Pres
 // believed is only counted.
 func (m *Manager) refused(ctx context.Context, a *admission, err error) error {
 	if a.claims == nil {
-		logRefusal(a.log, "join refused", err)
+		logRefusal(a.log(), "join refused", err)
 		m.opts.Audit.Refused(err, a.join.From)
 		return err
 	}
 	r := a.record(audit.Denied)
 	if a.decision.Allowed {
 		r.Event = audit.Unplaced
-		logRefusal(a.log, "join failed", err)
+		logRefusal(a.log(), "join failed", err)
 	} else {
-		logRefusal(a.log, "join refused", err)
+		logRefusal(a.log(), "join refused", err)
 	}
 	r.Refuse(err)
 	if rerr := m.opts.Audit.Record(context.WithoutCancel(ctx), r); rerr != nil {
-		a.log.Error("join's refusal is not on record", "err", rerr)
+		a.log().Error("join's refusal is not on record", "err", rerr)
 		return rerr
 	}
 	return err
@@ -68,7 +68,7 @@ func (m *Manager) refused(ctx context.Context, a *admission, err error) error {
 // unrecorded ends a join whose record could not be stored in time. Should it be stored all the same, another one says what
 // became of it.
 func (m *Manager) unrecorded(a *admission, err error) error {
-	logRefusal(a.log, "join failed", err)
+	logRefusal(a.log(), "join failed", err)
 	r := a.record(audit.Unplaced)
 	r.Refuse(err)
 	m.opts.Audit.Note(r)

@@ -3,6 +3,7 @@ package session
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"slices"
 
 	"golang.org/x/sync/errgroup"
@@ -300,7 +301,9 @@ func (m *Manager) Renewed(ctx context.Context, g Gateway, r wire.Renewed) error 
 	if err == nil {
 		m.audited(ctx, renewed(l, byGateway))
 		m.tell(ctx, l.Standby, wire.FrameRenewed, wire.Renewed{Session: l.Session, Token: r.Token})
-		m.logOf(l).Info("session renewed", "by", "gateway", "expires", l.Expires)
+		if m.log.Enabled(ctx, slog.LevelInfo) {
+			m.logOf(l).Info("session renewed", "by", "gateway", "expires", l.Expires)
+		}
 	}
 	return err
 }

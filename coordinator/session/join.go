@@ -46,14 +46,18 @@ type admission struct {
 	asked    string            // the gateway that was asked last, and did not take it; it may think otherwise
 	named    bool              // the lease names the gateway that is being asked, and lasts as if that had said yes: one write for a join
 	tickets  []wire.RelayGrant // the client's
-	log      *slog.Logger
+	logger   *slog.Logger      // see log
+	known    []any             // what it says of the job with every line
 }
+
+// log gives a logger that names the job. It is made when there is something to say: to make it costs more than the line, and most joins have none.
+func (a *admission) log() *slog.Logger { return a.logger.With(a.known...) }
 
 // Join verifies the token, asks policy, gives addresses, and offers the session to the network's best gateways until one
 // takes it. Errors are *problem.Error.
 func (m *Manager) Join(ctx context.Context, j Join) (wire.Session, error) {
 	id := j.Key.SessionID()
-	a := &admission{join: &j, log: m.log.With("session", id, "addr", j.From.String())}
+	a := &admission{join: &j, logger: m.log, known: []any{"session", id, "addr", j.From}}
 	if err := m.admit(ctx, a); err != nil {
 		return wire.Session{}, m.refused(ctx, a, err)
 	}
@@ -98,11 +102,11 @@ func (m *Manager) admit(ctx context.Context, a *admission) error {
 	}
 	m.joins.charge(c)
 	a.claims = c
-	a.log = a.log.With("repository", c.Repository, "run_id", c.RunID)
+	a.known = append(a.known, "repository", c.Repository, "run_id", c.RunID)
 	if err := a.chooseNetwork(m.opts.Now()); err != nil {
 		return err
 	}
-	a.log = a.log.With("network", a.join.Network)
+	a.known = append(a.known, "network", a.join.Network)
 	a.decision = a.rules.Config.Policy.Evaluate(m.opts.Now(), a.join.Network, c)
 	if !a.decision.Allowed {
 		return denied(a.decision)

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"time"
 
@@ -44,7 +45,7 @@ func (m *Manager) place(ctx context.Context, a *admission, gateways []state.Pres
 			return s, err
 		}
 		a.asked = g.Instance
-		a.log.Warn("offer failed", "gateway", g.Name, "code", problem.CodeOf(err), "err", err)
+		a.log().Warn("offer failed", "gateway", g.Name, "code", problem.CodeOf(err), "err", err)
 		refusal = worse(refusal, err)
 		if ctx.Err() != nil {
 			return wire.Session{}, gone(ctx, refusal)
@@ -177,8 +178,10 @@ func (m *Manager) settle(ctx context.Context, a *admission, g state.Presence, an
 	if late, ok := m.dropOffer(l.Session).later(l.Session); ok {
 		m.tell(ctx, g.Instance, wire.FrameCandidates, late)
 	}
-	a.log.Info("session admitted", "gateway", g.Name, "rule", l.Rules, "addresses", l.Addresses, "client", a.join.Client,
-		"ends", l.Ends)
+	if a.logger.Enabled(ctx, slog.LevelInfo) {
+		a.log().Info("session admitted", "gateway", g.Name, "rule", l.Rules, "addresses", l.Addresses, "client", a.join.Client,
+			"ends", l.Ends)
+	}
 	return s, nil
 }
 
