@@ -53,6 +53,7 @@ type Server struct {
 	config *config.Standalone // the one in force; changed by the reload loop alone
 	log    *slog.Logger
 
+	certs   *certs.Files // nil for plain HTTP
 	relay   *relay.Server
 	probe   *nat.Server
 	web     *page
@@ -111,7 +112,7 @@ func (s *Server) openUDP(ctx context.Context) (err error) {
 		Remote: func(r *http.Request) netip.Addr { return middleware.GetClientIPAddr(r.Context()) },
 	})
 	if err != nil {
-		return problem.Wrap(err, problem.BadConfig, fmt.Sprintf("cannot listen on UDP %s: %v", c.UDP, err), problem.PortNext(err))
+		return problem.Wrap(err, problem.BadConfig, fmt.Sprintf("cannot listen on UDP %s: %v", c.UDP, problem.Reason(err)), problem.PortNext(err))
 	}
 	if c.Probe == "" {
 		return nil
@@ -120,7 +121,7 @@ func (s *Server) openUDP(ctx context.Context) (err error) {
 	switch {
 	case err == nil:
 	case c.ProbeChosen:
-		return problem.Wrap(err, problem.BadConfig, fmt.Sprintf("cannot listen on UDP %s: %v", c.Probe, err), "give probe another address, or set probe: off")
+		return problem.Wrap(err, problem.BadConfig, fmt.Sprintf("cannot listen on UDP %s: %v", c.Probe, problem.Reason(err)), "give probe another address, or set probe: off")
 	default:
 		s.log.Warn("no second STUN port", "addr", c.Probe, "err", err)
 	}
@@ -134,6 +135,7 @@ func (s *Server) openWeb(ctx context.Context) (err error) {
 		if err != nil {
 			return err
 		}
+		s.certs = files
 		secure = &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: files.Get, NextProtos: []string{"http/1.1"}}
 	}
 	mux := http.NewServeMux()
@@ -171,7 +173,7 @@ func (s *Server) open(ctx context.Context, addr string, h http.Handler, secure *
 	var lc net.ListenConfig
 	l, err := lc.Listen(ctx, "tcp", addr)
 	if err != nil {
-		return nil, problem.Wrap(err, problem.BadConfig, fmt.Sprintf("cannot listen on TCP %s: %v", addr, err), problem.PortNext(err))
+		return nil, problem.Wrap(err, problem.BadConfig, fmt.Sprintf("cannot listen on TCP %s: %v", addr, problem.Reason(err)), problem.PortNext(err))
 	}
 	p := &page{listener: l, server: &http.Server{
 		Handler: h, TLSConfig: secure, MaxHeaderBytes: maxHeader,

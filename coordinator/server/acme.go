@@ -35,6 +35,7 @@ func (s *Server) certificate() error {
 		if err != nil {
 			return err
 		}
+		s.certs = files
 		s.http.TLSConfig = &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: files.Get, NextProtos: []string{"h2", "http/1.1"}}
 	case s.config.ACME != nil:
 		u, err := url.Parse(s.config.URL)
@@ -62,7 +63,7 @@ func (s *Server) openACME(ctx, run context.Context) error {
 		var lc net.ListenConfig
 		l, err := lc.Listen(ctx, "tcp", addr)
 		if err != nil {
-			return problem.Wrap(err, problem.Failed, fmt.Sprintf("cannot listen on TCP %s for the CA: %v", addr, err), "choose another address for acme.http, or stop what holds this one")
+			return problem.Wrap(err, problem.Failed, fmt.Sprintf("cannot listen on TCP %s for the CA: %v", addr, problem.Reason(err)), "choose another address for acme.http, or stop what holds this one")
 		}
 		s.plain = &http.Server{
 			Handler: slowly(s.acme.Challenges(s.config.URL)), ReadHeaderTimeout: headerTimeout, ReadTimeout: headerTimeout, WriteTimeout: headerTimeout,

@@ -75,6 +75,7 @@ type Server struct {
 	stun     *nat.Server        // on the UDP port where the relay is not; nil without UDP
 	probe    *nat.Server        // the second port; nil without one
 	tickets  ed25519.PrivateKey // signs relay tickets
+	certs    *certs.Files       // the certificate's; nil where it comes from a CA, or from nowhere
 	acme     *certs.ACME        // nil where the certificate comes from files, or from nowhere
 	watch    *watcher
 	private  *private
@@ -215,7 +216,7 @@ func (s *Server) openState(ctx context.Context) (err error) {
 func (s *Server) listen(ctx context.Context) (err error) {
 	lc := net.ListenConfig{KeepAlive: -1} // whose connections are kept says who bounds them
 	if s.listener, err = lc.Listen(ctx, "tcp", s.config.Listen); err != nil {
-		return problem.Wrap(err, problem.BadConfig, fmt.Sprintf("cannot listen on TCP %s: %v", s.config.Listen, err), problem.PortNext(err))
+		return problem.Wrap(err, problem.BadConfig, fmt.Sprintf("cannot listen on TCP %s: %v", s.config.Listen, problem.Reason(err)), problem.PortNext(err))
 	}
 	return s.openUDP(ctx)
 }
