@@ -3,6 +3,7 @@
 package relayd
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -19,7 +20,7 @@ import (
 
 	"github.com/culvertnet/culvert/coordinator/certs"
 	"github.com/culvertnet/culvert/coordinator/config"
-	"github.com/culvertnet/culvert/internal/cork"
+	"github.com/culvertnet/culvert/coordinator/limit"
 	"github.com/culvertnet/culvert/internal/nat"
 	"github.com/culvertnet/culvert/internal/problem"
 	"github.com/culvertnet/culvert/internal/relay"
@@ -165,17 +166,26 @@ func (s *Server) clientIP() func(http.Handler) http.Handler {
 // page is one HTTP server and its listener.
 type page struct {
 	server   *http.Server
-	listener net.Listener
+	listener *limit.Listener
+}
+
+// bounds says how many connections strangers may open before any of them is a WebSocket: as at a coordinator, and more where more
+// WebSockets are to be held.
+func bounds(c *config.Standalone) limit.ConnOptions {
+	links := cmp.Or(c.WebSockets, relay.DefaultLinks)
+	return limit.ConnOptions{
+		Open: max(limit.DefaultConns, links+links/2), OpenAddr: max(limit.DefaultAddrConns, links/4), Trusted: c.TrustedProxies,
+	}
 }
 
 // open serves a handler, with TLS unless secure is nil.
 func (s *Server) open(ctx context.Context, addr string, h http.Handler, secure *tls.Config) (*page, error) {
 	var lc net.ListenConfig
-	l, err := lc.Listen(ctx, "tcp", addr)
+	tcp, err := lc.Listen(ctx, "tcp", addr)
 	if err != nil {
 		return nil, problem.Wrap(err, problem.BadConfig, fmt.Sprintf("cannot listen on TCP %s: %v", addr, problem.Reason(err)), problem.PortNext(err))
 	}
-	p := &page{listener: l, server: &http.Server{
+	p := &page{listener: limit.NewListener(tcp, bounds(s.config)), server: &http.Server{
 		Handler: h, TLSConfig: secure, MaxHeaderBytes: maxHeader,
 		ReadHeaderTimeout: headerTimeout, ReadTimeout: headerTimeout, WriteTimeout: headerTimeout, IdleTimeout: idleTimeout,
 		ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug), // strangers' broken handshakes
@@ -185,7 +195,7 @@ func (s *Server) open(ctx context.Context, addr string, h http.Handler, secure *
 		if secure != nil {
 			serve = func(l net.Listener) error { return p.server.ServeTLS(l, "", "") }
 		}
-		if err := serve(cork.Listener(l)); !errors.Is(err, http.ErrServerClosed) {
+		if err := serve(p.listener); !errors.Is(err, http.ErrServerClosed) {
 			s.fatal <- fmt.Errorf("serve HTTP on %s: %w", addr, err)
 		}
 	})

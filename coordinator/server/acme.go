@@ -13,7 +13,6 @@ import (
 	"golang.org/x/crypto/acme/autocert"
 
 	"github.com/culvertnet/culvert/coordinator/certs"
-	"github.com/culvertnet/culvert/coordinator/config"
 	"github.com/culvertnet/culvert/coordinator/limit"
 	"github.com/culvertnet/culvert/coordinator/state"
 	"github.com/culvertnet/culvert/internal/problem"
@@ -69,7 +68,7 @@ func (s *Server) openACME(ctx, run context.Context) error {
 			Handler: slowly(s.acme.Challenges(s.config.URL)), ReadHeaderTimeout: headerTimeout, ReadTimeout: headerTimeout, WriteTimeout: headerTimeout,
 			IdleTimeout: headerTimeout, MaxHeaderBytes: 8 << 10,
 		}
-		bounded := boundedListener(l, config.Limits{Connections: maxChallengers, AddressConnections: maxChallengers / 4}, nil)
+		bounded := limit.NewListener(l, limit.ConnOptions{Open: maxChallengers, OpenAddr: maxChallengers / 4})
 		s.wg.Go(func() {
 			if err := s.plain.Serve(bounded); !errors.Is(err, http.ErrServerClosed) {
 				s.log.Error("the listener for the CA broke", "addr", addr, "err", err)
