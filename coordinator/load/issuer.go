@@ -74,7 +74,7 @@ func (i *issuer) publish(ctx context.Context) (stop func(), err error) {
 	var lc net.ListenConfig
 	l, err := lc.Listen(ctx, "tcp", i.opts.IssuerListen)
 	if err != nil {
-		return nil, problem.Wrap(err, problem.Failed, fmt.Sprintf("the issuer cannot listen on %s: %v", i.opts.IssuerListen, err),
+		return nil, problem.Wrap(err, problem.Failed, fmt.Sprintf("the issuer cannot listen on %s: %v", i.opts.IssuerListen, problem.Reason(err)),
 			"give --issuer-listen an address of this machine, or --jwks-file a path that the coordinator reads")
 	}
 	srv := &http.Server{Handler: i.handler(), ReadHeaderTimeout: 10 * time.Second}

@@ -358,6 +358,9 @@ func (m *Manager) Ended(ctx context.Context, g Gateway, e wire.End) error {
 	if first { // before the lease is gone: what it says of the job is gone with it
 		m.auditEnd(ctx, l, clip(e.Reason, 200), byGateway)
 	}
+	if l.Over == endedByPolicy {
+		return nil // its client asks what has become of it, and may for as long as the lease is remembered
+	}
 	if err := m.opts.Store.EndLease(ctx, e.Session); err != nil {
 		return storeAway(err)
 	}
