@@ -11,6 +11,22 @@ import (
 	"github.com/culvertnet/culvert/internal/wire"
 )
 
+// An offer without its token is still one, with an empty one; what is not written as a coordinator does is left alone.
+func TestWithoutToken(t *testing.T) {
+	for data, want := range map[string]struct{ rest, token string }{
+		`{"body":{"session":"s","token":"a.b-_c","lease":"10m"}}`: {`{"body":{"session":"s","token":"","lease":"10m"}}`, "a.b-_c"},
+		`{"body":{"token":""}}`:                                   {`{"body":{"token":""}}`, ""},
+		`{"body":{"session":"s"}}`:                                {`{"body":{"session":"s"}}`, ""},
+		`{"body":{"token":"a\u002eb"}}`:                           {`{"body":{"token":"a\u002eb"}}`, ""},
+		`{"body":{"token":"a","more":{"token":"b"}}}`:             {`{"body":{"token":"a","more":{"token":"b"}}}`, ""},
+		`{"body":{"token":"a`:                                     {`{"body":{"token":"a`, ""},
+	} {
+		if rest, token := withoutToken([]byte(data)); string(rest) != want.rest || token.Reveal() != want.token {
+			t.Errorf("%s: %s and %q", data, rest, token.Reveal())
+		}
+	}
+}
+
 // What a played gateway says in a hello is what it was offered.
 func TestHeldSessionsAreSaidAsOffered(t *testing.T) {
 	h := newHeld()
