@@ -125,13 +125,14 @@ func (tr *trial) suffer(joins int, faults ...fault) {
 	for _, f := range faults {
 		tr.leader()
 		mend := f.strike(tr)
+		at := time.Now()
 		struck := tr.goOn(joins)
 		if tr.most > 0 && struck > tr.most {
 			tr.t.Errorf("%s: no join for %s", f.name, struck)
 		}
 		mend()
 		mended := tr.goOn(joins)
-		tr.t.Logf("%s: longest time without a join %s, and %s when it comes back", f.name, struck.Round(10*time.Millisecond), mended.Round(10*time.Millisecond))
+		tr.t.Logf("%s at %s: longest time without a join %s, and %s when it comes back", f.name, at.UTC().Format("15:04:05.000"), struck.Round(10*time.Millisecond), mended.Round(10*time.Millisecond))
 	}
 }
 
