@@ -30,7 +30,7 @@ const (
 
 // write stores blocks until the queue is closed and empty, or the log's life is over.
 func (l *Log) write() {
-	defer l.end() // of periodic
+	defer l.end()      // of periodic
 	var last time.Time // when a block was begun
 	for {
 		var first *entry
