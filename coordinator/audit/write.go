@@ -24,14 +24,12 @@ const (
 	maxAhead   = 64                     // blocks that are read at a time
 	maxYield   = 500 * time.Millisecond // to other nodes, after a block
 	goneLong   = 3 * time.Second        // for a message that ought to be there: a server that leads no longer, and does not know yet, has not got it
-	blockEvery = 4 * time.Millisecond   // blocks begin no more often, where no other node writes: each is a sync, and records that come meanwhile share the next
 	maxForeign = 1000                   // blocks at the log's end that are not ours before it is given up
 )
 
 // write stores blocks until the queue is closed and empty, or the log's life is over.
 func (l *Log) write() {
-	defer l.end()      // of periodic
-	var last time.Time // when a block was begun
+	defer l.end() // of periodic
 	for {
 		var first *entry
 		var ok bool
@@ -44,10 +42,6 @@ func (l *Log) write() {
 		if !ok {
 			return
 		}
-		if early := blockEvery - time.Since(last); early > 0 && !l.opts.Rivals {
-			l.sleep(early)
-		}
-		last = time.Now()
 		if err := l.commit(l.gather([]*entry{}, first)); err != nil {
 			l.abandon()
 			return
