@@ -24,12 +24,14 @@ const (
 	maxAhead   = 64                     // blocks that are read at a time
 	maxYield   = 500 * time.Millisecond // to other nodes, after a block
 	goneLong   = 3 * time.Second        // for a message that ought to be there: a server that leads no longer, and does not know yet, has not got it
+	blockEvery = 4 * time.Millisecond   // blocks begin no more often, where no other node writes: each is a sync, and records that come meanwhile share the next
 	maxForeign = 1000                   // blocks at the log's end that are not ours before it is given up
 )
 
 // write stores blocks until the queue is closed and empty, or the log's life is over.
 func (l *Log) write() {
-	defer l.end() // of periodic
+	defer l.end()      // of periodic
+	var last time.Time // when a block was begun
 	for {
 		var first *entry
 		var ok bool
@@ -42,6 +44,10 @@ func (l *Log) write() {
 		if !ok {
 			return
 		}
+		if early := blockEvery - time.Since(last); early > 0 && !l.opts.Rivals {
+			l.sleep(early)
+		}
+		last = time.Now()
 		if err := l.commit(l.gather([]*entry{}, first)); err != nil {
 			l.abandon()
 			return
@@ -209,9 +215,16 @@ func (l *Log) sleep(d time.Duration) {
 	}
 }
 
+// lineRoom is above what a line of a block has besides its record, in bytes.
+const lineRoom = 320
+
 // build links a batch to the chain's head.
 func (l *Log) build(batch []*entry) ([]byte, head) {
-	var block []byte
+	room := lineRoom // for the seal
+	for _, e := range batch {
+		room += len(e.body) + len(e.event) + len(l.node) + lineRoom
+	}
+	block := make([]byte, 0, room)
 	next := l.at
 	for _, e := range batch {
 		block, next = link(block, next, e.event, l.node, e.body)

@@ -49,7 +49,7 @@ func (m *Manager) refused(ctx context.Context, a *admission, err error) error {
 	many := a.stranger(err) && !m.joins.strangers.Allow()
 	if a.claims == nil || many {
 		if !many {
-			logRefusal(a.log, "join refused", err)
+			logRefusal(a.log(), "join refused", err)
 		}
 		m.opts.Audit.Refused(err, a.join.From)
 		return err
@@ -57,13 +57,13 @@ func (m *Manager) refused(ctx context.Context, a *admission, err error) error {
 	r := a.record(audit.Denied)
 	if a.decision.Allowed {
 		r.Event = audit.Unplaced
-		logRefusal(a.log, "join failed", err)
+		logRefusal(a.log(), "join failed", err)
 	} else {
-		logRefusal(a.log, "join refused", err)
+		logRefusal(a.log(), "join refused", err)
 	}
 	r.Refuse(err)
 	if rerr := m.opts.Audit.Record(context.WithoutCancel(ctx), r); rerr != nil {
-		a.log.Error("join's refusal is not on record", "err", rerr)
+		a.log().Error("join's refusal is not on record", "err", rerr)
 		return rerr
 	}
 	return err
@@ -78,7 +78,7 @@ func (a *admission) stranger(err error) bool {
 // unrecorded ends a join whose record could not be stored in time. Should it be stored all the same, another one says what
 // became of it.
 func (m *Manager) unrecorded(a *admission, err error) error {
-	logRefusal(a.log, "join failed", err)
+	logRefusal(a.log(), "join failed", err)
 	r := a.record(audit.Unplaced)
 	r.Refuse(err)
 	m.opts.Audit.Note(r)
