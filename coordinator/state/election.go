@@ -23,16 +23,16 @@ const (
 	slowCall      = 150 * time.Millisecond  // a call that takes longer has the leader looked for
 	rollCall      = 250 * time.Millisecond  // for members to answer, and a leader
 	quickRoll     = 100 * time.Millisecond  // where the last leader's server is lost: for the others
-	slowLeader    = 500 * time.Millisecond  // for one whose server lives
+	slowLeader    = 1500 * time.Millisecond // for one that answers nobody, though its server lives: where its disk is slow, those of an election are as well
 	electionWait  = 1050 * time.Millisecond // for a leader, once members have a new term: they stand for 100 to 800 ms, and write that to their disks
 	leaderCall    = 250 * time.Millisecond  // for a leader to say that it is one
 	electionAgain = 20 * time.Millisecond   // between looks at whether there is one
-	awayAgain     = 100 * time.Millisecond  // between looks at whether most members are back
+	awayAgain     = 50 * time.Millisecond   // between looks at whether most members are back
 	holdLong      = 5 * time.Second         // an alarm: who waits still raises another one
 	rollEvery     = 5 * time.Second         // the term is looked up while all is well
 	maxElections  = 6                       // that are asked for, one after the other: where that is in vain, disks are so slow that members need
 	selfElect     = 10 * time.Second        // the time that they take between elections of their own
-	settling      = 3 * time.Second         // after an election: calls that are slow then need no other one
+	settling      = 3 * time.Second         // after an election: calls that are slow then need no other one, unless the leader is cut off
 )
 
 // alarm is why the leader is looked for.
@@ -52,16 +52,18 @@ type election struct {
 	info  func(ctx context.Context) (*jetstream.StreamInfo, error) // asks the stream's leader
 	leave func()                                                   // has conn go to another server
 
-	group   string // Raft's name of the stream's group
-	members map[string]bool
-	settled time.Time // when a leader was elected last
-	known   uint64    // the term that it was elected in, or an earlier one
-	warned  bool      // that nobody answers
-	hears   bool      // requests for votes
-	leading string    // who led last, by peerOf
-	stand   standing  // heard on the group's subject, where the user may listen there
-	held    time.Time // when an alarm was over last
-	tired   time.Time // when asking for one election after the other was given up
+	group    string // Raft's name of the stream's group
+	account  string // that the stream lies in; "" where that cannot be learned
+	members  map[string]bool
+	settled  time.Time // when a leader was elected last
+	known    uint64    // the term that it was elected in, or an earlier one
+	warned   bool      // that nobody answers
+	unplaced int       // times that members did not say how far they are
+	hears    bool      // requests for votes
+	leading  string    // who led last, by peerOf
+	stand    standing  // heard on the group's subject, where the user may listen there
+	held     time.Time // when an alarm was over last
+	tired    time.Time // when asking for one election after the other was given up
 
 	alarms chan alarm
 	calls  calls
@@ -127,6 +129,7 @@ func (e *election) look(ctx context.Context) {
 	}
 	e.listen()
 	f := e.inquire(ctx)
+	e.lookAtPlaces(ctx, f)
 	if f.leads {
 		e.known = max(e.known, f.term)
 		e.stand.over(f.term)
@@ -173,10 +176,11 @@ func peerOf(server string) string {
 
 // hold does what an alarm asks for: it has the members elect a leader, unless there is one. It reports whether one was elected.
 func (e *election) hold(ctx context.Context, why alarm) bool {
-	if len(e.members) < 3 || why == callSlow && time.Since(e.settled) < settling {
+	if len(e.members) < 3 {
 		return false
 	}
 	began := time.Now()
+	calm := why == callSlow && time.Since(e.settled) < settling
 	defer func() { e.held = time.Now() }()
 	for ctx.Err() == nil && time.Since(began) < holdLong {
 		f := e.inquire(ctx)
@@ -184,6 +188,9 @@ func (e *election) hold(ctx context.Context, why alarm) bool {
 		v := f.verdict(len(e.members), why)
 		if v == late && time.Since(began) > slowLeader {
 			v = lost
+		}
+		if calm && !f.cutOff(f.last) && v != led {
+			return false
 		}
 		switch v {
 		case led:
@@ -202,51 +209,64 @@ func (e *election) hold(ctx context.Context, why alarm) bool {
 	return false
 }
 
-// elect has the members hold an election, unless one is under way, and waits for what comes of it. Where it comes to nothing for certain the next
-// one is asked for at once, by all nodes in the same term. Whoever is cut off from most members is left alone: it would stand again and again until it is back,
-// and then end the term of who leads by then.
+// elect has the members hold an election, unless one is under way, and waits for what comes of it. Where it comes to nothing for certain, or is won by
+// somebody who will not lead before long, the next one is asked for at once, by all nodes in the same term. Whoever is cut off from most members is left
+// alone: it would stand again and again until it is back, and then end the term of who leads by then.
 func (e *election) elect(ctx context.Context, f finding) bool {
 	defer e.calls.shut()()
 	e.stand.saw(f.term)
-	again := e.stand.comingTo() == 0 && time.Since(e.tired) > selfElect
+	if e.stand.comingTo() == 0 && time.Since(e.tired) > selfElect {
+		e.ask(ctx, f, e.stand.latest())
+	}
 	for range maxElections {
-		if again {
-			e.panel.publish(votesSubject+e.group, voteRequest(e.stand.next()), f.cutOff)
+		led, over := e.await(ctx, f)
+		if led || over == 0 {
+			return led
 		}
-		if e.await(ctx, f) {
-			return true
-		}
-		if again = e.stand.torn(len(e.members), f.reached); !again || ctx.Err() != nil {
-			return false
-		}
+		e.ask(ctx, f, over)
 	}
 	e.tired = time.Now()
 	return false
 }
 
-// await waits for a leader of those that most members reach, until the election that is under way has come to nothing.
-func (e *election) await(ctx context.Context, f finding) bool {
+// ask asks for an election in the term after last, unless another node has meanwhile. Members that are behind are asked for their votes: see [sitsOut].
+func (e *election) ask(ctx context.Context, f finding, last uint64) {
+	behind := sitsOut(e.places(ctx, f))
+	if e.stand.next(last) {
+		e.panel.publish(votesSubject+e.group, voteRequest(last+1, behind), f.cutOff)
+	}
+}
+
+// await waits for a leader of those that most members reach, until the election that is under way has come to nothing: over is its term, where that is
+// certain.
+func (e *election) await(ctx context.Context, f finding) (led bool, over uint64) {
 	ctx, cancel := context.WithCancel(ctx)
-	leaders := make(chan string)
+	leaders, won := make(chan string), make(chan uint64, 1)
 	var asking sync.WaitGroup
 	defer asking.Wait()
 	defer cancel()
 	asking.Go(func() { e.askOn(ctx, leaders) })
+	asking.Go(func() { e.lookOut(ctx, f, won) })
 	for {
+		if term, torn := e.stand.torn(len(e.members), f.reached); torn {
+			return false, term
+		}
 		left := e.stand.comingTo()
-		if left == 0 || e.stand.torn(len(e.members), f.reached) {
-			return false
+		if left == 0 {
+			return false, 0
 		}
 		select {
 		case leader := <-leaders:
 			if f.reached[leader] {
 				e.leading = leader
-				return true
+				return true, 0
 			}
+		case term := <-won:
+			return false, term
 		case <-e.stand.news: // somebody stands, which may give him more time, or nobody any
 		case <-time.After(left):
 		case <-ctx.Done():
-			return false
+			return false, 0
 		}
 	}
 }

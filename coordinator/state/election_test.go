@@ -33,7 +33,7 @@ listen: "127.0.0.1:-1"
 jetstream: {store_dir: %q, max_mem: 64MB, max_file: 2GB}
 no_auth_user: culvert
 accounts: {
-  "$SYS": {users: [{nkey: %s, permissions: {publish: ["$NRG.V.>", "$SYS.REQ.SERVER.PING.JSZ"], subscribe: ["_INBOX.>", "$NRG.V.>"]}}]}
+  "$SYS": {users: [{nkey: %s, permissions: {publish: ["$NRG.V.>", "$SYS.REQ.SERVER.PING.JSZ", "$SYS.REQ.SERVER.PING.RAFTZ"], subscribe: ["_INBOX.>", "$NRG.V.>"]}}]}
   CULVERT: {jetstream: enabled, users: [{user: culvert, password: culvert}]}
 }
 cluster: {name: culvert, listen: "127.0.0.1:-1", routes: ["nats://%s"]}
@@ -115,16 +115,23 @@ func TestElections(t *testing.T) {
 		f := e.inquire(t.Context())
 		return e.known > 0 && f.term == e.known && len(f.reached) == 3 && f.reached[f.last] && f.leads
 	})
+	eventually(t, "all members tell how far they are", func() bool {
+		e.look(t.Context())
+		p := e.places(t.Context(), finding{reached: e.members})
+		return len(p) == 3 && p[e.leading].State == "LEADER" && p[e.leading].Index > 0 && sitsOut(p) == place{} && !waits(p, 3)
+	})
 	for _, why := range []alarm{callSlow, callNobody, serverLost} {
 		if e.hold(t.Context(), why) {
 			t.Errorf("alarm %d ended a leader", why)
 		}
 	}
 	before := e.known
-	p.publish(votesSubject+e.group, voteRequest(before+1), func(string) bool { return false }) // by three ways, as several nodes that have seen the same
+	p.publish(votesSubject+e.group, voteRequest(before+1, place{}), all) // by three ways, as several nodes that have seen the same
 	eventually(t, "there is a leader of a later term", func() bool {
 		f := e.inquire(t.Context())
-		return f.term > before && f.leads && !e.stand.torn(3, e.members) && e.stand.standing()
+		_, torn := e.stand.torn(3, e.members)
+		_, stood := e.stand.somebody()
+		return f.term > before && f.leads && !torn && stood
 	})
 	if answered, lax := e.servers(t.Context(), 3); answered != 3 || len(lax) != 3 {
 		t.Errorf("%d servers say how they sync, and %s do it now and then", answered, lax)
@@ -215,7 +222,7 @@ func TestCallsWaitForALeader(t *testing.T) {
 // TestVoteRequest holds the bytes of a request, and takes answers apart.
 func TestVoteRequest(t *testing.T) {
 	want := "\x05\x01\x00\x00\x00\x00\x00\x00" + strings.Repeat("\x00", 16) + "_culvert"
-	if got := string(voteRequest(0x105)); got != want {
+	if got := string(voteRequest(0x105, place{})); got != want {
 		t.Errorf("%q", got)
 	}
 	if term, peer, ok := parseVote([]byte("\x07\x00\x00\x00\x00\x00\x00\x00fjFyEjc1\x02")); term != 7 || peer != "fjFyEjc1" || !ok {

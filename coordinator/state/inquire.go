@@ -14,8 +14,6 @@ const (
 	votesSubject = "$NRG.V." // and the group: requests for votes, 3 numbers and a candidate; as of nats-server 2.2 to 2.15
 	candidate    = "_culvert"
 	peerLength   = 8
-
-	directly = 100 * time.Millisecond // that others have longer to reach a leader than itself has to answer us
 )
 
 // finding is what an inquiry has found.
@@ -24,7 +22,7 @@ type finding struct {
 	reached map[string]bool // by one server, and most members; nil where no server reaches most
 	leads   bool            // the leader has said so, and is one of these
 	none    bool            // members say that there is no leader
-	direct  map[string]bool // that have answered through their own server, and soon
+	direct  map[string]bool // that have answered through their own server what they were asked last
 	dead    map[string]bool // whose server is dead
 	last    string          // who led last
 }
@@ -67,9 +65,12 @@ type answer struct {
 	seat int
 	term uint64
 	peer string
+	last bool // to what was asked last
 }
 
-// inquire asks at once, through every server that lives, which members answer and in which term, and whether the leader leads.
+// inquire asks at once, through every server that lives, which members answer and in which term, and whether the leader leads. Where some are missing it asks
+// once more: a member answers in the order in which it is asked, and so, when that answer comes through its own server, it has not been asked
+// through others, or they do not hear it.
 func (e *election) inquire(ctx context.Context) finding {
 	f, patience := finding{last: e.leading, dead: e.panel.dead(), direct: map[string]bool{}}, rollCall
 	if f.dead[f.last] {
@@ -77,7 +78,7 @@ func (e *election) inquire(ctx context.Context) finding {
 	}
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	seats, answers := e.panel.living(), make(chan answer, 64)
-	stop := e.roll(seats, answers)
+	stop := e.roll(seats, answers, false)
 	said := make(chan *jetstream.ClusterInfo, 1)
 	var asking sync.WaitGroup
 	defer asking.Wait()
@@ -91,13 +92,16 @@ func (e *election) inquire(ctx context.Context) finding {
 		}
 		said <- info.Cluster
 	})
-	c := count{finding: f, members: e.members, began: time.Now(), patience: patience, by: make([]map[string]bool, len(seats))}
+	again := time.After(patience / 2)
+	c := count{finding: f, members: e.members, by: make([]map[string]bool, len(seats))}
 	for !c.complete() {
 		select {
 		case a := <-answers:
 			c.take(a, seats)
 		case info := <-said:
 			c.info, c.told, said = info, true, nil
+		case <-again:
+			defer e.roll(seats, answers, true)()
 		case <-ctx.Done():
 			c.over = true
 		}
@@ -110,10 +114,7 @@ func (e *election) inquire(ctx context.Context) finding {
 
 // count adds up answers.
 type count struct {
-	members  map[string]bool
-	began    time.Time
-	patience time.Duration
-
+	members    map[string]bool
 	by         []map[string]bool // seat: members that have answered through it
 	info       *jetstream.ClusterInfo
 	told, over bool
@@ -131,7 +132,7 @@ func (c *count) take(a answer, seats []*seat) {
 	}
 	c.by[a.seat][a.peer] = true
 	c.finding.term = max(c.finding.term, a.term)
-	if at := seats[a.seat].peer.Load(); at != nil && *at == a.peer && time.Since(c.began) <= c.patience-directly {
+	if at := seats[a.seat].peer.Load(); a.last && at != nil && *at == a.peer {
 		c.finding.direct[a.peer] = true
 	}
 }
@@ -153,7 +154,7 @@ func (c *count) complete() bool {
 }
 
 // roll asks all members for their term, through each of the seats, with requests for votes that change nothing.
-func (e *election) roll(seats []*seat, answers chan<- answer) (stop func()) {
+func (e *election) roll(seats []*seat, answers chan<- answer, last bool) (stop func()) {
 	var heard []*nats.Subscription
 	for i, s := range seats {
 		inbox := s.conn.NewInbox()
@@ -163,13 +164,13 @@ func (e *election) roll(seats []*seat, answers chan<- answer) (stop func()) {
 				return // or nobody hears this
 			}
 			select {
-			case answers <- answer{i, term, peer}:
+			case answers <- answer{i, term, peer, last}:
 			default:
 			}
 		})
 		if err == nil {
 			heard = append(heard, sub)
-			_ = s.conn.PublishRequest(votesSubject+e.group, inbox, voteRequest(0)) // an error says that the connection is broken
+			_ = s.conn.PublishRequest(votesSubject+e.group, inbox, voteRequest(0, place{})) // an error says that the connection is broken
 		}
 	}
 	return func() {
@@ -179,10 +180,11 @@ func (e *election) roll(seats []*seat, answers chan<- answer) (stop func()) {
 	}
 }
 
-// voteRequest asks for votes in a term, for nobody: with a log that is empty.
-func voteRequest(term uint64) []byte {
+// voteRequest asks for votes in a term, for nobody, with a log as long as that; none for a zero one.
+func voteRequest(term uint64, log place) []byte {
 	b := binary.LittleEndian.AppendUint64(nil, term)
-	b = append(b, make([]byte, 16)...) // last term and index
+	b = binary.LittleEndian.AppendUint64(b, log.Term)
+	b = binary.LittleEndian.AppendUint64(b, log.Index)
 	return append(b, candidate...)
 }
 

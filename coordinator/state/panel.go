@@ -158,13 +158,18 @@ func (p *panel) dead() map[string]bool {
 	return out
 }
 
-// first gives a connection to a server that lives, if one does.
-func (p *panel) first() *nats.Conn {
+// first gives a connection to a server that lives and is not left out, if there is one.
+func (p *panel) first(out func(peer string) bool) *nats.Conn {
 	for _, s := range p.living() {
-		return s.conn
+		if peer := s.peer.Load(); peer == nil || !out(*peer) {
+			return s.conn
+		}
 	}
 	return p.seats[0].conn
 }
+
+// all leaves nobody out.
+func all(string) bool { return false }
 
 // publish says the same through every server that lives, but those that are left out.
 func (p *panel) publish(subject string, data []byte, out func(peer string) bool) {

@@ -45,7 +45,7 @@ func (e *election) lookAtSyncing(ctx context.Context) {
 
 // servers asks those of the cluster how they sync, until so many have answered, and names those that do not always.
 func (e *election) servers(ctx context.Context, enough int) (answered int, lax []string) {
-	votes := e.panel.first()
+	votes := e.panel.first(all)
 	inbox := votes.NewInbox()
 	answers := make(chan *nats.Msg, maxServers)
 	sub, err := votes.ChanSubscribe(inbox, answers)

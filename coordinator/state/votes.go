@@ -1,6 +1,7 @@
 package state
 
 import (
+	"cmp"
 	"encoding/binary"
 	"sync"
 	"time"
@@ -17,6 +18,7 @@ type standing struct {
 	who   map[string]struct{}
 	since time.Time     // when the term was first heard of; zero: before the last leader was elected
 	news  chan struct{} // a word when somebody stands
+	wait  time.Duration // for what comes of a term; 0: electionWait
 }
 
 // heard takes a request for votes. Ours names a term as well, and nobody who could be elected.
@@ -67,7 +69,14 @@ func (s *standing) over(term uint64) {
 func (s *standing) comingTo() time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return max(0, electionWait-time.Since(s.since))
+	return max(0, cmp.Or(s.wait, electionWait)-time.Since(s.since))
+}
+
+// somebody reports whether anybody stands in the latest term, and which that is.
+func (s *standing) somebody() (term uint64, stands bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.term, len(s.who) > 0
 }
 
 // latest is the latest term that was heard of.
@@ -77,17 +86,20 @@ func (s *standing) latest() uint64 {
 	return s.term
 }
 
-// next takes up the term after the latest, to ask for an election in.
-func (s *standing) next() uint64 {
+// next takes up the term after last, to ask for an election in, unless a later one than last has been heard of meanwhile.
+func (s *standing) next(last uint64) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.move(s.term + 1)
-	return s.term
+	if s.term > last {
+		return false
+	}
+	s.move(last + 1)
+	return true
 }
 
-// torn reports whether so many of the living stand in the latest term that nobody can win: each has its own vote and at most those of the living who do not
+// torn reports whether so many of the living stand in the latest term, and which that is, that nobody can win: each has its own vote and at most those of the living who do not
 // stand. Who is cut off may stand as well, and neither has their votes nor takes them away.
-func (s *standing) torn(members int, living map[string]bool) bool {
+func (s *standing) torn(members int, living map[string]bool) (term uint64, torn bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	stand := 0
@@ -96,7 +108,7 @@ func (s *standing) torn(members int, living map[string]bool) bool {
 			stand++
 		}
 	}
-	return stand > 1 && 1+len(living)-stand <= members/2
+	return s.term, stand > 1 && 1+len(living)-stand <= members/2
 }
 
 const (

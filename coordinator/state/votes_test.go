@@ -45,16 +45,16 @@ func TestTorn(t *testing.T) {
 			s.heard(memberRequest(7, member(i))) // sent again
 		}
 		s.heard(memberRequest(7, "cut-off1"))
-		s.heard(voteRequest(7))
-		s.heard(voteRequest(0))
-		if torn := s.torn(c.members, members(c.living)); torn != c.want || s.latest() != 7 {
-			t.Errorf("%d of %d living stand, of %d: %t in term %d", c.stand, c.living, c.members, torn, s.latest())
+		s.heard(voteRequest(7, place{}))
+		s.heard(voteRequest(0, place{}))
+		if term, torn := s.torn(c.members, members(c.living)); torn != c.want || term != 7 {
+			t.Errorf("%d of %d living stand, of %d: %t in term %d", c.stand, c.living, c.members, torn, term)
 		}
 		if s.heard(memberRequest(6, "late5678")); s.term > 7 {
 			t.Error("the term falls back")
 		}
-		s.heard(voteRequest(8))
-		if s.torn(c.members, members(c.living)) {
+		s.heard(voteRequest(8, place{}))
+		if _, torn := s.torn(c.members, members(c.living)); torn {
 			t.Error("an election in whose place another one was asked for is torn")
 		}
 	}
@@ -71,7 +71,7 @@ func TestTornMeansNobodyWins(t *testing.T) {
 			s.heard(memberRequest(1, member(i)))
 		}
 		can := stand > 0 && 1+living-stand > all/2 // all the others vote for the same
-		if torn := s.torn(all, members(living)); torn && can || stand > 1 && !can && !torn {
+		if _, torn := s.torn(all, members(living)); torn && can || stand > 1 && !can && !torn {
 			t.Fatalf("torn %t, and somebody can win %t", torn, can)
 		}
 	})
@@ -110,6 +110,7 @@ func group(t *testing.T, stand func(asked uint64) (who []string, led bool)) (e *
 		t.Fatal(err)
 	}
 	e.stand.over(4)
+	e.stand.wait = time.Minute
 	return e, asked
 }
 
@@ -138,7 +139,7 @@ func TestAsksNoMore(t *testing.T) {
 	if e.elect(t.Context(), f) {
 		t.Error("somebody is elected")
 	}
-	for i := range uint64(maxElections) {
+	for i := range uint64(maxElections + 1) {
 		if term := <-asked; term != 5+2*i {
 			t.Errorf("asked in term %d", term)
 		}
@@ -147,7 +148,7 @@ func TestAsksNoMore(t *testing.T) {
 	if e.elect(t.Context(), f) {
 		t.Error("somebody is elected, whom nobody asked")
 	}
-	e.panel.publish(votesSubject+"g", voteRequest(1<<30), func(string) bool { return false })
+	e.panel.publish(votesSubject+"g", voteRequest(1<<30, place{}), all)
 	if term := <-asked; term != 1<<30 {
 		t.Errorf("asked again, in term %d", term)
 	}
@@ -164,17 +165,20 @@ func TestOneElectionAtATime(t *testing.T) {
 		if s.saw(7); s.comingTo() != 0 {
 			t.Error("an election after its end")
 		}
-		s.heard(voteRequest(8))
+		s.heard(voteRequest(8, place{}))
 		time.Sleep(electionWait - 1)
 		if s.comingTo() != 1 {
 			t.Error("given up")
 		}
 		s.heard(memberRequest(9, member(0)))
 		time.Sleep(electionWait - 1)
-		if s.heard(memberRequest(9, member(0))); s.comingTo() != 1 || s.next() != 10 {
+		if s.heard(memberRequest(9, member(0))); s.comingTo() != 1 {
 			t.Error("the same again, and has longer")
 		}
-		if s.comingTo() != electionWait {
+		if s.next(8) || s.comingTo() != 1 {
+			t.Error("asked for one in a term that has been")
+		}
+		if !s.next(9) || s.comingTo() != electionWait || s.latest() != 10 {
 			t.Error("what we ask for is none")
 		}
 	})
@@ -226,9 +230,10 @@ func TestServersSaySync(t *testing.T) {
 
 // FuzzMembers reads what members and servers of a cluster say.
 func FuzzMembers(f *testing.F) {
-	f.Add(voteRequest(3))
+	f.Add(voteRequest(3, place{}))
 	f.Add(memberRequest(1<<63, "fjFyEjc1"))
 	f.Add([]byte("\x07\x00\x00\x00\x00\x00\x00\x00fjFyEjc1\x02"))
+	f.Add([]byte(`{"data":{"account":"A","A":{"g":{"id":"fjFyEjc1","state":"LEADER","committed":6,"pterm":7,"pindex":8}}}}`))
 	f.Add([]byte(`{"server":{"name":"n1"},"data":{"config":{"sync_always":true}}}`))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		var s standing
@@ -239,15 +244,12 @@ func FuzzMembers(f *testing.F) {
 		if _, peer, ok := parseVote(b); ok && len(peer) != peerLength {
 			t.Errorf("a peer %q", peer)
 		}
+		if p, ok := parsePlace(b, "A", "g"); ok && p.Peer == "" {
+			t.Error("a place of nobody")
+		}
+		_ = parseAccount(b)
 		if name, _, ok := parseServer(b); ok && name == "" {
 			t.Error("a server without a name")
 		}
 	})
-}
-
-// standing reports whether anybody does.
-func (s *standing) standing() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return len(s.who) > 0
 }
