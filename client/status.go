@@ -96,7 +96,11 @@ func writeStatus(w io.Writer, st control.Status, now time.Time) error {
 
 // reachedText writes what became of the flows to one target.
 func reachedText(r wire.Reached) string {
-	text := fmt.Sprintf("%s %s, %d flows", r.Proto, r.Target, r.Flows)
+	flows := "flows"
+	if r.Flows == 1 {
+		flows = "flow"
+	}
+	text := fmt.Sprintf("%s %s, %d %s", r.Proto, r.Target, r.Flows, flows)
 	if r.BytesUp+r.BytesDn > 0 {
 		text += fmt.Sprintf(", %s received, %s sent", bytesText(r.BytesDn), bytesText(r.BytesUp))
 	}

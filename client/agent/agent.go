@@ -307,7 +307,7 @@ func (a *Agent) hold(ctx context.Context, s *session) error {
 			return ctx.Err()
 		}
 		if s, err = a.establish(ctx, demands{}); err != nil {
-			return err
+			return endedByPolicy(err)
 		}
 		a.mu.Lock()
 		a.rejoins++
@@ -316,6 +316,17 @@ func (a *Agent) hold(ctx context.Context, s *session) error {
 		gw, _ := s.at()
 		a.log.Info("joined again", "session", s.ID, "gateway", gw.Name)
 	}
+}
+
+// endedByPolicy says what it means that a job which was let in before no longer is.
+func endedByPolicy(err error) error {
+	p := problem.From(err)
+	if p.Code != problem.Denied {
+		return err
+	}
+	out := *p
+	out.Message = "policy has ended the session: " + p.Message
+	return &out
 }
 
 // cut resets the connections through a session that is lost: the next one has another address, and they would hang.

@@ -337,6 +337,32 @@ func TestRejoinsWhenThePathIsLost(t *testing.T) {
 	}
 }
 
+// Where policy has ended a session, that is what the job is told, and not that its path is gone.
+func TestSaysThatPolicyEndedTheSession(t *testing.T) {
+	w := agenttest.New(t)
+	w.OnJoin = func(n int, rw http.ResponseWriter) bool {
+		if n > 1 {
+			problem.Write(rw, problem.New(problem.Denied, "no rule lets this job in", "ask"))
+		}
+		return n > 1
+	}
+	r := start(t, options(t, w))
+	r.up(t)
+	const reason = "policy no longer gives what the session holds"
+	w.End(reason)
+	p := r.failure(t)
+	if p.Code != problem.Denied || p.Message != "policy has ended the session: no rule lets this job in" || p.Next != "ask" {
+		t.Errorf("error = %v", p)
+	}
+	var said []string
+	for _, e := range r.Status().History {
+		said = append(said, e.What)
+	}
+	if !slices.Contains(said, "lost the session: "+reason) {
+		t.Errorf("the history is %q", said)
+	}
+}
+
 func TestLateCandidatesTrickle(t *testing.T) {
 	w := agenttest.New(t)
 	stun, err := net.ListenUDP("udp", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})

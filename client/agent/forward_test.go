@@ -189,3 +189,23 @@ func TestDenialsNameTheName(t *testing.T) {
 		t.Errorf("the gateway was asked about %q", asked)
 	}
 }
+
+// A forward whose name nobody resolves, because DNS is silent, is named when the time is up.
+func TestForwardBehindSilentDNS(t *testing.T) {
+	opts := options(t, agenttest.New(t))
+	opts.Forwards = []proxy.Forward{{Listen: freePort(t), Target: "db.internal:5432"}}
+	opts.Timeout = 5 * time.Second
+	opts.lookup = func(ctx context.Context, _ string) ([]netip.Addr, error) {
+		<-ctx.Done()
+		return nil, &net.DNSError{Err: "i/o timeout", Name: "db.internal", IsTimeout: true, UnwrapErr: ctx.Err()}
+	}
+	p := start(t, opts).failure(t)
+	for _, want := range []string{"not up within 5s: ", "--forward from " + opts.Forwards[0].Listen.String(), `"db.internal"`} {
+		if !strings.Contains(p.Message, want) {
+			t.Errorf("%q does not say %q", p.Message, want)
+		}
+	}
+	if p.Code != problem.Timeout || p.Next == "" {
+		t.Errorf("code %s, next %q", p.Code, p.Next)
+	}
+}

@@ -71,6 +71,8 @@ func (a *Agent) gaveUp(ctx context.Context, last error) error {
 	switch {
 	case p.Code == problem.NoPath || p.Code == problem.NotUsable:
 		return p
+	case p.Code == problem.FlowUnreachable: // a target's name was looked up when the time was up
+		return problem.Wrap(last, problem.Timeout, fmt.Sprintf("not up within %s: %s", a.opts.Timeout, p.Message), p.Next)
 	case errors.Is(last, context.DeadlineExceeded) || errors.Is(last, errGaveUp):
 		missing, next := a.missing()
 		return problem.Wrap(last, problem.Timeout, fmt.Sprintf("not up within %s%s", a.opts.Timeout, missing), next)

@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"math/rand/v2"
+	"strings"
 	"sync"
 	"time"
 
@@ -123,22 +124,29 @@ func (s *session) keep(ctx context.Context) (why string, err error) {
 	})
 }
 
-// worthLeaving reports whether a session without a path is to be given up for a new one: the coordinator has to answer, and where
-// only the relays are gone, they are given time to come back, because a new session cuts every connection.
-func (s *session) worthLeaving(ctx context.Context) bool {
+// worthLeaving reports whether a session without a path is to be given up for a new one, and why: the coordinator has to answer, and where
+// only the relays are gone, they are given time to come back, because a new session cuts every connection. A session that the coordinator
+// has ended has no path for that reason.
+func (s *session) worthLeaving(ctx context.Context) (leave bool, why string) {
 	ctx, cancel := context.WithTimeout(ctx, askEvery)
 	defer cancel()
 	stand := make(chan bool, 1)
 	go func() { stand <- s.relaysStand(ctx) }()
-	_, err := s.agent.api.info(ctx, func(bool) {})
+	_, err := s.agent.api.update(ctx, s.ID, s.Secret, wire.Update{})
+	if problem.CodeOf(err) == problem.SessionOver {
+		cancel()
+		<-stand
+		return true, strings.TrimPrefix(problem.From(err).Message, "the session has ended: ")
+	}
 	relays := <-stand
-	return err == nil && (relays || !s.hasRelays() || s.keeper.without(time.Now()) > relayPatience)
+	there := err == nil || !problem.Temporary(err)
+	return there && (relays || !s.hasRelays() || s.keeper.without(time.Now()) > relayPatience), "there is no path to the gateway"
 }
 
 // upkeep is what keeping a session needs of its surroundings.
 type upkeep struct {
 	renew     func(context.Context) (wire.Lease, error)
-	reachable func(context.Context) bool // whether a new session, which the coordinator would have to give, is better than to wait
+	reachable func(context.Context) (bool, string) // whether a new session, which the coordinator would have to give, is better than to wait, and why
 	failed    func(error)
 	renewed   func(expires time.Time)
 }
@@ -149,6 +157,12 @@ type outcome struct {
 	err   error
 }
 
+// finding is what came of asking about a session without a path.
+type finding struct {
+	leave bool
+	why   string
+}
+
 // run is keep with its surroundings given. A session without a path is given up only for a coordinator that answers: while
 // that is away, too, the old session may still come back, and no other can be had.
 func (k *keeper) run(ctx context.Context, up upkeep) (why string, err error) {
@@ -157,7 +171,7 @@ func (k *keeper) run(ctx context.Context, up upkeep) (why string, err error) {
 	defer wait.Wait()
 	defer cancel()
 	outcomes := make(chan outcome, 1)
-	answers := make(chan bool, 1) // of the coordinator, to one question at a time
+	answers := make(chan finding, 1) // of the coordinator, to one question at a time
 	asking := false
 	var pause backoff
 	var refused error // the last word on renewals, where that was no
@@ -179,10 +193,13 @@ func (k *keeper) run(ctx context.Context, up upkeep) (why string, err error) {
 		case <-lost.C():
 			lost.clear()
 			asking = true
-			wait.Go(func() { answers <- up.reachable(ctx) })
-		case there := <-answers:
-			if there && !k.hasPath() {
-				return "there is no path to the gateway", nil
+			wait.Go(func() {
+				leave, why := up.reachable(ctx)
+				answers <- finding{leave, why}
+			})
+		case a := <-answers:
+			if a.leave && !k.hasPath() {
+				return a.why, nil
 			}
 			asking = false
 			lost.hold(!k.hasPath(), askEvery)

@@ -37,11 +37,11 @@ func (k *kept) run(ctx context.Context, renew func(n int) (wire.Lease, error)) (
 			k.renewals = append(k.renewals, time.Since(k.began))
 			return renew(len(k.renewals))
 		},
-		reachable: func(ctx context.Context) bool {
+		reachable: func(ctx context.Context) (bool, string) {
 			if k.away {
 				<-ctx.Done() // nothing answers
 			}
-			return !k.away
+			return !k.away, "there is no path to the gateway"
 		},
 		failed:  func(err error) { k.failures = append(k.failures, err) },
 		renewed: func(time.Time) {},

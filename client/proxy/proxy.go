@@ -135,7 +135,7 @@ func (s *Server) open() error {
 	if !s.opts.NoProxy {
 		l, err := net.Listen("tcp", s.opts.Listen)
 		if err != nil {
-			return problem.Wrap(err, problem.Usage, fmt.Sprintf("the proxy cannot listen on %s", s.opts.Listen),
+			return problem.Wrap(err, problem.Usage, fmt.Sprintf("the proxy cannot listen on %s: %s", s.opts.Listen, problem.Reason(err)),
 				"choose a free port with --proxy-listen, or leave it out")
 		}
 		s.listeners, serve = append(s.listeners, l), append(serve, s.serve)
@@ -144,7 +144,7 @@ func (s *Server) open() error {
 	for _, f := range s.opts.Forwards {
 		l, err := net.Listen("tcp", f.Listen.String())
 		if err != nil {
-			return problem.Wrap(err, problem.Usage, fmt.Sprintf("cannot listen on %s to forward to %s: %v", f.Listen, f.Target, err),
+			return problem.Wrap(err, problem.Usage, fmt.Sprintf("cannot listen on %s to forward to %s: %v", f.Listen, f.Target, problem.Reason(err)),
 				"choose a free port for --forward")
 		}
 		s.listeners, serve = append(s.listeners, l), append(serve, func(conn net.Conn) { s.forward(conn, f.Target) })

@@ -129,7 +129,7 @@ func (s *stream) hello(ctx context.Context) (wire.Hello, error) {
 	}
 	refuse := func(why string) (wire.Hello, error) {
 		p := problem.New(problem.Incompatible, why, "update coordinator and gateway to the same version")
-		_ = s.write(ctx, wire.Frame{Type: wire.FrameAnswer, Body: refusal(p)}) // in place of the welcome
+		_ = s.write(ctx, wire.Frame{Type: wire.FrameAnswer, Body: refusal(p)}.Encode()) // in place of the welcome
 		return h, &closing{websocket.StatusPolicyViolation, why, false}
 	}
 	if f.Type != wire.FrameHello || json.Unmarshal(f.Body, &h) != nil {
@@ -185,7 +185,7 @@ func (s *stream) welcome(ctx context.Context, h wire.Hello) error {
 	if err != nil {
 		return fmt.Errorf("encode the welcome: %w", err)
 	}
-	if err := s.write(ctx, wire.Frame{Type: wire.FrameWelcome, Body: raw}); err != nil {
+	if err := s.write(ctx, wire.Frame{Type: wire.FrameWelcome, Body: raw}.Encode()); err != nil {
 		return fmt.Errorf("send the welcome: %w", err)
 	}
 	s.load.Store(int64(len(h.Sessions) - len(over)))

@@ -215,10 +215,15 @@ func (s *stream) readAll(ctx context.Context) error {
 
 // writeAll sends what is queued.
 func (s *stream) writeAll(ctx context.Context) error {
+	var room []byte
 	for {
 		select {
 		case f := <-s.queue:
-			if err := s.write(ctx, f); err != nil {
+			if cap(room) > maxRoom { // once there was a frame that is larger than most
+				room = nil
+			}
+			room = f.Append(room[:0])
+			if err := s.write(ctx, room); err != nil {
 				return fmt.Errorf("write to the gateway: %w", err)
 			}
 		case <-s.over:
@@ -227,10 +232,13 @@ func (s *stream) writeAll(ctx context.Context) error {
 	}
 }
 
-func (s *stream) write(ctx context.Context, f wire.Frame) error {
+// maxRoom bounds the bytes that a stream keeps for the frames that it writes.
+const maxRoom = 16 << 10
+
+func (s *stream) write(ctx context.Context, frame []byte) error {
 	ctx, cancel := context.WithTimeout(ctx, writeTimeout)
 	defer cancel()
-	return s.conn.Write(ctx, websocket.MessageText, f.Encode())
+	return s.conn.Write(ctx, websocket.MessageText, frame)
 }
 
 // enqueue hands a frame to the writer without waiting. A gateway that lets its queue fill up loses its stream.

@@ -7,7 +7,8 @@
 // chain for each node would need somebody to remember which nodes there ever were, and a whole one could vanish.
 // The price is that blocks of all nodes follow one after the other; how many records a block holds has no such bound.
 //
-// What is refused before a token was verified costs a stranger nothing, so it is counted instead: see [Tally].
+// What is refused before a token was verified costs a stranger nothing, so it is counted instead, and what he may have signed for a repository
+// of his own costs him little, so it is counted where there is much: see [Tally].
 package audit
 
 import (

@@ -33,7 +33,7 @@ const (
 	Enrolled   Event = "gateway.enrol"      // a gateway's stream was let in
 	Unenrolled Event = "gateway.leave"      // its stream is over
 	KeyChange  Event = "gateway.key-change" // a gateway of this name had another key before
-	Refused    Event = "request.refuse"     // requests refused before a token was verified, counted
+	Refused    Event = "request.refuse"     // requests refused before a token was verified, or of strangers, counted
 )
 
 // Record is one entry of the log. Field names are those of the Open Cybersecurity Schema Framework (OCSF 1.3) where it has

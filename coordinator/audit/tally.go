@@ -16,7 +16,7 @@ const (
 	tallySources = 256 // addresses that are told apart in that time, for each code
 )
 
-// Tally counts what is refused before anybody has proven anything: once a minute one record says how many requests there
+// Tally counts what is refused before anybody has proven anything, and jobs that no rule knows where there are many: once a minute one record says how many requests there
 // were of each kind, and which address sent most of them. A record for each would let a stranger fill the disk.
 type Tally struct {
 	mu     sync.Mutex
@@ -71,7 +71,7 @@ func (t *Tally) take() []Refusal {
 // record is the tally's record, if there is anything to say.
 func (t *Tally) record() (Record, bool) {
 	refusals := t.take()
-	r := Record{Event: Refused, Status: statusFailure, Action: actionDenied, Message: "requests refused before a token was verified",
+	r := Record{Event: Refused, Status: statusFailure, Action: actionDenied, Message: "requests refused that have no record of their own",
 		Unmapped: Unmapped{Refusals: refusals}}
 	for _, one := range refusals {
 		r.Count += one.Count

@@ -209,9 +209,16 @@ func (l *Log) sleep(d time.Duration) {
 	}
 }
 
+// lineRoom is above what a line of a block has besides its record, in bytes.
+const lineRoom = 320
+
 // build links a batch to the chain's head.
 func (l *Log) build(batch []*entry) ([]byte, head) {
-	var block []byte
+	room := lineRoom // for the seal
+	for _, e := range batch {
+		room += len(e.body) + len(e.event) + len(l.node) + lineRoom
+	}
+	block := make([]byte, 0, room)
 	next := l.at
 	for _, e := range batch {
 		block, next = link(block, next, e.event, l.node, e.body)

@@ -24,6 +24,7 @@ type Files struct {
 	mu      sync.Mutex
 	current *tls.Certificate
 	stamps  [2]stamp
+	refused bool // the files were no good when they were last read
 	looked  time.Time
 }
 
@@ -46,15 +47,36 @@ func Load(cert, key string, log *slog.Logger) (*Files, error) {
 func (c *Files) Get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if time.Since(c.looked) >= certEvery && c.look() != c.stamps {
-		if err := c.load(); err != nil {
-			c.log.Error("the changed certificate is refused and the old one stays in use", "file", c.cert, "key_file", c.key, "err", err,
-				"next", "put a PEM file with the chain and one with its key there; they are read again when they change")
-		} else {
-			c.log.Info("the changed certificate is in use")
-		}
+	if time.Since(c.looked) >= certEvery {
+		c.refresh()
 	}
 	return c.current, nil
+}
+
+// Look takes a changed certificate up, or says that it is refused, also where nobody connects.
+func (c *Files) Look() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.refresh()
+}
+
+// refresh reads the files if they have changed; mu is held.
+func (c *Files) refresh() {
+	if c.look() == c.stamps {
+		return
+	}
+	if err := c.load(); err != nil {
+		c.refused = true
+		c.log.Error("the changed certificate is refused and the old one stays in use", "file", c.cert, "key_file", c.key, "err", err,
+			"next", "put a PEM file with the chain and one with its key there; they are read again when they change")
+		return
+	}
+	said := "the changed certificate is in use"
+	if c.refused {
+		said = "the certificate's files are good again, and in use"
+	}
+	c.refused = false
+	c.log.Info(said, "file", c.cert, "expires", c.current.Leaf.NotAfter)
 }
 
 // look gives the files' times and sizes, zero for one that is away.

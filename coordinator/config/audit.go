@@ -2,11 +2,14 @@ package config
 
 import (
 	"encoding/hex"
+	"fmt"
 	"math"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/culvertnet/culvert/internal/yamlfile"
 )
 
 // Where the audit log's copy may go beside a file.
@@ -50,7 +53,7 @@ func (c *Config) Socket() string {
 }
 
 type auditDoc struct {
-	// Log is where every record goes once more, as a line of JSON: stdout (the default), off, or a file.
+	// Log is where every record goes once more, as a line of JSON: stdout (the default), off, or a file, with a slash or a dot in its path.
 	Log string `yaml:"log"`
 	// Keep is how long records are kept, such as 90d or 720h; default 90d.
 	Keep string `yaml:"keep"`
@@ -76,7 +79,9 @@ func (r *reader) audit(d auditDoc) Audit {
 	case AuditOff:
 		a.Copy = AuditOff
 	default:
-		a.Copy = r.path(d.Log)
+		if a.Copy = r.path(d.Log); !strings.ContainsAny(d.Log, `/\.`) {
+			r.fail("$.audit.log", strconv.Quote(d.Log)+" is neither stdout nor off nor the path of a file", nextLog(d.Log))
+		}
 	}
 	if d.Keep != "" {
 		if a.Keep = parseAge(d.Keep); a.Keep < MinAuditKeep {
@@ -89,6 +94,14 @@ func (r *reader) audit(d auditDoc) Audit {
 		}
 	}
 	return a
+}
+
+// nextLog is the next step where the log is one word, which makes a file of that name only where that is meant.
+func nextLog(word string) string {
+	if near := yamlfile.Nearest(word, []string{AuditStdout, AuditOff}); near != "" {
+		return fmt.Sprintf("did you mean %q?", near)
+	}
+	return "write a file of that name as ./" + word
 }
 
 // parseAge reads a duration in Go's notation or in days; 0 where it is none.

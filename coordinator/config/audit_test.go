@@ -44,6 +44,15 @@ private: {listen: "127.0.0.1:9090", secret_sha256: `+secretHash+"}\n"))
 	}
 }
 
+func TestAuditFiles(t *testing.T) {
+	for _, file := range []string{"audit.jsonl", "./records", "logs/audit", "/var/log/culvert/audit"} {
+		c, err := Parse("culvert.yaml", []byte(minimal+"audit: {log: "+file+"}\n"))
+		if err != nil || !strings.HasSuffix(c.Audit.Copy, strings.TrimPrefix(file, "./")) {
+			t.Errorf("%s: %+v, %v", file, c, err)
+		}
+	}
+}
+
 func TestAuditAndPrivateRefused(t *testing.T) {
 	for doc, want := range map[string]string{
 		"audit: {keep: 5}":                               "is no time of at least an hour",
@@ -53,6 +62,9 @@ func TestAuditAndPrivateRefused(t *testing.T) {
 		"audit: {max_size: 10GB}":                        "is no size of at least 64MiB",
 		"audit: {max_size: 99999999999TiB}":              "is no size of at least 64MiB",
 		"audit: {log: stdout, tail: 5}":                  "tail",
+		"audit: {log: stdut}":                            `"stdut" is neither stdout nor off nor the path of a file; did you mean "stdout"?`,
+		"audit: {log: OFF}":                              `did you mean "off"?`,
+		"audit: {log: records}":                          "write a file of that name as ./records",
 		"private: {listen: nowhere}":                     "is not an address to listen on",
 		`private: {listen: ":443"}`:                      "is the public listener's address",
 		"private: {secret_sha256: " + secretHash + "}":   "a secret without a listener",

@@ -1,4 +1,4 @@
-// Package limit holds token buckets by who asks, in tables of bounded size.
+// Package limit holds token buckets by who asks, in tables of bounded size, and bounds connections.
 package limit
 
 import (

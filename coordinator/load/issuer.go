@@ -74,7 +74,7 @@ func (i *issuer) publish(ctx context.Context) (stop func(), err error) {
 	var lc net.ListenConfig
 	l, err := lc.Listen(ctx, "tcp", i.opts.IssuerListen)
 	if err != nil {
-		return nil, problem.Wrap(err, problem.Failed, fmt.Sprintf("the issuer cannot listen on %s: %v", i.opts.IssuerListen, err),
+		return nil, problem.Wrap(err, problem.Failed, fmt.Sprintf("the issuer cannot listen on %s: %v", i.opts.IssuerListen, problem.Reason(err)),
 			"give --issuer-listen an address of this machine, or --jwks-file a path that the coordinator reads")
 	}
 	srv := &http.Server{Handler: i.handler(), ReadHeaderTimeout: 10 * time.Second}
@@ -127,13 +127,13 @@ func (i *issuer) handler() http.Handler {
 // ticket is what a job needs to join: its key and a token for it.
 type ticket struct {
 	key   wire.Key
-	run   string // the workflow run's id
+	run   uint64 // the workflow run's id
 	token wire.Secret
 }
 
 // job makes a new job. No tunnel is built, so its public key is random bytes.
 func (i *issuer) job() (ticket, error) {
-	t := ticket{run: strconv.FormatUint(i.runs.Add(1), 10)}
+	t := ticket{run: i.runs.Add(1)}
 	rand.Read(t.key[:]) // never fails (crypto/rand)
 	return i.tokenFor(t)
 }
@@ -143,13 +143,14 @@ func (i *issuer) tokenFor(t ticket) (_ ticket, err error) {
 	owner, _, _ := strings.Cut(i.opts.Repository, "/")
 	ref := "refs/heads/main"
 	workflow := i.opts.Repository + "/.github/workflows/deploy.yml@" + ref
+	run := strconv.FormatUint(t.run, 10)
 	const sha = "4b825dc642cb6eb9a060e54bf8d69288fbee4904"
 	t.token, err = i.sign(lifetime, map[string]any{
 		"aud": wire.Audience(i.opts.URL, t.key), "sub": "repo:" + owner + "@" + i.opts.OwnerID + "/jobs@2:ref:" + ref,
 		"repository": i.opts.Repository, "repository_id": "2", "repository_owner": owner, "repository_owner_id": i.opts.OwnerID,
 		"repository_visibility": "private", "actor": "octocat", "actor_id": "12", "event_name": "push", "ref": ref, "ref_type": "branch",
 		"ref_protected": "true", "base_ref": "", "head_ref": "", "sha": sha, "workflow": "deploy", "workflow_ref": workflow, "workflow_sha": sha,
-		"job_workflow_ref": workflow, "job_workflow_sha": sha, "run_id": t.run, "run_number": t.run, "run_attempt": "1", "check_run_id": t.run,
+		"job_workflow_ref": workflow, "job_workflow_sha": sha, "run_id": run, "run_number": run, "run_attempt": "1", "check_run_id": run,
 		"runner_environment": "github-hosted",
 	})
 	return t, err

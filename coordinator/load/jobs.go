@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
+	"sync"
 	"time"
 
 	"github.com/culvertnet/culvert/internal/problem"
@@ -94,7 +95,9 @@ func (j *jobs) join(ctx context.Context, n int, t ticket) (*session, error) {
 	}
 	defer resp.close()
 	var s *answer
-	for lines := bufio.NewReader(io.LimitReader(resp.Body, maxAnswer)); s == nil; {
+	lines := reading(io.LimitReader(resp.Body, maxAnswer))
+	defer putBack(lines)
+	for s == nil {
 		line, err := lines.ReadBytes('\n')
 		if err != nil {
 			return nil, away(fmt.Errorf("read the answer: %w", err))
@@ -169,6 +172,20 @@ func away(err error) error {
 	return problem.Wrap(err, problem.Unreachable, "the coordinator cannot be reached: "+err.Error(), "look at its log")
 }
 
+// readers are those of former answers: a thousand a second would make 8 MB of garbage.
+var readers = sync.Pool{New: func() any { return bufio.NewReader(nil) }}
+
+func reading(r io.Reader) *bufio.Reader {
+	b := readers.Get().(*bufio.Reader)
+	b.Reset(r)
+	return b
+}
+
+func putBack(b *bufio.Reader) {
+	b.Reset(nil) // or it would keep its connection
+	readers.Put(b)
+}
+
 // ask does one request on a connection of its own. A problem document is the error.
 func (j *jobs) ask(ctx context.Context, n int, method, path string, bearer wire.Secret, body []byte) (*response, error) {
 	t := j.targets[n%len(j.targets)]
@@ -177,10 +194,6 @@ func (j *jobs) ask(ctx context.Context, n int, method, path string, bearer wire.
 		return nil, away(err)
 	}
 	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
-	done := func() {
-		stop()
-		_ = conn.Close()
-	}
 	var b bytes.Buffer
 	// Jobs of many addresses, for a coordinator that trusts this machine as a proxy; else they are all this machine's.
 	fmt.Fprintf(&b, "%s %s%s HTTP/1.1\r\nHost: %s\r\nConnection: close\r\nContent-Length: %d\r\nX-Forwarded-For: 100.64.%d.%d\r\n",
@@ -194,10 +207,17 @@ func (j *jobs) ask(ctx context.Context, n int, method, path string, bearer wire.
 	b.WriteString("\r\n")
 	b.Write(body)
 	if _, err := conn.Write(b.Bytes()); err != nil {
-		done()
+		stop()
+		_ = conn.Close()
 		return nil, away(err)
 	}
-	resp, err := http.ReadResponse(bufio.NewReader(conn), &http.Request{Method: method})
+	lines := reading(conn)
+	done := func() {
+		stop()
+		_ = conn.Close()
+		putBack(lines)
+	}
+	resp, err := http.ReadResponse(lines, &http.Request{Method: method})
 	if err != nil {
 		done()
 		return nil, away(errors.Join(err, ctx.Err()))

@@ -3,6 +3,7 @@
 package relayd
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -19,7 +20,7 @@ import (
 
 	"github.com/culvertnet/culvert/coordinator/certs"
 	"github.com/culvertnet/culvert/coordinator/config"
-	"github.com/culvertnet/culvert/internal/cork"
+	"github.com/culvertnet/culvert/coordinator/limit"
 	"github.com/culvertnet/culvert/internal/nat"
 	"github.com/culvertnet/culvert/internal/problem"
 	"github.com/culvertnet/culvert/internal/relay"
@@ -53,6 +54,7 @@ type Server struct {
 	config *config.Standalone // the one in force; changed by the reload loop alone
 	log    *slog.Logger
 
+	certs   *certs.Files // nil for plain HTTP
 	relay   *relay.Server
 	probe   *nat.Server
 	web     *page
@@ -111,7 +113,7 @@ func (s *Server) openUDP(ctx context.Context) (err error) {
 		Remote: func(r *http.Request) netip.Addr { return middleware.GetClientIPAddr(r.Context()) },
 	})
 	if err != nil {
-		return problem.Wrap(err, problem.BadConfig, fmt.Sprintf("cannot listen on UDP %s: %v", c.UDP, err), problem.PortNext(err))
+		return problem.Wrap(err, problem.BadConfig, fmt.Sprintf("cannot listen on UDP %s: %v", c.UDP, problem.Reason(err)), problem.PortNext(err))
 	}
 	if c.Probe == "" {
 		return nil
@@ -120,7 +122,7 @@ func (s *Server) openUDP(ctx context.Context) (err error) {
 	switch {
 	case err == nil:
 	case c.ProbeChosen:
-		return problem.Wrap(err, problem.BadConfig, fmt.Sprintf("cannot listen on UDP %s: %v", c.Probe, err), "give probe another address, or set probe: off")
+		return problem.Wrap(err, problem.BadConfig, fmt.Sprintf("cannot listen on UDP %s: %v", c.Probe, problem.Reason(err)), "give probe another address, or set probe: off")
 	default:
 		s.log.Warn("no second STUN port", "addr", c.Probe, "err", err)
 	}
@@ -134,6 +136,7 @@ func (s *Server) openWeb(ctx context.Context) (err error) {
 		if err != nil {
 			return err
 		}
+		s.certs = files
 		secure = &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: files.Get, NextProtos: []string{"http/1.1"}}
 	}
 	mux := http.NewServeMux()
@@ -163,17 +166,26 @@ func (s *Server) clientIP() func(http.Handler) http.Handler {
 // page is one HTTP server and its listener.
 type page struct {
 	server   *http.Server
-	listener net.Listener
+	listener *limit.Listener
+}
+
+// bounds says how many connections strangers may open before any of them is a WebSocket: as at a coordinator, and more where more
+// WebSockets are to be held.
+func bounds(c *config.Standalone) limit.ConnOptions {
+	links := cmp.Or(c.WebSockets, relay.DefaultLinks)
+	return limit.ConnOptions{
+		Open: max(limit.DefaultConns, links+links/2), OpenAddr: max(limit.DefaultAddrConns, links/4), Trusted: c.TrustedProxies,
+	}
 }
 
 // open serves a handler, with TLS unless secure is nil.
 func (s *Server) open(ctx context.Context, addr string, h http.Handler, secure *tls.Config) (*page, error) {
 	var lc net.ListenConfig
-	l, err := lc.Listen(ctx, "tcp", addr)
+	tcp, err := lc.Listen(ctx, "tcp", addr)
 	if err != nil {
-		return nil, problem.Wrap(err, problem.BadConfig, fmt.Sprintf("cannot listen on TCP %s: %v", addr, err), problem.PortNext(err))
+		return nil, problem.Wrap(err, problem.BadConfig, fmt.Sprintf("cannot listen on TCP %s: %v", addr, problem.Reason(err)), problem.PortNext(err))
 	}
-	p := &page{listener: l, server: &http.Server{
+	p := &page{listener: limit.NewListener(tcp, bounds(s.config)), server: &http.Server{
 		Handler: h, TLSConfig: secure, MaxHeaderBytes: maxHeader,
 		ReadHeaderTimeout: headerTimeout, ReadTimeout: headerTimeout, WriteTimeout: headerTimeout, IdleTimeout: idleTimeout,
 		ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug), // strangers' broken handshakes
@@ -183,7 +195,7 @@ func (s *Server) open(ctx context.Context, addr string, h http.Handler, secure *
 		if secure != nil {
 			serve = func(l net.Listener) error { return p.server.ServeTLS(l, "", "") }
 		}
-		if err := serve(cork.Listener(l)); !errors.Is(err, http.ErrServerClosed) {
+		if err := serve(p.listener); !errors.Is(err, http.ErrServerClosed) {
 			s.fatal <- fmt.Errorf("serve HTTP on %s: %w", addr, err)
 		}
 	})

@@ -54,6 +54,9 @@ func (s *Server) reloadLoop(ctx context.Context, w *watcher) {
 			w.changed() // so that the next tick does not do it again
 			s.reload()
 		case <-tick.C:
+			if s.certs != nil {
+				s.certs.Look()
+			}
 			if w.changed() {
 				s.reload()
 			}

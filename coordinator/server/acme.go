@@ -13,7 +13,6 @@ import (
 	"golang.org/x/crypto/acme/autocert"
 
 	"github.com/culvertnet/culvert/coordinator/certs"
-	"github.com/culvertnet/culvert/coordinator/config"
 	"github.com/culvertnet/culvert/coordinator/limit"
 	"github.com/culvertnet/culvert/coordinator/state"
 	"github.com/culvertnet/culvert/internal/problem"
@@ -35,6 +34,7 @@ func (s *Server) certificate() error {
 		if err != nil {
 			return err
 		}
+		s.certs = files
 		s.http.TLSConfig = &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: files.Get, NextProtos: []string{"h2", "http/1.1"}}
 	case s.config.ACME != nil:
 		u, err := url.Parse(s.config.URL)
@@ -62,13 +62,13 @@ func (s *Server) openACME(ctx, run context.Context) error {
 		var lc net.ListenConfig
 		l, err := lc.Listen(ctx, "tcp", addr)
 		if err != nil {
-			return problem.Wrap(err, problem.Failed, fmt.Sprintf("cannot listen on TCP %s for the CA: %v", addr, err), "choose another address for acme.http, or stop what holds this one")
+			return problem.Wrap(err, problem.Failed, fmt.Sprintf("cannot listen on TCP %s for the CA: %v", addr, problem.Reason(err)), "choose another address for acme.http, or stop what holds this one")
 		}
 		s.plain = &http.Server{
 			Handler: slowly(s.acme.Challenges(s.config.URL)), ReadHeaderTimeout: headerTimeout, ReadTimeout: headerTimeout, WriteTimeout: headerTimeout,
 			IdleTimeout: headerTimeout, MaxHeaderBytes: 8 << 10,
 		}
-		bounded := boundedListener(l, config.Limits{Connections: maxChallengers, AddressConnections: maxChallengers / 4}, nil)
+		bounded := limit.NewListener(l, limit.ConnOptions{Open: maxChallengers, OpenAddr: maxChallengers / 4})
 		s.wg.Go(func() {
 			if err := s.plain.Serve(bounded); !errors.Is(err, http.ErrServerClosed) {
 				s.log.Error("the listener for the CA broke", "addr", addr, "err", err)

@@ -216,7 +216,7 @@ func TestSlowLoris(t *testing.T) {
 		}
 	}
 	r.honest(20)
-	r.eventually("the dawdlers are gone", func() bool { return r.server.conns.count() < 50 })
+	r.eventually("the dawdlers are gone", func() bool { return r.server.conns.Open() < 50 })
 	r.honest(1)
 }
 
@@ -230,9 +230,21 @@ func TestTooManyConnections(t *testing.T) {
 	for range 10 {
 		dialFrom(t, "127.0.0.2", r.server.Addr())
 	}
-	r.eventually("all are taken", func() bool { return r.server.conns.count() >= 11 })
+	r.eventually("all are taken", func() bool { return r.server.conns.Open() >= 11 })
 	if _, err := from(t, "127.0.0.2").Get(r.url() + "/healthz"); err == nil {
 		t.Error("an eleventh connection was taken")
 	}
 	r.honest(3)
+}
+
+// dialFrom opens a connection from one of loopback's addresses.
+func dialFrom(t testing.TB, from string, to net.Addr) net.Conn {
+	t.Helper()
+	d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}, Timeout: 30 * time.Second}
+	c, err := d.DialContext(t.Context(), "tcp", to.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = c.Close() })
+	return c
 }

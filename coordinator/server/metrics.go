@@ -44,13 +44,13 @@ func (s *Server) register(r prometheus.Registerer) {
 		r.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "culvert_coordinator_" + name, Help: help}, f))
 	}
 	gauge("streams", "Gateways whose streams this node holds.", func() float64 { return float64(s.api.Streams()) })
-	gauge("connections", "Connections to the public listener.", func() float64 { return float64(s.conns.count()) })
+	gauge("connections", "Connections to the public listener.", func() float64 { return float64(s.conns.Open()) })
 	gauge("state_up", "1 while there is a connection to the state.", func() float64 { return number(s.store.Connected()) })
 	gauge("audit_up", "1 while audit records can be stored.", func() float64 { return number(s.audit.Ready() == nil) })
 	gauge("draining", "1 while no new joins are taken because this node is about to end.", func() float64 { return number(s.api.Draining()) })
 	gauge("rules", "Rules in force.", func() float64 { return float64(len(s.sessions.Rules().Config.Rules)) })
 	r.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{Name: "culvert_coordinator_connections_refused_total",
-		Help: "Connections reset because there were too many, in all or of one address."}, func() float64 { return float64(s.conns.refused.Load()) }))
+		Help: "Connections reset because there were too many, in all or of one address."}, func() float64 { return float64(s.conns.Refused()) }))
 	r.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "culvert_coordinator_build_info", Help: "Always 1.",
 		ConstLabels: prometheus.Labels{"version": s.opts.Version, "go": goVersion()}}, func() float64 { return 1 }))
 }

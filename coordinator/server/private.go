@@ -51,7 +51,7 @@ func (s *Server) openPrivate(ctx context.Context) error {
 		var lc net.ListenConfig
 		l, err := lc.Listen(ctx, "tcp", addr)
 		if err != nil {
-			return problem.Wrap(err, problem.BadConfig, fmt.Sprintf("cannot listen on TCP %s for operators: %v", addr, err), problem.PortNext(err))
+			return problem.Wrap(err, problem.BadConfig, fmt.Sprintf("cannot listen on TCP %s for operators: %v", addr, problem.Reason(err)), problem.PortNext(err))
 		}
 		s.private.tcp = l
 		s.servePrivate(l, s.private.guarded(open, closed))
@@ -71,7 +71,7 @@ func (s *Server) serveSocket(ctx context.Context, name string, h http.Handler) e
 	var lc net.ListenConfig
 	l, err := lc.Listen(ctx, "unix", name)
 	if err != nil {
-		return problem.Wrap(err, problem.BadConfig, fmt.Sprintf("cannot listen on the socket %s: %v", name, err), "check that the state's folder is writable")
+		return problem.Wrap(err, problem.BadConfig, fmt.Sprintf("cannot listen on the socket %s: %v", name, problem.Reason(err)), "check that the state's folder is writable")
 	}
 	if err := os.Chmod(name, 0o600); err != nil { // its folder lets nobody else in before that
 		_ = l.Close()

@@ -107,6 +107,9 @@ func (s *Server) reloadLoop(ctx context.Context) {
 			s.watch.changed() // so that the next tick does not do it again
 			_ = s.Reload(ctx)
 		case <-tick.C:
+			if s.certs != nil {
+				s.certs.Look()
+			}
 			if s.watch.changed() {
 				_ = s.Reload(ctx) // logged there; the old configuration stays
 			}

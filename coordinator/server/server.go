@@ -21,6 +21,7 @@ import (
 	"github.com/culvertnet/culvert/coordinator/audit"
 	"github.com/culvertnet/culvert/coordinator/certs"
 	"github.com/culvertnet/culvert/coordinator/config"
+	"github.com/culvertnet/culvert/coordinator/limit"
 	"github.com/culvertnet/culvert/coordinator/session"
 	"github.com/culvertnet/culvert/coordinator/state"
 	"github.com/culvertnet/culvert/internal/claims"
@@ -70,11 +71,12 @@ type Server struct {
 	api      *api.API
 	http     *http.Server
 	listener net.Listener
-	conns    *bounded           // listener, within bounds
+	conns    *limit.Listener    // listener, within bounds
 	relay    *relay.Server      // this node's own; nil where it has none
 	stun     *nat.Server        // on the UDP port where the relay is not; nil without UDP
 	probe    *nat.Server        // the second port; nil without one
 	tickets  ed25519.PrivateKey // signs relay tickets
+	certs    *certs.Files       // the certificate's; nil where it comes from a CA, or from nowhere
 	acme     *certs.ACME        // nil where the certificate comes from files, or from nowhere
 	watch    *watcher
 	private  *private
@@ -215,7 +217,7 @@ func (s *Server) openState(ctx context.Context) (err error) {
 func (s *Server) listen(ctx context.Context) (err error) {
 	lc := net.ListenConfig{KeepAlive: -1} // whose connections are kept says who bounds them
 	if s.listener, err = lc.Listen(ctx, "tcp", s.config.Listen); err != nil {
-		return problem.Wrap(err, problem.BadConfig, fmt.Sprintf("cannot listen on TCP %s: %v", s.config.Listen, err), problem.PortNext(err))
+		return problem.Wrap(err, problem.BadConfig, fmt.Sprintf("cannot listen on TCP %s: %v", s.config.Listen, problem.Reason(err)), problem.PortNext(err))
 	}
 	return s.openUDP(ctx)
 }
@@ -251,13 +253,16 @@ func (s *Server) build() (err error) {
 		o.Relay = s.relay
 	}
 	o.TrustedProxies = s.config.TrustedProxies
-	if l := s.config.Limits.Address; l > 0 {
-		o.Rate, o.Burst = rate.Limit(l), max(int(l*10), 1)
+	l := s.config.Limits
+	if l.Address > 0 {
+		o.Rate, o.Burst = rate.Limit(l.Address), max(int(l.Address*10), 1)
 	}
 	if s.api, err = api.New(o); err != nil {
 		return err
 	}
-	s.conns = boundedListener(s.listener, s.config.Limits, s.config.TrustedProxies)
+	s.conns = limit.NewListener(s.listener, limit.ConnOptions{
+		Open: l.Connections, OpenAddr: l.AddressConnections, Rate: l.ConnectionRate, Trusted: s.config.TrustedProxies,
+	})
 	s.http = &http.Server{
 		Handler: s.api, ReadHeaderTimeout: s.opts.HeaderTimeout, ReadTimeout: readTimeout, WriteTimeout: writeTimeout,
 		IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeader, HTTP2: &http.HTTP2Config{MaxConcurrentStreams: maxStreams},

@@ -24,7 +24,7 @@ func (s *Server) openUDP(ctx context.Context) (err error) {
 		s.stun, err = nat.Listen(ctx, nat.ServerOptions{Addr: s.config.UDP, Logger: s.log})
 	}
 	if err != nil {
-		return problem.Wrap(err, problem.BadConfig, fmt.Sprintf("cannot listen on UDP %s: %v", s.config.UDP, err), problem.PortNext(err))
+		return problem.Wrap(err, problem.BadConfig, fmt.Sprintf("cannot listen on UDP %s: %v", s.config.UDP, problem.Reason(err)), problem.PortNext(err))
 	}
 	return s.openProbe(ctx)
 }
@@ -47,7 +47,7 @@ func (s *Server) openProbe(ctx context.Context) (err error) {
 	switch {
 	case err == nil:
 	case s.config.ProbeChosen:
-		return problem.Wrap(err, problem.BadConfig, fmt.Sprintf("cannot listen on UDP %s: %v", s.config.Probe, err),
+		return problem.Wrap(err, problem.BadConfig, fmt.Sprintf("cannot listen on UDP %s: %v", s.config.Probe, problem.Reason(err)),
 			"give probe another address, or set probe: off")
 	default:
 		s.log.Warn("no second STUN port, so jobs learn less about their NAT", "addr", s.config.Probe, "err", err)

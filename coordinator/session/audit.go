@@ -6,6 +6,7 @@ import (
 
 	"github.com/culvertnet/culvert/coordinator/audit"
 	"github.com/culvertnet/culvert/coordinator/state"
+	"github.com/culvertnet/culvert/internal/problem"
 )
 
 // Auditor is what sessions need of [audit.Log].
@@ -14,7 +15,7 @@ type Auditor interface {
 	Record(ctx context.Context, r audit.Record) error
 	// Note stores a record some time soon.
 	Note(r audit.Record)
-	// Refused counts a request that was refused before its sender had proven anything.
+	// Refused counts a request that is not recorded by itself: its sender had proven nothing, or nothing that any rule asks for.
 	Refused(err error, from netip.Addr)
 }
 
@@ -43,32 +44,41 @@ func (m *Manager) recordJoin(ctx context.Context, a *admission, first state.Pres
 }
 
 // refused ends a join with an error, and gives what the job is told: the error, once it is on record. A job whose token was not
-// believed is only counted.
+// believed is only counted, and so are jobs that no rule's owner knows, where there are many.
 func (m *Manager) refused(ctx context.Context, a *admission, err error) error {
-	if a.claims == nil {
-		logRefusal(a.log, "join refused", err)
+	many := a.stranger(err) && !m.joins.strangers.Allow()
+	if a.claims == nil || many {
+		if !many {
+			logRefusal(a.log(), "join refused", err)
+		}
 		m.opts.Audit.Refused(err, a.join.From)
 		return err
 	}
 	r := a.record(audit.Denied)
 	if a.decision.Allowed {
 		r.Event = audit.Unplaced
-		logRefusal(a.log, "join failed", err)
+		logRefusal(a.log(), "join failed", err)
 	} else {
-		logRefusal(a.log, "join refused", err)
+		logRefusal(a.log(), "join refused", err)
 	}
 	r.Refuse(err)
 	if rerr := m.opts.Audit.Record(context.WithoutCancel(ctx), r); rerr != nil {
-		a.log.Error("join's refusal is not on record", "err", rerr)
+		a.log().Error("join's refusal is not on record", "err", rerr)
 		return rerr
 	}
 	return err
 }
 
+// stranger reports a job that policy has said no to, and whose owner no rule names.
+func (a *admission) stranger(err error) bool {
+	p := problem.From(err)
+	return a.claims != nil && !a.decision.Allowed && p.Code == problem.Denied && p.Denial == nil
+}
+
 // unrecorded ends a join whose record could not be stored in time. Should it be stored all the same, another one says what
 // became of it.
 func (m *Manager) unrecorded(a *admission, err error) error {
-	logRefusal(a.log, "join failed", err)
+	logRefusal(a.log(), "join failed", err)
 	r := a.record(audit.Unplaced)
 	r.Refuse(err)
 	m.opts.Audit.Note(r)

@@ -8,6 +8,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/time/rate"
+
 	"github.com/culvertnet/culvert/coordinator/audit"
 	"github.com/culvertnet/culvert/coordinator/state"
 	"github.com/culvertnet/culvert/internal/problem"
@@ -67,6 +69,37 @@ func TestJoinIsStoredFirst(t *testing.T) {
 	}
 	if len(log.stored) != 1 || log.stored[0].Event != audit.Join || !told {
 		t.Errorf("%+v", log.stored)
+	}
+}
+
+// TestStrangersDoNotFillTheLog: of the jobs whose owner no rule names some are recorded and the others counted; whom a rule names is always
+// recorded.
+func TestStrangersDoNotFillTheLog(t *testing.T) {
+	log := &auditor{}
+	b := newBench(t, Options{Audit: log})
+	if r := b.m.joins.strangers; r.Burst() != strangerBurst || r.Limit() != strangerRate {
+		t.Errorf("%d at once, %v a second", r.Burst(), r.Limit())
+	}
+	b.m.joins.strangers = rate.NewLimiter(0, 3)
+	b.gateway("east")
+	stranger := b.job("repository_owner_id", "666", "repository_owner", "mallory", "repository", "mallory/x")
+	for i := range 10 {
+		r := stranger.request()
+		r.Network = []string{"corp", "nowhere"}[i%2]
+		_, err := b.m.Join(t.Context(), r)
+		wantCode(t, err, problem.Denied)
+	}
+	if len(log.stored) != 3 || len(log.refused) != 7 || problem.CodeOf(log.refused[0]) != problem.Denied {
+		t.Errorf("%d records, %d counted: %v", len(log.stored), len(log.refused), log.refused)
+	}
+	for range 2 {
+		if _, err := b.job("ref", "refs/heads/x").join(); err == nil {
+			t.Error("another branch gets in")
+		}
+	}
+	b.job().mustJoin()
+	if len(log.stored) != 6 || log.stored[3].Event != audit.Denied || log.stored[5].Event != audit.Join {
+		t.Errorf("%d records: %+v", len(log.stored), log.stored)
 	}
 }
 

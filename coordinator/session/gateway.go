@@ -3,6 +3,7 @@ package session
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"slices"
 
 	"golang.org/x/sync/errgroup"
@@ -27,11 +28,12 @@ type Gateway struct {
 
 // Reconcile holds what a gateway says that it holds against the store when its stream opens: sessions that the store does
 // not know are adopted, and the ids of those that are over are returned. Leases of an earlier instance of the same gateway are
-// ended, for their tunnels died with it. An error means that the store is away and nothing was decided.
+// ended, for their tunnels died with it, and so are leases that name it and that it does not hold. An error means that the store is away and nothing was decided.
 func (m *Manager) Reconcile(ctx context.Context, g Gateway, held []wire.Held) (over []string, err error) {
 	over, err = m.reconcile(ctx, g, held)
 	if err == nil {
 		m.buryPredecessor(ctx, g)
+		m.buryUnheld(ctx, g, held)
 	}
 	return over, err
 }
@@ -236,7 +238,7 @@ func (m *Manager) buryPredecessor(ctx context.Context, g Gateway) {
 	ending.SetLimit(64)
 	for _, l := range dead {
 		ending.Go(func() error {
-			m.bury(ctx, l)
+			m.bury(ctx, l, endedByRestart)
 			return nil
 		})
 	}
@@ -246,16 +248,40 @@ func (m *Manager) buryPredecessor(ctx context.Context, g Gateway) {
 	_ = ending.Wait()
 }
 
-// bury ends a session whose gateway is gone.
-func (m *Manager) bury(ctx context.Context, l state.Lease) {
+// buryUnheld ends leases that name a gateway which does not hold their sessions: this process died between a lease and its offer, or the gateway's word
+// on an end was lost with a stream. Where there are other nodes, a lease names no gateway before that has taken the session, and theirs are not known here.
+func (m *Manager) buryUnheld(ctx context.Context, g Gateway, held []wire.Held) {
+	if !m.opts.Store.Sole() {
+		return
+	}
+	holds := make(map[string]bool, len(held))
+	for _, h := range held {
+		holds[h.Session] = true
+	}
+	var ending errgroup.Group
+	ending.SetLimit(64)
+	m.opts.Store.LeasesWhere(func(h state.Head) bool { return h.Gateway == g.Instance && !h.Over }, func(l state.Lease) bool {
+		if l.Network == g.Network && !holds[l.Session] && l.Standby == "" && !m.offering(l.Session) {
+			ending.Go(func() error {
+				m.bury(ctx, l, endedUnheld)
+				return nil
+			})
+		}
+		return true
+	})
+	_ = ending.Wait()
+}
+
+// bury ends a session whose gateway is gone, or does not have it.
+func (m *Manager) bury(ctx context.Context, l state.Lease, reason string) {
 	if l.Over == "" {
-		m.auditEnd(ctx, l, endedByRestart, byCoordinator)
+		m.auditEnd(ctx, l, reason, byCoordinator)
 	}
 	if err := m.opts.Store.EndLease(ctx, l.Session); err != nil {
 		m.logOf(l).Warn("lease not freed; it will expire", "err", err)
 		return
 	}
-	m.logOf(l).Info("session ended", "reason", endedByRestart)
+	m.logOf(l).Info("session ended", "reason", reason)
 }
 
 // renewalsAtOnce is how many renewals in tunnels this node writes to the state at a time. Their leases last for minutes yet: where the state is slower
@@ -275,7 +301,9 @@ func (m *Manager) Renewed(ctx context.Context, g Gateway, r wire.Renewed) error 
 	if err == nil {
 		m.audited(ctx, renewed(l, byGateway))
 		m.tell(ctx, l.Standby, wire.FrameRenewed, wire.Renewed{Session: l.Session, Token: r.Token})
-		m.logOf(l).Info("session renewed", "by", "gateway", "expires", l.Expires)
+		if m.log.Enabled(ctx, slog.LevelInfo) {
+			m.logOf(l).Info("session renewed", "by", "gateway", "expires", l.Expires)
+		}
 	}
 	return err
 }
@@ -357,6 +385,9 @@ func (m *Manager) Ended(ctx context.Context, g Gateway, e wire.End) error {
 	}
 	if first { // before the lease is gone: what it says of the job is gone with it
 		m.auditEnd(ctx, l, clip(e.Reason, 200), byGateway)
+	}
+	if l.Over == endedByPolicy {
+		return nil // its client asks what has become of it, and may for as long as the lease is remembered
 	}
 	if err := m.opts.Store.EndLease(ctx, e.Session); err != nil {
 		return storeAway(err)

@@ -49,12 +49,10 @@ func remember(c *claims.Claims, cfg *config.Config) map[string]string {
 	for _, name := range cfg.Policy.Claims() {
 		keep(name)
 	}
-	properties := 0
-	for _, name := range slices.Sorted(slices.Values(c.Names())) {
-		if strings.HasPrefix(name, customProperty) && properties < maxProperties {
-			keep(name)
-			properties++
-		}
+	properties := slices.DeleteFunc(c.Names(), func(name string) bool { return !strings.HasPrefix(name, customProperty) })
+	slices.Sort(properties)
+	for _, name := range properties[:min(len(properties), maxProperties)] {
+		keep(name)
 	}
 	return out
 }

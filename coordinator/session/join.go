@@ -46,14 +46,18 @@ type admission struct {
 	asked    string            // the gateway that was asked last, and did not take it; it may think otherwise
 	named    bool              // the lease names the gateway that is being asked, and lasts as if that had said yes: one write for a join
 	tickets  []wire.RelayGrant // the client's
-	log      *slog.Logger
+	logger   *slog.Logger      // see log
+	known    []any             // what it says of the job with every line
 }
+
+// log gives a logger that names the job. It is made when there is something to say: to make it costs more than the line, and most joins have none.
+func (a *admission) log() *slog.Logger { return a.logger.With(a.known...) }
 
 // Join verifies the token, asks policy, gives addresses, and offers the session to the network's best gateways until one
 // takes it. Errors are *problem.Error.
 func (m *Manager) Join(ctx context.Context, j Join) (wire.Session, error) {
 	id := j.Key.SessionID()
-	a := &admission{join: &j, log: m.log.With("session", id, "addr", j.From.String())}
+	a := &admission{join: &j, logger: m.log, known: []any{"session", id, "addr", j.From}}
 	if err := m.admit(ctx, a); err != nil {
 		return wire.Session{}, m.refused(ctx, a, err)
 	}
@@ -62,13 +66,15 @@ func (m *Manager) Join(ctx context.Context, j Join) (wire.Session, error) {
 		return wire.Session{}, m.refused(ctx, a, problem.New(problem.NoGateway,
 			fmt.Sprintf("no gateway of network %q is connected", a.join.Network), "start one, or look at its log for why it cannot connect"))
 	}
-	gateways = m.spread(id, gateways)
 	a.several = len(gateways) > 1
+	gateways = m.spread(id, gateways)
+	if !m.beginOffer(id) { // before there is a lease: one that nobody offers and no gateway holds is ended
+		return wire.Session{}, m.refused(ctx, a, keyInUse(nil))
+	}
+	defer m.dropOffer(id)
 	if err := m.createLease(ctx, a, gateways[0]); err != nil {
 		return wire.Session{}, m.refused(ctx, a, err)
 	}
-	m.beginOffer(id)
-	defer m.dropOffer(id)
 	safe := m.opts.Store.Saving() // while the record is stored
 	if err := m.recordJoin(ctx, a, gateways[0]); err != nil {
 		m.free(ctx, id)
@@ -96,11 +102,11 @@ func (m *Manager) admit(ctx context.Context, a *admission) error {
 	}
 	m.joins.charge(c)
 	a.claims = c
-	a.log = a.log.With("repository", c.Repository, "run_id", c.RunID)
+	a.known = append(a.known, "repository", c.Repository, "run_id", c.RunID)
 	if err := a.chooseNetwork(m.opts.Now()); err != nil {
 		return err
 	}
-	a.log = a.log.With("network", a.join.Network)
+	a.known = append(a.known, "network", a.join.Network)
 	a.decision = a.rules.Config.Policy.Evaluate(m.opts.Now(), a.join.Network, c)
 	if !a.decision.Allowed {
 		return denied(a.decision)
@@ -220,7 +226,7 @@ func (m *Manager) createLease(ctx context.Context, a *admission, first state.Pre
 	l, err := m.opts.Store.CreateLease(ctx, l, room)
 	switch {
 	case errors.Is(err, state.ErrExists):
-		return problem.Wrap(err, problem.KeyInUse, "this key already has a session", "join again with a new key and a new token")
+		return keyInUse(err)
 	case errors.Is(err, state.ErrFull):
 		return problem.Wrap(err, problem.NoAddress, fmt.Sprintf("every address of network %q is in use", a.join.Network),
 			"wait for other jobs to end, or give the network a larger `sessions` range")
@@ -231,6 +237,10 @@ func (m *Manager) createLease(ctx context.Context, a *admission, first state.Pre
 	a.relays = pick(a.join.Relays, a.rules.Relays)
 	a.tickets = m.tickets(a, relay.Client, a.lease.Key)
 	return nil
+}
+
+func keyInUse(err error) error {
+	return problem.Wrap(err, problem.KeyInUse, "this key already has a session", "join again with a new key and a new token")
 }
 
 // endOf is when a session that begins now has to be over: no rule that let it in lasts longer.

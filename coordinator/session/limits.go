@@ -21,6 +21,9 @@ type Limits struct {
 const (
 	limitBurst = 10      // seconds' worth that may come at once
 	maxLimited = 1 << 16 // owners, and repositories, that are told apart
+
+	strangerRate  = 1 // denials a second, of all jobs whose owner no rule names, that are written down one by one
+	strangerBurst = 100
 )
 
 func (l *Limits) defaults() {
@@ -38,6 +41,9 @@ type joins struct {
 	owners       *limit.Table[string]
 	repositories *limit.Table[string]
 	all          *limit.Table[struct{}]
+	// strangers bounds what is written down of those whom no rule names. Anybody gets tokens for a repository of his own: he must not fill the
+	// audit log with it until what others did falls out of it.
+	strangers *rate.Limiter
 }
 
 func (l *Limits) tables() joins {
@@ -46,6 +52,7 @@ func (l *Limits) tables() joins {
 		owners:       limit.New[string](rate.Limit(l.Owner), burst(l.Owner), maxLimited),
 		repositories: limit.New[string](rate.Limit(l.Repository), burst(l.Repository), maxLimited),
 		all:          limit.New[struct{}](rate.Limit(l.Total), burst(l.Total), 1),
+		strangers:    rate.NewLimiter(strangerRate, strangerBurst),
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"time"
 
@@ -22,9 +23,6 @@ const cleanupTime = 5 * time.Second
 func (m *Manager) place(ctx context.Context, a *admission, gateways []state.Presence, safe func(context.Context) error) (wire.Session, error) {
 	if err := safe(ctx); err != nil {
 		return wire.Session{}, storeAway(err)
-	}
-	if len(gateways) > m.opts.MaxOffers {
-		gateways = gateways[:m.opts.MaxOffers]
 	}
 	if err := a.announce(gateways[0]); err != nil {
 		return wire.Session{}, problem.Wrap(err, problem.Cancelled, "the client went away", "join again")
@@ -47,7 +45,7 @@ func (m *Manager) place(ctx context.Context, a *admission, gateways []state.Pres
 			return s, err
 		}
 		a.asked = g.Instance
-		a.log.Warn("offer failed", "gateway", g.Name, "code", problem.CodeOf(err), "err", err)
+		a.log().Warn("offer failed", "gateway", g.Name, "code", problem.CodeOf(err), "err", err)
 		refusal = worse(refusal, err)
 		if ctx.Err() != nil {
 			return wire.Session{}, gone(ctx, refusal)
@@ -180,8 +178,10 @@ func (m *Manager) settle(ctx context.Context, a *admission, g state.Presence, an
 	if late, ok := m.dropOffer(l.Session).later(l.Session); ok {
 		m.tell(ctx, g.Instance, wire.FrameCandidates, late)
 	}
-	a.log.Info("session admitted", "gateway", g.Name, "rule", l.Rules, "addresses", l.Addresses, "client", a.join.Client,
-		"ends", l.Ends)
+	if a.logger.Enabled(ctx, slog.LevelInfo) {
+		a.log().Info("session admitted", "gateway", g.Name, "rule", l.Rules, "addresses", l.Addresses, "client", a.join.Client,
+			"ends", l.Ends)
+	}
 	return s, nil
 }
 
@@ -271,11 +271,15 @@ func (m *Manager) free(ctx context.Context, id string) {
 	}
 }
 
-// beginOffer notes that a join of this node is offering a session.
-func (m *Manager) beginOffer(id string) {
+// beginOffer notes that a join of this node is offering a session, or is about to, unless another one is.
+func (m *Manager) beginOffer(id string) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if m.offered[id] != nil {
+		return false
+	}
 	m.offered[id] = &offered{}
+	return true
 }
 
 // offering reports whether a join of this node is offering the session.

@@ -63,7 +63,7 @@ func (m *Manager) tickets(a *admission, side relay.Side, key wire.Key) []wire.Re
 		Session: cmp.Or(a.way, a.lease.Session), Side: side, Key: key, Issued: m.opts.Now(), Expires: a.lease.Ends,
 	})
 	if err != nil { // the session may still find a path of its own
-		a.log.Error("no relay ticket", "side", side, "err", err)
+		a.log().Error("no relay ticket", "side", side, "err", err)
 		return nil
 	}
 	out := make([]wire.RelayGrant, len(a.relays))

@@ -20,6 +20,7 @@ const (
 	endedByClient  = "ended by the client"
 	endedByPolicy  = "policy no longer gives what the session holds"
 	endedByRestart = "its gateway was restarted"
+	endedUnheld    = "its gateway does not hold it"
 	endedByLease   = "its lease ran out"
 	endedByBreak   = "its gateway's stream broke before the join was through"
 	endedByTime    = "the longest time that a session may last is over"
@@ -99,17 +100,16 @@ func (m *Manager) renew(ctx context.Context, l state.Lease, token wire.Secret) (
 // rejudge verifies a renewal's token and holds it against identity and policy. A session that policy no longer carries is
 // ended here.
 func (m *Manager) rejudge(ctx context.Context, rules Rules, l state.Lease, token wire.Secret) (*claims.Claims, error) {
-	log := m.logOf(l)
 	c, err := rules.Verifier.Verify(ctx, token.Reveal(), wire.Audience(rules.Config.URL, l.Key))
 	if err != nil {
-		logRefusal(log, "renewal refused", err)
+		logRefusal(m.logOf(l), "renewal refused", err)
 		m.auditRefusal(ctx, l, err)
 		return nil, err
 	}
 	if !sameJob(l.Claims, c) || c.IssuedAt.Before(l.Issued) {
 		err := problem.New(problem.TokenInvalid, "the token is another job's, or older than the last one",
 			"renew with a fresh token of the job that began the session")
-		logRefusal(log, "renewal refused", err)
+		logRefusal(m.logOf(l), "renewal refused", err)
 		m.auditRefusal(ctx, l, err)
 		return nil, err
 	}

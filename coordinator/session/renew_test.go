@@ -93,8 +93,18 @@ func TestRenewalPastPolicyEnds(t *testing.T) {
 	if ends := got[wire.End](g, wire.FrameEnd); len(ends) != 1 || ends[0].Session != s.ID {
 		t.Errorf("the gateway was told %+v", ends)
 	}
+	if err := b.m.Ended(t.Context(), g.who, wire.End{Session: s.ID, Reason: "as told"}); err != nil { // as the gateway says at once
+		t.Fatal(err)
+	}
 	_, err = b.m.Update(t.Context(), s.ID, s.Secret, wire.Update{Token: j.token()})
 	wantCode(t, err, problem.SessionOver)
+	if message := problem.From(err).Message; !strings.Contains(message, endedByPolicy) {
+		t.Errorf("the client is told %q", message)
+	}
+	l, err := b.store.Lease(t.Context(), s.ID)
+	if left := time.Until(l.Expires); err != nil || left > time.Minute {
+		t.Errorf("it is remembered for %v, %v", left, err)
+	}
 }
 
 func TestLongestSession(t *testing.T) {

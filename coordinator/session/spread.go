@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"hash/fnv"
 	"io"
-	"slices"
 	"sort"
 	"sync"
 	"time"
@@ -70,31 +69,41 @@ func after(times []time.Time, at time.Time) int {
 	return sort.Search(len(times), func(i int) bool { return times[i].After(at) })
 }
 
-// spread orders a network's gateways for a session: the less loaded of two that its id picks, then the others, the least loaded
-// first. Several nodes that know of each other's sessions a moment late would all rush to the one that is the least loaded of all;
-// of two that each session picks for itself, they do not.
-func (m *Manager) spread(id string, gateways []state.Presence) []state.Presence {
+// spread orders a network's gateways for a session, as many as are asked: the less loaded of two that its id picks, then of the others the least
+// loaded ones. Several nodes that know of each other's sessions a moment late would all rush to the one that is the least loaded of all;
+// of two that each session picks for itself, they do not. The list is changed.
+func (m *Manager) spread(id string, list []state.Presence) []state.Presence {
 	now := m.opts.Now()
-	lighter := func(a, b state.Presence) int {
-		return cmp.Or(cmp.Compare(a.Sessions, b.Sessions), cmp.Compare(a.Instance, b.Instance))
+	for i := range list {
+		list[i].Sessions += m.placed.beyond(&list[i], now)
 	}
-	out := slices.Clone(gateways)
-	for i := range out {
-		out[i].Sessions += m.placed.beyond(&out[i], now)
+	if len(list) > 2 {
+		draw(id, list)
+		lightest(list[:2], 1)
+		lightest(list[1:], m.opts.MaxOffers-1)
+	} else {
+		lightest(list, len(list))
 	}
-	if len(out) > 2 {
-		draw(id, out)
-		slices.SortFunc(out[:2], lighter)
-		slices.SortFunc(out[1:], lighter)
-		return out
+	return list[:min(len(list), m.opts.MaxOffers)]
+}
+
+// lightest puts the n least loaded gateways of a list to its front, the least loaded first. To sort all for each join would cost more.
+func lightest(list []state.Presence, n int) {
+	for place := range min(n, len(list)) {
+		best := place
+		for i := place + 1; i < len(list); i++ {
+			if cmp.Or(cmp.Compare(list[i].Sessions, list[best].Sessions), cmp.Compare(list[i].Instance, list[best].Instance)) < 0 {
+				best = i
+			}
+		}
+		list[place], list[best] = list[best], list[place]
 	}
-	slices.SortFunc(out, lighter)
-	return out
 }
 
 // draw puts two gateways to the front, by a session's id: the first two of the order that is its own.
 func draw(id string, list []state.Presence) {
-	ranks := make([]uint64, len(list))
+	var room [64]uint64
+	ranks := append(room[:0], make([]uint64, len(list))...)
 	for i := range list {
 		ranks[i] = rank(id, &list[i])
 	}

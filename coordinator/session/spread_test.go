@@ -31,7 +31,7 @@ func TestSpreadEvenly(t *testing.T) {
 		got := map[string]int{}
 		const each = 20
 		for i := range each * gateways {
-			first := b.m.spread(fmt.Sprint("session-", i), list)[0]
+			first := b.m.spread(fmt.Sprint("session-", i), slices.Clone(list))[0]
 			b.m.placed.note(first.Instance)(now)
 			got[first.Instance]++
 		}
@@ -42,7 +42,7 @@ func TestSpreadEvenly(t *testing.T) {
 		}
 		later := now.Add(placedFor)
 		b.now.Store(&later)
-		b.m.spread("another", list)
+		b.m.spread("another", slices.Clone(list))
 		if len(b.m.placed.by) != 0 {
 			t.Errorf("placements of a while ago are kept: %v", b.m.placed.by)
 		}
@@ -52,14 +52,15 @@ func TestSpreadEvenly(t *testing.T) {
 // TestSpreadIsAnOrder: whatever the loads, every gateway comes once, the first is no heavier than the second, the rest are in order
 // of their load, and the same question has the same answer.
 func TestSpreadIsAnOrder(t *testing.T) {
-	b := newBench(t, Options{})
+	b := newBench(t, Options{MaxOffers: 6})
+	few := newBench(t, Options{MaxOffers: 2})
 	rapid.Check(t, func(t *rapid.T) {
 		var list []state.Presence
 		for i, n := range rapid.SliceOfN(rapid.IntRange(0, 5), 0, 6).Draw(t, "loads") {
 			list = append(list, state.Presence{Instance: fmt.Sprint("gateway-", i), Sessions: n})
 		}
 		id := rapid.StringN(1, 22, 22).Draw(t, "session")
-		got := b.m.spread(id, list)
+		got := b.m.spread(id, slices.Clone(list))
 		if len(got) != len(list) {
 			t.Fatalf("%d of %d", len(got), len(list))
 		}
@@ -85,9 +86,13 @@ func TestSpreadIsAnOrder(t *testing.T) {
 				t.Fatalf("the heaviest of all comes first")
 			}
 		}
-		again := b.m.spread(id, list)
+		again := b.m.spread(id, slices.Clone(list))
 		if !slices.EqualFunc(got, again, func(a, b state.Presence) bool { return a.Instance == b.Instance }) {
 			t.Fatalf("%v, then %v", got, again)
+		}
+		first := few.m.spread(id, slices.Clone(list))
+		if !slices.EqualFunc(got[:min(len(got), 2)], first, func(a, b state.Presence) bool { return a.Instance == b.Instance }) {
+			t.Fatalf("of %v as many as are asked are %v", got, first)
 		}
 	})
 }

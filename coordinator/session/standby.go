@@ -73,21 +73,21 @@ func (m *Manager) standbyFor(l state.Lease, r wire.StandbyRequest, rules Rules, 
 	return &admission{
 		join: j, rules: rules, network: rules.Config.Networks[l.Network], claims: c, lease: l, standby: true,
 		decision: policy.Decision{Allowed: true, Rules: l.Rules, Grants: l.Grants},
-		relays:   pick(r.Relays, rules.Relays), log: m.logOf(l),
+		relays:   pick(r.Relays, rules.Relays), logger: m.logOf(l),
 	}
 }
 
 // placeStandby offers a running session to other gateways, best first, until one is ready for it.
 func (m *Manager) placeStandby(ctx context.Context, a *admission, others []state.Presence) (wire.Standby, error) {
 	var refusal error
-	for _, g := range others[:min(len(others), m.opts.MaxOffers)] {
+	for _, g := range others {
 		a.way = wire.StandbyID(a.lease.Key, g.Key)
 		answer, err := m.offer(ctx, a, g)
 		if err == nil {
 			return m.settleStandby(ctx, a, g, answer)
 		}
 		m.tell(ctx, g.Instance, wire.FrameEnd, wire.End{Session: a.lease.Session, Reason: reasonWithdrawn})
-		a.log.Warn("standby offer failed", "standby", g.Name, "code", problem.CodeOf(err), "err", err)
+		a.log().Warn("standby offer failed", "standby", g.Name, "code", problem.CodeOf(err), "err", err)
 		refusal = worse(refusal, err)
 		if ctx.Err() != nil {
 			return wire.Standby{}, gone(ctx, refusal)
@@ -114,7 +114,7 @@ func (m *Manager) settleStandby(ctx context.Context, a *admission, g state.Prese
 	if before != "" && before != g.Instance {
 		m.tell(ctx, before, wire.FrameEnd, wire.End{Session: l.Session, Reason: reasonReplaced})
 	}
-	a.log.Info("session has a standby", "standby", g.Name)
+	a.log().Info("session has a standby", "standby", g.Name)
 	return wire.Standby{Gateway: *answer.Gateway, Relays: m.tickets(a, relay.Client, l.Key)}, nil
 }
 

@@ -262,16 +262,26 @@ func token(s string) string {
 	plain := func(c byte) bool {
 		return c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || c == '-' || c == '_'
 	}
+	if s == "" {
+		return "="
+	}
+	odd := 0
+	for i := range len(s) {
+		if !plain(s[i]) {
+			odd++
+		}
+	}
+	if odd == 0 { // nearly always: it costs nothing and keeps nothing
+		return s
+	}
 	var b strings.Builder
+	b.Grow(len(s) + 2*odd)
 	for i := range len(s) {
 		if plain(s[i]) {
 			b.WriteByte(s[i])
 		} else {
 			fmt.Fprintf(&b, "=%02X", s[i])
 		}
-	}
-	if s == "" {
-		return "="
 	}
 	return b.String()
 }

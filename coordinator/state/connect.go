@@ -21,8 +21,8 @@ const (
 )
 
 // connect dials the embedded server, or the cluster where there is none. From then on the connection mends itself,
-// and each time it has, reconnected gets a word. Nothing is buffered while it is broken: calls fail at once.
-func connect(opts Options, in *embedded, reconnected chan<- struct{}) (*nats.Conn, error) {
+// and each time it has, reconnected gets a word. Nothing is buffered while it is broken: calls fail at once. What more says goes before what is usual.
+func connect(opts Options, in *embedded, reconnected chan<- struct{}, more ...nats.Option) (*nats.Conn, error) {
 	log := opts.Logger
 	with := []nats.Option{
 		nats.Name("culvert-coordinator"),
@@ -60,7 +60,7 @@ func connect(opts Options, in *embedded, reconnected chan<- struct{}) (*nats.Con
 		}
 		with = append(with, who)
 	}
-	conn, err := nats.Connect(strings.Join(opts.NATS, ","), with...)
+	conn, err := nats.Connect(strings.Join(opts.NATS, ","), append(with, more...)...)
 	switch {
 	case err == nil:
 		return conn, nil

@@ -33,7 +33,7 @@ listen: "127.0.0.1:-1"
 jetstream: {store_dir: %q, max_mem: 64MB, max_file: 2GB}
 no_auth_user: culvert
 accounts: {
-  "$SYS": {users: [{nkey: %s, permissions: {publish: ["$NRG.V.>", "$SYS.REQ.SERVER.PING.JSZ"], subscribe: ["_INBOX.>", "$NRG.V.>"]}}]}
+  "$SYS": {users: [{nkey: %s, permissions: {publish: ["$NRG.V.>", "$SYS.REQ.SERVER.PING.JSZ", "$SYS.REQ.SERVER.PING.RAFTZ"], subscribe: ["_INBOX.>", "$NRG.V.>"]}}]}
   CULVERT: {jetstream: enabled, users: [{user: culvert, password: culvert}]}
 }
 cluster: {name: culvert, listen: "127.0.0.1:-1", routes: ["nats://%s"]}
@@ -106,24 +106,32 @@ func TestElections(t *testing.T) {
 	for i := range 20 {
 		must(s.CreateLease(t.Context(), testLease(fmt.Sprint("s", i), time.Now()), testPool))
 	}
-	e := must(newElection(Options{NATS: []string{servers[1].ClientURL()}, Elections: seed, Logger: quiet}, s.conn, s.bucket.stream, func() {}))
-	defer e.votes.Close()
-	eventually(t, "all members tell their term", func() bool {
+	urls := []string{servers[0].ClientURL(), servers[1].ClientURL(), servers[2].ClientURL()}
+	p := must(newPanel(Options{NATS: urls, Elections: seed, Logger: quiet}))
+	defer p.close()
+	e := newElection(p, quiet, s.conn, s.bucket.stream, func() {})
+	eventually(t, "all members tell their term, through each server", func() bool {
 		e.look(t.Context())
-		_, peers := e.roll(t.Context(), 0, max(1, e.members))
-		return e.term > 0 && len(peers) == 3 && peers[e.leading]
+		f := e.inquire(t.Context())
+		return e.known > 0 && f.term == e.known && len(f.reached) == 3 && f.reached[f.last] && f.leads
 	})
-	eventually(t, "an alarm finds the leader, and leaves it alone", func() bool {
-		return e.inquire(t.Context(), e.members).leads && !e.hold(t.Context(), false)
+	eventually(t, "all members tell how far they are", func() bool {
+		e.look(t.Context())
+		p := e.places(t.Context(), finding{reached: e.members})
+		return len(p) == 3 && p[e.leading].State == "LEADER" && p[e.leading].Index > 0 && sitsOut(p) == place{} && !waits(p, 3)
 	})
-	before := e.term
-	e.send(before + 1)
-	e.send(before + 1) // as another node, which has seen the same
+	for _, why := range []alarm{callSlow, callNobody, serverLost} {
+		if e.hold(t.Context(), why) {
+			t.Errorf("alarm %d ended a leader", why)
+		}
+	}
+	before := e.known
+	p.publish(votesSubject+e.group, voteRequest(before+1, place{}), all) // by three ways, as several nodes that have seen the same
 	eventually(t, "there is a leader of a later term", func() bool {
-		term, _ := e.roll(t.Context(), 0, e.members)
-		_, led := e.leader(t.Context())
-		_, torn := e.stand.torn(before+1, e.members, e.members)
-		return term > before && led && !torn && e.stand.standing()
+		f := e.inquire(t.Context())
+		_, torn := e.stand.torn(3, e.members)
+		_, stood := e.stand.somebody()
+		return f.term > before && f.leads && !torn && stood
 	})
 	if answered, lax := e.servers(t.Context(), 3); answered != 3 || len(lax) != 3 {
 		t.Errorf("%d servers say how they sync, and %s do it now and then", answered, lax)
@@ -143,7 +151,8 @@ func TestElections(t *testing.T) {
 // TestCallsEndWithTheirLeader: what waits for a leader raises the alarm after a while, and is given up once there is another one.
 func TestCallsEndWithTheirLeader(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		e := &election{alarms: make(chan bool, 1), waiting: map[*context.CancelCauseFunc]struct{}{}}
+		e := &election{alarms: make(chan alarm, 1)}
+		e.calls.told = time.Now().Add(time.Hour) // there are no other nodes
 		ended := make(chan error)
 		go func() {
 			ended <- e.during(t.Context(), func(ctx context.Context) error {
@@ -152,20 +161,60 @@ func TestCallsEndWithTheirLeader(t *testing.T) {
 			})
 		}()
 		began := time.Now()
-		if nobody := <-e.alarms; nobody || time.Since(began) != slowCall {
-			t.Errorf("nobody %t, after %s", nobody, time.Since(began))
+		for i := range 3 { // each time that it has taken so long again
+			if why := <-e.alarms; why != callSlow || time.Since(began) != time.Duration(i+1)*slowCall {
+				t.Errorf("alarm %d, after %s", why, time.Since(began))
+			}
 		}
-		e.release()
+		e.calls.release()
 		if err := <-ended; !errors.Is(err, errNewLeader) || !leaderless(err) {
 			t.Errorf("ended with %v", err)
 		}
 		for _, gone := range []error{nats.ErrNoResponders, jetstream.ErrNoStreamResponse} {
-			if err := e.during(t.Context(), func(context.Context) error { return gone }); !errors.Is(err, gone) || !<-e.alarms {
+			if err := e.during(t.Context(), func(context.Context) error { return gone }); !errors.Is(err, gone) || <-e.alarms != callNobody {
 				t.Errorf("%v", err)
 			}
 		}
-		if err := e.during(t.Context(), func(context.Context) error { return nil }); err != nil || len(e.waiting)+len(e.alarms) > 0 {
-			t.Errorf("%v, %d wait, %d alarms", err, len(e.waiting), len(e.alarms))
+		if err := e.during(t.Context(), func(context.Context) error { return nil }); err != nil || len(e.calls.underWay)+len(e.alarms) > 0 {
+			t.Errorf("%v, %d wait, %d alarms", err, len(e.calls.underWay), len(e.alarms))
+		}
+		time.Sleep(2 * slowCall)
+		if len(e.alarms) > 0 {
+			t.Error("a call that is over raises the alarm")
+		}
+	})
+}
+
+// TestCallsWaitForALeader: a call that begins while a leader is elected is made once there is one, at once, and not before.
+func TestCallsWaitForALeader(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := &election{alarms: make(chan alarm, 1)}
+		open, made := e.calls.shut(), make(chan time.Time)
+		began := time.Now()
+		go func() {
+			err := tries(t.Context(), callPatience, func(ctx context.Context) error {
+				return e.during(ctx, func(context.Context) error { return nil })
+			})
+			if err != nil {
+				t.Error(err)
+			}
+			made <- time.Now()
+		}()
+		time.Sleep(773 * time.Millisecond)
+		select {
+		case <-made:
+			t.Fatal("made in vain")
+		default:
+		}
+		open()
+		if at := <-made; at.Sub(began) != 773*time.Millisecond {
+			t.Errorf("made after %s", at.Sub(began))
+		}
+		defer e.calls.shut()()
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if err := e.during(ctx, nil); !errors.Is(err, context.DeadlineExceeded) || !leaderless(err) {
+			t.Errorf("a caller without time: %v", err)
 		}
 	})
 }
@@ -173,7 +222,7 @@ func TestCallsEndWithTheirLeader(t *testing.T) {
 // TestVoteRequest holds the bytes of a request, and takes answers apart.
 func TestVoteRequest(t *testing.T) {
 	want := "\x05\x01\x00\x00\x00\x00\x00\x00" + strings.Repeat("\x00", 16) + "_culvert"
-	if got := string(voteRequest(0x105)); got != want {
+	if got := string(voteRequest(0x105, place{})); got != want {
 		t.Errorf("%q", got)
 	}
 	if term, peer, ok := parseVote([]byte("\x07\x00\x00\x00\x00\x00\x00\x00fjFyEjc1\x02")); term != 7 || peer != "fjFyEjc1" || !ok {
@@ -203,7 +252,7 @@ func TestAlone(t *testing.T) {
 		for _, a := range c.active {
 			info.Replicas = append(info.Replicas, &jetstream.PeerInfo{Active: a})
 		}
-		if got := alone(info, silence); got != c.want {
+		if got := alone(info, 500*time.Millisecond); got != c.want {
 			t.Errorf("%v: %t", c.active, got)
 		}
 	}
@@ -218,13 +267,42 @@ func TestPeerOf(t *testing.T) {
 	}
 }
 
-// TestAskOnce: who sees that the term has moved asks for none, and who saw it stand still asks for the next one.
-func TestAskOnce(t *testing.T) {
-	e := &election{term: 7}
-	if again, wait := e.ask(9); again || e.term != 9 || wait < askedWait || wait > 2*askedWait {
-		t.Errorf("a term that has moved: %t, %d, %s", again, e.term, wait)
+// TestVerdict: a leader is lost that most members do not reach, and that is known to be dead or cut off; one that answers nobody has more time.
+func TestVerdict(t *testing.T) {
+	set := func(peers string) map[string]bool {
+		out := map[string]bool{}
+		for _, p := range strings.Fields(peers) {
+			out[p] = true
+		}
+		return out
 	}
-	if again, wait := e.ask(8); !again || e.term != 10 || wait < electionWait {
-		t.Errorf("one that stands still: %t, %d, %s", again, e.term, wait)
+	for name, c := range map[string]struct {
+		reached, direct, dead string
+		leads, none           bool
+		why                   alarm
+		want                  verdict
+	}{
+		"all is well":                      {reached: "a b c", direct: "a b c", leads: true, want: led},
+		"another one leads by now":         {reached: "b c", direct: "b c", dead: "a", leads: true, why: serverLost, want: led},
+		"its server is dead":               {reached: "b c", direct: "b c", dead: "a", why: serverLost, want: lost},
+		"it is cut off from the others":    {reached: "b c", direct: "a b c", want: lost},
+		"it is cut off from here":          {reached: "a b c", direct: "b c", dead: "a", why: serverLost, want: busy},
+		"it is slow":                       {reached: "b c", direct: "b c", want: late},
+		"it is slow to say that it leads":  {reached: "a b c", direct: "a b c", want: busy},
+		"it has given up":                  {reached: "a b c", direct: "a b c", none: true, want: lost},
+		"nobody hears of its stream":       {reached: "a b c", direct: "a b c", why: callNobody, want: lost},
+		"another server is dead":           {reached: "a c", direct: "a c", dead: "b", why: serverLost, want: busy},
+		"most are dead":                    {direct: "c", dead: "a b", why: serverLost, want: away},
+		"we are cut off":                   {dead: "a b c", why: serverLost, want: away},
+		"nobody answers":                   {want: away},
+		"one of three is there, and leads": {reached: "a", direct: "a", leads: true, want: away},
+	} {
+		f := finding{last: "a", reached: set(c.reached), direct: set(c.direct), dead: set(c.dead), leads: c.leads, none: c.none}
+		if len(f.reached) < 2 {
+			f.reached = nil
+		}
+		if got := f.verdict(3, c.why); got != c.want {
+			t.Errorf("%s: %d", name, got)
+		}
 	}
 }

@@ -4,9 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"net/netip"
-	"slices"
 	"time"
 
 	"github.com/culvertnet/culvert/internal/wire"
@@ -61,20 +59,9 @@ func (l *Lease) Move() {
 	l.Gateway, l.GatewayName, l.Standby, l.StandbyName = l.Standby, l.StandbyName, "", ""
 }
 
-// clone shares nothing with l.
-func (l Lease) clone() Lease {
-	l.Addresses = slices.Clone(l.Addresses)
-	l.SecretHash = slices.Clone(l.SecretHash)
-	l.Former = slices.Clone(l.Former)
-	l.Rules = slices.Clone(l.Rules)
-	l.Grants = slices.Clone(l.Grants)
-	l.Claims = maps.Clone(l.Claims)
-	return l
-}
-
-// stored is l as it will be read back: its own copy, with times in UTC and without a monotonic clock.
+// stored is l as it will be read back, with times in UTC and without a monotonic clock. What it holds is still the caller's: bucket and mirror keep
+// copies that share nothing with it, see [pack].
 func (l Lease) stored() Lease {
-	l = l.clone()
 	for _, t := range []*time.Time{&l.Issued, &l.Created, &l.Expires, &l.Ends, &l.Longest} {
 		*t = t.Round(0).UTC()
 	}

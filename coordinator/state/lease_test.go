@@ -83,7 +83,8 @@ func TestLeaseRefuses(t *testing.T) {
 	good := testLease("s1", c.now())
 	good.Addresses = testPool.Addresses(5)
 	change := func(f func(l *Lease)) Lease {
-		l := good.clone()
+		l := good
+		l.Addresses = slices.Clone(good.Addresses)
 		f(&l)
 		return l
 	}

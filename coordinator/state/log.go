@@ -44,6 +44,7 @@ type LogOptions struct {
 type Log struct {
 	embedded *embedded // nil with an existing cluster
 	conn     *nats.Conn
+	panel    *panel // nil where nobody may ask for elections
 	js       jetstream.JetStream
 	stream   jetstream.Stream
 	marks    jetstream.Stream // nil where a log that is only read has none
@@ -102,7 +103,13 @@ func (l *Log) open(ctx context.Context, opts LogOptions) (err error) {
 			return err
 		}
 	}
-	if l.conn, err = connect(opts.Options, l.embedded, make(chan struct{}, 1)); err != nil {
+	if opts.ReadOnly {
+		opts.Elections = ""
+	}
+	if l.panel, err = newPanel(opts.Options); err != nil {
+		return fmt.Errorf("connect to ask for elections: %w", err)
+	}
+	if l.conn, err = connectBeside(l.panel, opts.Options, l.embedded, make(chan struct{}, 1)); err != nil {
 		return err
 	}
 	if l.js, err = jetstream.New(l.conn); err != nil {
@@ -123,10 +130,10 @@ func (l *Log) open(ctx context.Context, opts LogOptions) (err error) {
 	if opts.ReadOnly {
 		return nil
 	}
-	if l.escape.election, err = newElection(opts.Options, l.conn, l.stream, l.escape.cutOff); err == nil && l.escape.election != nil {
+	if l.escape.election = newElection(l.panel, l.log, l.conn, l.stream, l.escape.cutOff); l.escape.election != nil {
 		l.tasks.Go(func() { l.escape.election.run(l.life) })
 	}
-	return err
+	return nil
 }
 
 // ready finds or makes the stream, and gives it the limits that are asked for.
@@ -193,6 +200,7 @@ func logConfig(opts LogOptions) jetstream.StreamConfig {
 func (l *Log) Close() error {
 	l.end()
 	l.tasks.Wait()
+	l.panel.close()
 	if l.conn != nil {
 		l.conn.Close()
 	}
@@ -254,6 +262,18 @@ const outdated = 2500 * time.Millisecond
 
 // errCutOff says that what a server said may be long out of date.
 var errCutOff = errors.New("the server that answers is cut off from the others")
+
+// alone reports whether a leader has heard from most members, itself among them, longer ago than that. One that is cut off takes itself for the leader for
+// another 10 to 20 s.
+func alone(info *jetstream.ClusterInfo, than time.Duration) bool {
+	heard := 1
+	for _, r := range info.Replicas {
+		if r.Active < than {
+			heard++
+		}
+	}
+	return 2*heard <= len(info.Replicas)+1
+}
 
 // Info says what the log holds at this moment.
 func (l *Log) Info(ctx context.Context) (LogInfo, error) {

@@ -92,6 +92,7 @@ type Store struct {
 	embedded *embedded // nil with an existing cluster
 	syncer   *syncer   // nil with an existing cluster
 	conn     *nats.Conn
+	panel    *panel // nil where nobody may ask for elections
 	bucket   *bucket
 
 	life  context.Context // ends with Close; handlers of messages run under it
@@ -127,7 +128,10 @@ func (s *Store) open(ctx context.Context, opts Options) error {
 			return err
 		}
 	}
-	if s.conn, err = connect(opts, s.embedded, reconnected); err != nil {
+	if s.panel, err = newPanel(opts); err != nil {
+		return fmt.Errorf("connect to ask for elections: %w", err)
+	}
+	if s.conn, err = connectBeside(s.panel, opts, s.embedded, reconnected); err != nil {
 		return err
 	}
 	err = Patiently(ctx, s.log, func() (err error) {
@@ -142,10 +146,7 @@ func (s *Store) open(ctx context.Context, opts Options) error {
 	}
 	s.bucket.resumable = opts.resumable
 	e := &s.bucket.escape
-	if e.election, err = newElection(opts, s.conn, s.bucket.stream, e.cutOff); err != nil {
-		return err
-	}
-	if e.election != nil {
+	if e.election = newElection(s.panel, s.log, s.conn, s.bucket.stream, e.cutOff); e.election != nil {
 		s.tasks.Go(func() { e.election.run(s.life) })
 	}
 	if s.embedded != nil {
@@ -176,6 +177,7 @@ func (s *Store) Close() error {
 		v.stop()
 	}
 	s.tasks.Wait()
+	s.panel.close()
 	if s.conn != nil {
 		s.conn.Close()
 	}

@@ -32,7 +32,7 @@ type serverSays struct {
 // lookAtSyncing warns where servers acknowledge what a loss of power takes again. The user that may ask for elections has to be
 // allowed to ask them.
 func (e *election) lookAtSyncing(ctx context.Context) {
-	answered, lax := e.servers(ctx, e.members)
+	answered, lax := e.servers(ctx, len(e.members))
 	switch {
 	case ctx.Err() != nil:
 	case len(lax) > 0:
@@ -45,14 +45,15 @@ func (e *election) lookAtSyncing(ctx context.Context) {
 
 // servers asks those of the cluster how they sync, until so many have answered, and names those that do not always.
 func (e *election) servers(ctx context.Context, enough int) (answered int, lax []string) {
-	inbox := e.votes.NewInbox()
+	votes := e.panel.first(all)
+	inbox := votes.NewInbox()
 	answers := make(chan *nats.Msg, maxServers)
-	sub, err := e.votes.ChanSubscribe(inbox, answers)
+	sub, err := votes.ChanSubscribe(inbox, answers)
 	if err != nil {
 		return 0, nil
 	}
 	defer func() { _ = sub.Unsubscribe() }()
-	if err := e.votes.PublishRequest(serversSubject, inbox, nil); err != nil {
+	if err := votes.PublishRequest(serversSubject, inbox, nil); err != nil {
 		return 0, nil
 	}
 	for over := time.After(serversCall); answered < min(enough, maxServers); {

@@ -19,7 +19,9 @@ var overlay = []netip.Prefix{
 	netip.MustParsePrefix("fd63:756c:7665:7274::/96"),
 }
 
-// ownAddrs knows the addresses of this machine's interfaces. Asking the kernel for every flow would cost more than the
+// ownAddrs knows the addresses at which this machine takes packets: those of its interfaces, and those that it has in common with others
+// of a network, the broadcast addresses of IPv4 and the subnet-router anycast address of IPv6 (RFC 4291, section 2.6.1), which is a
+// forwarding machine's own as well. Asking the kernel for every flow would cost more than the
 // flow, so a copy is kept and refreshed beside the candidates.
 type ownAddrs struct {
 	extra []netip.Addr // reach this machine too: a forwarded public address
@@ -42,6 +44,9 @@ func (o *ownAddrs) refresh() error {
 	for _, a := range addrs {
 		if p, err := netip.ParsePrefix(a.String()); err == nil {
 			set[p.Addr().Unmap().WithZone("")] = struct{}{}
+			for _, a := range shared(p) {
+				set[a] = struct{}{}
+			}
 		}
 	}
 	for _, a := range o.extra {
@@ -49,6 +54,23 @@ func (o *ownAddrs) refresh() error {
 	}
 	o.set.Store(&set)
 	return nil
+}
+
+// shared gives what is every host's in an interface's network: the first and the last address of IPv4's, with which broadcasts are
+// sent, and the first of IPv6's. Networks of one or two hosts have none (RFC 3021, RFC 6164).
+func shared(p netip.Prefix) []netip.Addr {
+	if p.Bits() >= p.Addr().BitLen()-1 {
+		return nil
+	}
+	first := p.Masked().Addr()
+	if first.Is6() {
+		return []netip.Addr{first.WithZone("")}
+	}
+	last := first.As4()
+	for bit := p.Bits(); bit < 32; bit++ {
+		last[bit/8] |= 0x80 >> (bit % 8)
+	}
+	return []netip.Addr{first, netip.AddrFrom4(last)}
 }
 
 // has reports whether a is an address of this machine.

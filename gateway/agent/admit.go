@@ -115,10 +115,14 @@ func (d *door) tryAdmit(ctx context.Context, o wire.Offer) (*session, error) {
 	return s, nil
 }
 
-// refused logs and counts a refusal; s is nil where nothing about the job is verified. The cause is for the log alone.
+// refused logs and counts a refusal; s is nil where nothing about the job is verified. The cause is for the log alone, which no session
+// fills.
 func (d *door) refused(what, id string, s *session, err error) {
 	p := problem.From(err)
 	d.metrics.refused(p)
+	if s != nil && !s.said.Allow() {
+		return
+	}
 	args := []any{"session", id, "code", p.Code, "err", p.Message}
 	if p.Err != nil {
 		args = append(args, "cause", p.Err)
@@ -196,9 +200,11 @@ func (d *door) newSession(o wire.Offer, addrs []netip.Addr, offered *policy.Gran
 		who: identify(c), repo: c.Repository, claims: c,
 		standby: o.Standby,
 		lease:   min(max(lease, minLease), maxLease), admitted: now, ends: now.Add(longest),
-		renewals: rate.NewLimiter(rate.Every(time.Second), 5),
-		reaches:  rate.NewLimiter(20, 64),
-		tries:    make(chan struct{}, 16),
+		questions: rate.NewLimiter(questionRate, questionBurst),
+		renewals:  rate.NewLimiter(rate.Every(time.Second), 5),
+		reaches:   rate.NewLimiter(20, 64),
+		tries:     make(chan struct{}, 16),
+		said:      rate.NewLimiter(lineRate, lineBurst),
 	}
 	for _, g := range o.Grants {
 		if !slices.Contains(s.rules, g.Rule) {

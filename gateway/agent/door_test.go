@@ -501,6 +501,7 @@ func TestOwnPolicyNarrowsWhatIsOffered(t *testing.T) {
 	for dst, want := range map[string]bool{
 		"10.20.0.5:5432": true, "10.20.0.5:22": false, "10.30.0.5:5432": false, "169.254.169.254:80": false,
 		interfaceIP.String() + ":5432": false, "198.18.1.77:5432": false, "127.0.0.1:5432": false,
+		"10.20.0.255:5432": false, "10.20.0.0:5432": false, // broadcasts of the interface's network
 	} {
 		if got := c.allows(dst); got != want {
 			t.Errorf("%s allowed: %t, want %t", dst, got, want)

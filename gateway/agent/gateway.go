@@ -93,6 +93,7 @@ func Start(ctx context.Context, opts Options) (*Gateway, error) {
 	if opts.PolicyFile != "" {
 		g.wg.Go(func() { g.door.watchPolicy(run, opts.PolicyFile) })
 	}
+	warnOfFewFlows(g.log, opts.Limits.Forward.TotalFlows)
 	g.log.Info("gateway started", "gateway", opts.Name, "network", opts.Network, "key", g.key.String(), "port", g.plane.tunnel.Port())
 	return g, nil
 }

@@ -20,6 +20,14 @@ const (
 	insideIdle  = 2 * time.Minute
 )
 
+// What one session may ask of the services inside the tunnel, and have logged of what it does wrong: lines a second, and at once.
+const (
+	questionRate, questionBurst = 50, 200
+	lineRate, lineBurst         = 0.2, 20
+)
+
+var errQuestions = problem.New(problem.RateLimited, "the session asks the gateway too much", "try again in a second")
+
 // insideHandler answers a session's questions about itself. Who asks is known by the source address, which WireGuard has
 // authenticated.
 func (d *door) insideHandler() http.Handler {
@@ -46,9 +54,16 @@ func (d *door) inside(serve func(*http.Request, *session) (any, error)) http.Han
 			problem.Write(w, errOver)
 			return
 		}
+		if !s.questions.Allow() {
+			w.Header().Set("Connection", "close") // new connections are bounded below
+			problem.Write(w, errQuestions)
+			return
+		}
 		v, err := serve(r, s)
 		if err != nil {
-			d.log.Warn("request inside the tunnel failed", "session", s.id, "code", problem.CodeOf(err), "err", err)
+			if s.said.Allow() {
+				d.log.Warn("request inside the tunnel failed", "session", s.id, "code", problem.CodeOf(err), "err", err)
+			}
 			problem.Write(w, err)
 			return
 		}

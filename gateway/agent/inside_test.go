@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/time/rate"
+
 	"github.com/culvertnet/culvert/internal/problem"
 	"github.com/culvertnet/culvert/internal/wire"
 )
@@ -69,6 +71,29 @@ func TestASessionIsKnownByItsAddress(t *testing.T) {
 	r.door.table.cancel(a.id, "over")
 	if got := codeOf(r.knock(a.addrs[0], "GET", wire.PathInsideMe, nil)); got != problem.SessionOver {
 		t.Errorf("after the end: %q", got)
+	}
+}
+
+// TestASessionFillsNoLog: what a session asks of the gateway itself is bounded, and what it does wrong is logged a few times.
+func TestASessionFillsNoLog(t *testing.T) {
+	r := newRig(t, "", ownerID)
+	s, other := r.mustAdmit(r.fresh()), r.mustAdmit(r.fresh())
+	if q, l := s.questions, s.said; q.Limit() != questionRate || q.Burst() != questionBurst || l.Limit() != lineRate || l.Burst() != lineBurst {
+		t.Errorf("questions %v, %d; lines %v, %d", q.Limit(), q.Burst(), l.Limit(), l.Burst())
+	}
+	s.questions, s.said = rate.NewLimiter(0, 30), rate.NewLimiter(0, 3)
+	for i := range 40 {
+		w := r.knock(s.addrs[i%2], "POST", wire.PathRenew, wire.InsideRenew{Token: "no token"})
+		got, cut := codeOf(w), w.Header().Get("Connection") == "close" // renewals have a limit of their own
+		if over := i >= 30; cut != over || over && got != problem.RateLimited {
+			t.Fatalf("request %d: %q", i, got)
+		}
+	}
+	if n := strings.Count(r.log.String(), "refused") + strings.Count(r.log.String(), "failed"); n > 3 {
+		t.Errorf("%d lines of one session", n)
+	}
+	if got := codeOf(r.knock(other.addrs[0], "GET", wire.PathInsideMe, nil)); got != "" {
+		t.Errorf("another session: %q", got)
 	}
 }
 

@@ -60,7 +60,7 @@ func (m *metrics) serve(address string, g *Gateway) error {
 	}
 	l, err := net.Listen("tcp", address)
 	if err != nil {
-		return problem.Wrap(err, problem.BadConfig, "the metrics page cannot be served: "+err.Error(),
+		return problem.Wrap(err, problem.BadConfig, fmt.Sprintf("the metrics page cannot be served on %s: %s", address, problem.Reason(err)),
 			"give another address with --metrics")
 	}
 	mux := http.NewServeMux()

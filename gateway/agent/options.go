@@ -18,6 +18,7 @@ import (
 	"github.com/culvertnet/culvert/internal/egress"
 	"github.com/culvertnet/culvert/internal/policy"
 	"github.com/culvertnet/culvert/internal/problem"
+	"github.com/culvertnet/culvert/internal/tunnel"
 )
 
 // Options configure a [Gateway].
@@ -111,6 +112,18 @@ func (l *Limits) fill() {
 	l.Offers = cmp.Or(l.Offers, 256)
 	l.OfferRate = cmp.Or(l.OfferRate, 500)
 	l.MaxSession = cmp.Or(l.MaxSession, 120*time.Hour)
+	l.Forward.TotalFlows = cmp.Or(l.Forward.TotalFlows, flowsWithin(tunnel.Descriptors()))
+}
+
+// flowsWithin is how many flows a process opens that may have so many file descriptors: half of them, so that no job takes what the control
+// stream, lookups and relays need. A quarter more is for what gets through hard NATs.
+func flowsWithin(descriptors int) int { return min(forward.DefaultTotalFlows, descriptors/2) }
+
+func warnOfFewFlows(log *slog.Logger, most int) {
+	if most < forward.DefaultTotalFlows {
+		log.Warn("few flows may be open at once: this process may have few files", "flows", most, "usual", forward.DefaultTotalFlows,
+			"next", fmt.Sprintf("allow it %d open files (LimitNOFILE, ulimit -n)", 2*forward.DefaultTotalFlows))
+	}
 }
 
 func (l *Limits) check() error {

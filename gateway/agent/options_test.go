@@ -10,6 +10,7 @@ import (
 
 	"github.com/culvertnet/culvert/internal/claims"
 	"github.com/culvertnet/culvert/internal/problem"
+	"github.com/culvertnet/culvert/internal/tunnel"
 	"github.com/culvertnet/culvert/internal/wire"
 )
 
@@ -25,6 +26,23 @@ func writeFile(t testing.TB, text string) string {
 func validOptions(t testing.TB) Options {
 	return Options{
 		Coordinator: coordinatorURL + "/", Network: "corp", Owners: []string{ownerID}, EnrolTokenFile: writeFile(t, "secret\n"),
+	}
+}
+
+// TestFlowsLeaveFiles: the flows of all jobs together leave a process half of the files that it may have open.
+func TestFlowsLeaveFiles(t *testing.T) {
+	for files, want := range map[int]int{1024: 512, 20_000: 10_000, 131_072: 65_536, 1 << 20: 65_536} {
+		if got := flowsWithin(files); got != want {
+			t.Errorf("%d files: %d flows, want %d", files, got, want)
+		}
+	}
+	o := validOptions(t)
+	if err := o.Validate(); err != nil || o.Limits.Forward.TotalFlows != flowsWithin(tunnel.Descriptors()) {
+		t.Errorf("%d flows, %v", o.Limits.Forward.TotalFlows, err)
+	}
+	o.Limits.Forward.TotalFlows = 7
+	if err := o.Validate(); err != nil || o.Limits.Forward.TotalFlows != 7 {
+		t.Errorf("%d flows, %v, want what was said", o.Limits.Forward.TotalFlows, err)
 	}
 }
 

@@ -53,7 +53,7 @@ func newPlane(key wire.PrivateKey, port uint16, o *Options, client *http.Client,
 	}
 	t, err := tunnel.New(tunnel.Options{Key: key, TUN: device, Port: port, Turns: true, Logger: log, Relays: relaying(o, client)})
 	if err != nil {
-		return nil, errors.Join(problem.Wrap(err, problem.BadConfig, fmt.Sprintf("the tunnel cannot listen on UDP port %d: %v", port, err),
+		return nil, errors.Join(problem.Wrap(err, problem.BadConfig, fmt.Sprintf("the tunnel cannot listen on UDP port %d: %v", port, problem.Reason(err)),
 			"free the port, or give another with --listen"), device.Close())
 	}
 	resolver, err := names.NewResolver(names.ResolverOptions{Servers: o.Resolvers, Logger: log})

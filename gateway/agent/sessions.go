@@ -52,9 +52,11 @@ type session struct {
 	lease    time.Duration
 	admitted time.Time
 
-	renewals *rate.Limiter // before a token is verified
-	reaches  *rate.Limiter // before a target is tried
-	tries    chan struct{} // places for tries under way
+	questions *rate.Limiter // requests inside the tunnel
+	renewals  *rate.Limiter // before a token is verified
+	reaches   *rate.Limiter // before a target is tried
+	tries     chan struct{} // places for tries under way
+	said      *rate.Limiter // log lines on what it does wrong
 
 	// mu orders what is done to the carrier. It is taken before table.mu, never after.
 	mu      sync.Mutex

@@ -132,7 +132,8 @@ func dial(ctx context.Context, network string, to netip.AddrPort) (net.Conn, err
 	if network == "tcp" {
 		return dialTCP(ctx, to)
 	}
-	return new(net.Dialer).DialContext(ctx, network, to.String())
+	d := net.Dialer{Control: unicastOnly}
+	return d.DialContext(ctx, network, to.String())
 }
 
 // turnAway counts and logs a flow that came to nothing because of err, and says what its job is to see.

@@ -165,3 +165,12 @@ func (s *tcpSocket) set(do func(fd int) error) (err error) {
 	}
 	return os.NewSyscallError("setsockopt", err)
 }
+
+// unicastOnly takes back what package net lets every UDP socket do: without it the kernel refuses to send to a broadcast address, which
+// would reach this machine as well.
+func unicastOnly(_, _ string, raw syscall.RawConn) (err error) {
+	if closed := raw.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_BROADCAST, 0) }); closed != nil {
+		return closed
+	}
+	return os.NewSyscallError("setsockopt", err)
+}

@@ -115,3 +115,14 @@ func TestDialTCPEnds(t *testing.T) {
 		t.Error("every dial was answered")
 	}
 }
+
+// TestDialNoBroadcast: no socket of a flow sends to all hosts of a network, which this one is of as well.
+func TestDialNoBroadcast(t *testing.T) {
+	conn, err := dial(t.Context(), "udp", netip.MustParseAddrPort("127.255.255.255:9"))
+	if !errors.Is(err, syscall.EACCES) {
+		t.Errorf("connected to a broadcast address: %v, %v", conn, err)
+	}
+	if err == nil {
+		_ = conn.Close()
+	}
+}

@@ -6,6 +6,7 @@ import (
 	"context"
 	"net"
 	"net/netip"
+	"syscall"
 )
 
 // dialTCP opens a connection to an address, before ctx ends.
@@ -13,3 +14,6 @@ func dialTCP(ctx context.Context, to netip.AddrPort) (net.Conn, error) {
 	d := net.Dialer{KeepAlive: -1} // see [relay.rest]
 	return d.DialContext(ctx, "tcp", to.String())
 }
+
+// unicastOnly lets a UDP socket be as it is.
+func unicastOnly(string, string, syscall.RawConn) error { return nil }

@@ -55,6 +55,35 @@ func testTurns(t *testing.T) {
 	}
 }
 
+// TestATurnThatIsGivenUp: a flow that ends while it waits leaves its session's next flow a turn.
+func TestATurnThatIsGivenUp(t *testing.T) {
+	ts, gate := newTurns(turnBytes, turnBytes), make(chan struct{}, 1)
+	other := turn{turns: ts, gate: make(chan struct{}, 1)}
+	if err := other.enter(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	ended, end := context.WithCancel(t.Context())
+	end()
+	gone := turn{turns: ts, gate: gate}
+	for range 2 {
+		if err := gone.enter(ended); err == nil {
+			t.Fatal("a flow that has ended has a turn, and another has it as well")
+		}
+	}
+	gone.leave()
+	other.leave()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	next := turn{turns: ts, gate: gate}
+	if err := next.enter(ctx); err != nil {
+		t.Fatal("the session has no turn any more")
+	}
+	next.leave()
+	if len(gate) != 0 || !ts.room.TryAcquire(turnBytes) {
+		t.Error("the turn was not given back")
+	}
+}
+
 // TestTurnPatience: a turn may last a few times as long as turns take, within bounds.
 func TestTurnPatience(t *testing.T) {
 	ts := newTurns(turnFrom, turnTotal)

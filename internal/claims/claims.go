@@ -109,7 +109,9 @@ func compact(text string) string {
 }
 
 // Names lists the claims that the token carries, in no order.
-func (c *Claims) Names() []string { return slices.Collect(maps.Keys(c.raw)) }
+func (c *Claims) Names() []string {
+	return slices.AppendSeq(make([]string, 0, len(c.raw)), maps.Keys(c.raw))
+}
 
 // text is Get for the typed fields.
 func (c *Claims) text(name string) string {

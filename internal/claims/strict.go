@@ -41,13 +41,19 @@ func parseObject(data []byte) (map[string]value, error) {
 	}
 	const usual = 40 // claims of GitHub's tokens
 	out := make(map[string]value, usual)
-	seen := make(map[string]struct{}, usual)
+	var odd map[string]struct{} // names as fold gives them that stand there otherwise; the others are in out
 	err := w.object(1, func(name, text string) error {
 		key := fold(name)
-		if _, twice := seen[key]; twice {
+		_, twice := out[key]
+		if _, also := odd[key]; twice || also {
 			return twiceThere(name)
 		}
-		seen[key] = struct{}{}
+		if key != name {
+			if odd == nil {
+				odd = map[string]struct{}{}
+			}
+			odd[key] = struct{}{}
+		}
 		v := value{text: text, json: text}
 		if v.isString() {
 			var err error

@@ -14,6 +14,7 @@ import (
 	"net/http"
 	"strconv"
 	"strings"
+	"syscall"
 	"unicode"
 )
 
@@ -31,6 +32,15 @@ type Error struct {
 	Next    string  // what to do about it
 	Denial  *Denial // which rule came closest; only with [Denied]
 	Err     error   // the cause, for the log; never sent
+}
+
+// Reason is what the system said, such as "address already in use": what Go's net package puts around that, what was tried and where, is for
+// the message to say, once. Of an error that is none of the system's it is all.
+func Reason(err error) string {
+	if errno, ok := errors.AsType[syscall.Errno](err); ok {
+		return errno.Error()
+	}
+	return err.Error()
 }
 
 // PortNext is the next step where a program cannot listen: another one has the port, or the user may not have it.

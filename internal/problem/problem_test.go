@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -120,5 +121,21 @@ func TestTextOfAPeerStaysOnItsLine(t *testing.T) {
 	}
 	if text := e.Error(); strings.ContainsAny(text, "\r\n\x1b\u0085") {
 		t.Errorf("control characters of a peer get through: %q", text)
+	}
+}
+
+// What a program cannot listen on is said once, with the system's own word.
+func TestReason(t *testing.T) {
+	held, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer held.Close()
+	_, err = net.Listen("tcp", held.Addr().String())
+	if got := Reason(fmt.Errorf("open a socket: %w", err)); got != "address already in use" {
+		t.Errorf("%q of %v", got, err)
+	}
+	if got := Reason(errors.New("no such host")); got != "no such host" {
+		t.Errorf("%q", got)
 	}
 }

@@ -247,6 +247,51 @@ func TestVerificationsAreBounded(t *testing.T) {
 	}
 }
 
+// Whoever has a nonce makes the relay verify as many tickets as his source may, over UDP and on WebSockets alike, and gets no answer beyond that.
+// A ticket in use is not verified again.
+func TestTicketsBeyondTheBoundAreNotLookedAt(t *testing.T) {
+	s, err := New(t.Context(), Options{Keys: signers()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	talk, now := newTalk(t), time.Now().UnixNano()
+	udp := origin{addr: netip.MustParseAddrPort("192.0.2.1:5000")}
+	web := origin{link: &link{server: s, source: netip.MustParseAddr("198.51.100.7"), nonce: Nonce{7}}}
+	forged := bytes.Clone(talk.ticket(t, Gateway, nil))
+	forged[len(forged)-1] ^= 1
+	ask := func(from origin, ticket Ticket, side Side) int {
+		msg, _ := bindMessage(t, talk, side, s.offer(from), func(b *Bind) { b.Ticket = ticket })
+		answer, ok := ParseAnswer(s.answer(nil, msg, from, now, &s.counts))
+		if !ok {
+			return codeSilent
+		}
+		return answer.Code
+	}
+	held := talk.ticket(t, Client, nil)
+	if code := ask(udp, held, Client); code != 0 {
+		t.Fatalf("refused with %d", code)
+	}
+	for name, from := range map[string]origin{"udp": udp, "websocket": web} {
+		s.guard = newGuard()
+		s.guard.source = 1
+		for range int(sourceBurst / time.Second) {
+			if code := ask(from, forged, Gateway); code != CodeTicket {
+				t.Fatalf("%s: within the bound the relay says %d", name, code)
+			}
+		}
+		if code := ask(from, forged, Gateway); code != codeSilent {
+			t.Errorf("%s: beyond the bound the relay says %d", name, code)
+		}
+		if code := ask(udp, held, Client); code != 0 {
+			t.Errorf("%s: a ticket in use: %d", name, code)
+		}
+	}
+	if n := s.counts.limited.Load(); n != 2 {
+		t.Errorf("%d are counted", n)
+	}
+}
+
 // Nothing about strangers is kept: after any number of their packets the relay is as it was.
 func TestStrangersLeaveNothingBehind(t *testing.T) {
 	s := newScene(t, nil)

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/ed25519"
 	"encoding/base64"
+	"encoding/binary"
 	"errors"
 	"net"
 	"net/http"
@@ -74,6 +75,12 @@ func TestStandingTicketsSayWhatWasSigned(t *testing.T) {
 		if _, _, err := VerifyStanding(tc.ticket, tc.keys, tc.now); !errors.Is(err, ErrTicket) {
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+	long := append([]byte(standingDomain), ticket[:standingClaimsSize]...) // what no coordinator of ours signs
+	binary.BigEndian.PutUint64(long[len(long)-8:], uint64(epoch.Add(StandingLife+time.Second).Unix()))
+	long = append(long, ed25519.Sign(signer, long)...)
+	if _, _, err := VerifyStanding(long[len(standingDomain):], signers(), epoch); !errors.Is(err, ErrTicket) {
+		t.Errorf("one that lasts too long: %v", err)
 	}
 	for i := range ticket {
 		forged := bytes.Clone(ticket)
@@ -157,6 +164,28 @@ func TestAStandingWebSocketStays(t *testing.T) {
 		e.stun(msg)
 		if _, err := stream.Receive(); err != nil {
 			t.Fatal(err)
+		}
+		if _, err := stream.Receive(); !errors.Is(err, errClosed) || time.Since(until).Round(time.Second) != BindTimeout {
+			t.Fatalf("%v after its ticket's end: %v", time.Since(until), err)
+		}
+		synctest.Wait()
+		if s.Stats().Links != 0 || len(s.standing) != 0 || len(s.unbound) != 0 {
+			t.Error("it is still counted")
+		}
+	})
+}
+
+// One that is never bound leaves with its ticket.
+func TestAStandingWebSocketLeavesWithItsTicket(t *testing.T) {
+	bubble(t, func(t *testing.T, s *Server, _ func() net.Conn, client *http.Client) {
+		stream, err := Dial(t.Context(), DialOptions{URL: "http://relay/", HTTP: client})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer stream.Close()
+		holder, until := key(t, 3), time.Now().Add(10*time.Minute)
+		if code := stand(t, &streamEnd{tb: t, Stream: stream}, holder, standing(t, holder, time.Now(), until), nil); code != 0 {
+			t.Fatalf("refused with %d", code)
 		}
 		if _, err := stream.Receive(); !errors.Is(err, errClosed) || time.Since(until).Round(time.Second) != BindTimeout {
 			t.Fatalf("%v after its ticket's end: %v", time.Since(until), err)

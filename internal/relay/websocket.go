@@ -296,15 +296,21 @@ func (s *socket) nextData() (frameHeader, error) {
 	}
 }
 
-// readPayload appends a frame's payload to buf.
+// firstRead is how much room a payload gets before any of it has come, in bytes.
+const firstRead = 2 << 10
+
+// readPayload appends a frame's payload to buf. The buffer grows with what has come, not with what is announced: a few bytes announce 256 KiB.
 func (s *socket) readPayload(buf []byte, h frameHeader) ([]byte, error) {
 	start, end := len(buf), len(buf)+int(h.size)
-	if end > cap(buf) {
-		buf = append(make([]byte, 0, sizeFor(end)), buf...)
-	}
-	buf = buf[:end]
-	if _, err := io.ReadFull(s.in, buf[start:]); err != nil {
-		return buf, fmt.Errorf("read a message: %w", err)
+	for at := start; at < end; at = len(buf) {
+		to := min(end, max(cap(buf), 2*at, firstRead))
+		if to > cap(buf) {
+			buf = append(make([]byte, 0, sizeFor(to)), buf...)
+		}
+		buf = buf[:to]
+		if _, err := io.ReadFull(s.in, buf[at:]); err != nil {
+			return buf, fmt.Errorf("read a message: %w", err)
+		}
 	}
 	if !s.client {
 		mask(buf[start:], h.mask)

@@ -19,7 +19,7 @@ type crowd struct {
 	sockets int
 }
 
-func newCrowd() *crowd { return &crowd{most: min(crowdSockets, descriptors()/crowdShare)} }
+func newCrowd() *crowd { return &crowd{most: min(crowdSockets, Descriptors()/crowdShare)} }
 
 // enter lets one more round begin and grants it sockets, as many as are wanted or what is left of them. It is false where there is no
 // room.

@@ -2,5 +2,5 @@
 
 package tunnel
 
-// descriptors is how many file descriptors this process may have: here there is no such limit.
-func descriptors() int { return 1 << 20 }
+// Descriptors is how many file descriptors this process may have: here there is no such limit.
+func Descriptors() int { return 1 << 20 }

@@ -4,8 +4,8 @@ package tunnel
 
 import "golang.org/x/sys/unix"
 
-// descriptors is how many file descriptors this process may have.
-func descriptors() int {
+// Descriptors is how many file descriptors this process may have.
+func Descriptors() int {
 	var limit unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
 		return 1024

@@ -56,6 +56,7 @@ func (c *Conn) setOptions(fd int, opts *Options) error {
 	if c.is6 {
 		_ = set(unix.IPPROTO_IPV6, unix.IPV6_MTU_DISCOVER, unix.IPV6_PMTUDISC_PROBE)
 	}
+	_ = set(unix.SOL_SOCKET, unix.SO_BROADCAST, 0) // package net allows it: nobody who names an address has a whole network asked
 	_, err = unix.GetsockoptInt(fd, unix.IPPROTO_UDP, unix.UDP_SEGMENT)
 	c.gso.Store(err == nil)
 	_ = set(unix.IPPROTO_UDP, unix.UDP_GRO, 1)

@@ -81,6 +81,17 @@ func TestOneSocketCannotReachTheOtherFamily(t *testing.T) {
 	}
 }
 
+// Nobody gets a socket to send to all hosts of a network.
+func TestNoBroadcasts(t *testing.T) {
+	c := listen(t, Options{Network: "udp4", Addr: "127.0.0.1:0"})
+	q := c.NewQueue(1)
+	q.Add([]byte("x"), 1, netip.AddrPortFrom(netip.MustParseAddr("127.255.255.255"), c.LocalAddr().Port()), netip.Addr{})
+	q.Flush()
+	if q.Dropped != 1 || q.Sent != 0 {
+		t.Errorf("sent %d, dropped %d", q.Sent, q.Dropped)
+	}
+}
+
 // What the path cannot take is dropped alone.
 func TestTooLargeIsDroppedAlone(t *testing.T) {
 	a, b := listen(t, Options{Addr: "127.0.0.1:0"}), listen(t, Options{Addr: "127.0.0.1:0"})

@@ -19,21 +19,27 @@ type Key [KeySize]byte
 // ParseKey reads a public key in base64url without padding or in WireGuard's own base64 with padding.
 func ParseKey(s string) (Key, error) {
 	var k Key
-	s = strings.NewReplacer("+", "-", "/", "_").Replace(strings.TrimSuffix(s, "="))
+	s = strings.TrimSuffix(s, "=")
+	if strings.ContainsAny(s, "+/") {
+		s = wireguards.Replace(s)
+	}
 	if len(s) != base64.RawURLEncoding.EncodedLen(KeySize) {
 		return k, fmt.Errorf("a public key is %d characters of base64, this one has %d",
 			base64.RawURLEncoding.EncodedLen(KeySize), len(s))
 	}
-	raw, err := base64.RawURLEncoding.Strict().DecodeString(s)
-	if err != nil {
-		return k, fmt.Errorf("a public key is base64: %w", err)
+	if _, err := strictKey.Decode(k[:], []byte(s)); err != nil {
+		return Key{}, fmt.Errorf("a public key is base64: %w", err)
 	}
-	copy(k[:], raw)
 	if k.IsZero() {
 		return k, fmt.Errorf("the all-zero public key is not usable")
 	}
 	return k, nil
 }
+
+var (
+	strictKey  = base64.RawURLEncoding.Strict()
+	wireguards = strings.NewReplacer("+", "-", "/", "_") // alphabet to ours
+)
 
 // String gives the key as unpadded base64url.
 func (k Key) String() string { return base64.RawURLEncoding.EncodeToString(k[:]) }

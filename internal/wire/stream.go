@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"net/netip"
+	"slices"
 	"strconv"
 	"time"
 )
@@ -43,8 +44,11 @@ type Frame struct {
 
 // Encode gives the frame as JSON. Body must be valid JSON; it is taken as it is, since it may be large, and encoding/json would
 // read it twice more.
-func (f Frame) Encode() []byte {
-	b := make([]byte, 0, len(f.Body)+len(f.Type)+48)
+func (f Frame) Encode() []byte { return f.Append(nil) }
+
+// Append is Encode behind what is in b.
+func (f Frame) Append(b []byte) []byte {
+	b = slices.Grow(b, len(f.Body)+len(f.Type)+48)
 	b = strconv.AppendQuoteToASCII(append(b, `{"type":`...), string(f.Type))
 	if f.ID != 0 {
 		b = strconv.AppendUint(append(b, `,"id":`...), f.ID, 10)

@@ -46,6 +46,7 @@ type World struct {
 	Session   func(*wire.Session) // changes the session that a join gives
 	Held      chan struct{}       // where set, the last line of a join waits until it is closed
 	Lease     time.Duration       // default 10 min
+	Over      string              // where set, the coordinator says that it has ended every session, for this reason
 	Plain     bool                // answer joins with one JSON document instead of a stream
 	Apart     bool                // neither side is told where the other is: only relays lead there
 
@@ -104,6 +105,14 @@ func (w *World) Joins() []wire.JoinRequest {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return slices.Clone(w.joins)
+}
+
+// End has the coordinator say, from now on, that it has ended every session, and the gateway know none of them.
+func (w *World) End(reason string) {
+	w.mu.Lock()
+	w.Over = reason
+	w.mu.Unlock()
+	w.Gateway.Forget()
 }
 
 // Updates are the bodies of PATCH so far.
@@ -235,7 +244,12 @@ func (w *World) update(rw http.ResponseWriter, r *http.Request) {
 	}
 	w.mu.Lock()
 	w.updates = append(w.updates, u)
+	over := w.Over
 	w.mu.Unlock()
+	if over != "" {
+		problem.Write(rw, problem.New(problem.SessionOver, "the session has ended: "+over, "join again"))
+		return
+	}
 	reply(rw, wire.Lease{Expires: time.Now().Add(w.Lease), Ends: time.Now().Add(24 * time.Hour)})
 }
 

@@ -21,7 +21,7 @@ func howLong() string {
 func BenchmarkJoins(b *testing.B) {
 	n := alone(b)
 	began := n.processor()
-	r := play(b, n.host, []*node{n}, "", "--rate", "1000", "--duration", howLong(), "--renew-every", "5m").report()
+	r := play(b, n.host, []*node{n}, "", "--rate", "1010", "--duration", howLong(), "--renew-every", "5m").report()
 	r.clean(b)
 	tell(b, n, r, began)
 }
@@ -41,7 +41,7 @@ func BenchmarkJoinsBesideSessions(b *testing.B) {
 		b.Run(fmt.Sprint(sessions), func(b *testing.B) {
 			n := alone(b)
 			idle := n.memory("VmRSS")
-			r := play(b, n.host, []*node{n}, "", "--rate", "1000", "--duration", howLong(), "--sessions", fmt.Sprint(sessions), "--renew-every", "5m").report()
+			r := play(b, n.host, []*node{n}, "", "--rate", "1010", "--duration", howLong(), "--sessions", fmt.Sprint(sessions), "--renew-every", "5m").report()
 			r.clean(b)
 			tell(b, n, r, 0)
 			b.ReportMetric(float64(r.Renewals), "renewals")

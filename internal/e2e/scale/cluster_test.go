@@ -139,7 +139,7 @@ lame_duck_grace_period: "1s"
 lame_duck_duration: "30s"
 no_auth_user: culvert
 accounts: {
-  "$SYS": {users: [{nkey: %s, permissions: {publish: ["$NRG.V.>", "$SYS.REQ.SERVER.PING.JSZ"], subscribe: ["_INBOX.>", "$NRG.V.>"]}}]}
+  "$SYS": {users: [{nkey: %s, permissions: {publish: ["$NRG.V.>", "$SYS.REQ.SERVER.PING.JSZ", "$SYS.REQ.SERVER.PING.RAFTZ"], subscribe: ["_INBOX.>", "$NRG.V.>"]}}]}
   CULVERT: {jetstream: enabled, users: [{user: culvert, password: culvert}]}
 }
 cluster: {name: culvert, ping_interval: "1s", ping_max: 2, listen: "%s", routes: ["%s"]}

@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -18,6 +19,7 @@ type trial struct {
 	g    *generator
 	file string        // of the ids of the sessions that were joined
 	most time.Duration // that joins may stand still for; 0 is not looked at
+	stop func()        // ends the watch
 }
 
 func newTrial(t testing.TB, args ...string) *trial {
@@ -33,6 +35,8 @@ func newTrial(t testing.TB, args ...string) *trial {
 	tr := &trial{cluster: c, file: filepath.Join(t.TempDir(), "ids")}
 	args = append(args, "--gateways", "6", "--sessions", "50", "--renew-every", "6s", "--retry", "--timeout", "60s", "--ids", tr.file)
 	tr.g = play(t, c.jobs, c.nodes, c.url, args...)
+	tr.stop = sync.OnceFunc(tr.watch())
+	t.Cleanup(tr.stop)
 	return tr
 }
 
@@ -43,6 +47,33 @@ func (tr *trial) joins() int {
 		return 0
 	}
 	return int(info.Size()) / len("0123456789012345678901\n")
+}
+
+// standstill is a time without a join that is worth a line.
+const standstill = time.Second
+
+// watch tells of each standstill until the function that it gives is called: goOn looks only at the joins right after a fault and right after its end.
+func (tr *trial) watch() (stop func()) {
+	over, ended := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(ended)
+		look := time.NewTicker(5 * time.Millisecond)
+		defer look.Stop()
+		for had, last := 0, time.Now(); ; {
+			select {
+			case <-over:
+				return
+			case <-look.C:
+			}
+			if now := tr.joins(); now > had {
+				if d := time.Since(last); d > standstill && had > settled {
+					tr.t.Logf("no join for %s until %s", d.Round(10*time.Millisecond), time.Now().UTC().Format("15:04:05.000"))
+				}
+				had, last = now, time.Now()
+			}
+		}
+	}()
+	return func() { close(over); <-ended }
 }
 
 // goOn waits for so many more joins, and gives the longest time without one.
@@ -125,13 +156,14 @@ func (tr *trial) suffer(joins int, faults ...fault) {
 	for _, f := range faults {
 		tr.leader()
 		mend := f.strike(tr)
+		at := time.Now()
 		struck := tr.goOn(joins)
 		if tr.most > 0 && struck > tr.most {
 			tr.t.Errorf("%s: no join for %s", f.name, struck)
 		}
 		mend()
 		mended := tr.goOn(joins)
-		tr.t.Logf("%s: longest time without a join %s, and %s when it comes back", f.name, struck.Round(10*time.Millisecond), mended.Round(10*time.Millisecond))
+		tr.t.Logf("%s at %s: longest time without a join %s, and %s when it comes back", f.name, at.UTC().Format("15:04:05.000"), struck.Round(10*time.Millisecond), mended.Round(10*time.Millisecond))
 	}
 }
 
@@ -139,6 +171,7 @@ func (tr *trial) suffer(joins int, faults ...fault) {
 func (tr *trial) verdict() {
 	t := tr.t
 	t.Helper()
+	tr.stop()
 	_ = tr.g.proc.Signal(syscall.SIGINT) // it is enough; an error says that it has ended
 	r := tr.g.report()
 	r.clean(t)

@@ -1,4 +1,4 @@
-package server
+package limit
 
 import (
 	"cmp"
@@ -10,27 +10,33 @@ import (
 
 	"golang.org/x/time/rate"
 
-	"github.com/culvertnet/culvert/coordinator/config"
-	"github.com/culvertnet/culvert/coordinator/limit"
 	"github.com/culvertnet/culvert/internal/cork"
 )
 
-// What one address may do with connections, beside what the configuration says.
+// What connections are bounded to where nobody says otherwise.
 const (
-	defaultConns     = 32768
-	defaultAddrConns = 4096
+	DefaultConns     = 32768
+	DefaultAddrConns = 4096 // of one address
 	defaultConnRate  = 200  // new connections a second of one address: a TLS handshake costs us more than it costs a stranger
 	defaultConnBurst = 4096 // and how many at once
 	connAddresses    = 1 << 16
 )
 
-// bounded is a listener that bounds connections: how many are open, in all and for each address, and how fast one address opens
+// ConnOptions are the bounds of a [Listener]; zero stands for the default.
+type ConnOptions struct {
+	Open     int            // connections at once
+	OpenAddr int            // of one address
+	Rate     float64        // new ones a second of one address, and twenty times as many at once
+	Trusted  []netip.Prefix // proxies, which are bounded in all alone
+}
+
+// Listener is a listener that bounds connections: how many are open, in all and for each address, and how fast one address opens
 // them. What is beyond that is reset before anything is read of it or written to it. Trusted proxies are bounded in all alone.
-type bounded struct {
+type Listener struct {
 	net.Listener
 	max, maxAddr int
 	trusted      []netip.Prefix
-	opened       *limit.Table[netip.Prefix]
+	opened       *Table[netip.Prefix]
 	refused      atomic.Uint64
 
 	mu     sync.Mutex
@@ -38,18 +44,18 @@ type bounded struct {
 	byAddr map[netip.Prefix]int
 }
 
-// boundedListener takes what limits say of connections, and the defaults where they say nothing.
-func boundedListener(l net.Listener, limits config.Limits, trusted []netip.Prefix) *bounded {
-	each, burst := rate.Limit(limits.ConnectionRate), max(int(20*limits.ConnectionRate), 1)
+// NewListener bounds a listener's connections.
+func NewListener(l net.Listener, o ConnOptions) *Listener {
+	each, burst := rate.Limit(o.Rate), max(int(20*o.Rate), 1)
 	if each <= 0 {
 		each, burst = defaultConnRate, defaultConnBurst
 	}
-	return &bounded{Listener: l, max: cmp.Or(limits.Connections, defaultConns), maxAddr: cmp.Or(limits.AddressConnections, defaultAddrConns), trusted: trusted,
-		opened: limit.New[netip.Prefix](each, burst, connAddresses), byAddr: map[netip.Prefix]int{}}
+	return &Listener{Listener: l, max: cmp.Or(o.Open, DefaultConns), maxAddr: cmp.Or(o.OpenAddr, DefaultAddrConns), trusted: o.Trusted,
+		opened: New[netip.Prefix](each, burst, connAddresses), byAddr: map[netip.Prefix]int{}}
 }
 
 // Accept gives the next connection that is within bounds.
-func (b *bounded) Accept() (net.Conn, error) {
+func (b *Listener) Accept() (net.Conn, error) {
 	for {
 		c, err := b.Listener.Accept()
 		if err != nil {
@@ -71,11 +77,11 @@ func (b *bounded) Accept() (net.Conn, error) {
 }
 
 // take counts a connection in, if it may be. The zero source is counted in all alone.
-func (b *bounded) take(c net.Conn) (source netip.Prefix, ok bool) {
+func (b *Listener) take(c net.Conn) (source netip.Prefix, ok bool) {
 	ip := addressOf(c).Unmap()
 	proxy := slices.ContainsFunc(b.trusted, func(p netip.Prefix) bool { return p.Contains(ip) })
 	if !proxy {
-		source = limit.Source(ip)
+		source = Source(ip)
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -98,7 +104,7 @@ func addressOf(c net.Conn) netip.Addr {
 	return addr.Addr()
 }
 
-func (b *bounded) give(source netip.Prefix) {
+func (b *Listener) give(source netip.Prefix) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.open--
@@ -109,17 +115,20 @@ func (b *bounded) give(source netip.Prefix) {
 	}
 }
 
-// count gives the connections that are open.
-func (b *bounded) count() int {
+// Open gives the connections that are open.
+func (b *Listener) Open() int {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.open
 }
 
+// Refused gives how many connections were reset because there were too many, in all or of one address.
+func (b *Listener) Refused() uint64 { return b.refused.Load() }
+
 // boundedConn is one of them.
 type boundedConn struct {
 	net.Conn
-	from   *bounded
+	from   *Listener
 	source netip.Prefix
 	once   sync.Once
 }

@@ -1,16 +1,14 @@
-package server
+package limit
 
 import (
 	"net"
 	"net/netip"
 	"testing"
 	"time"
-
-	"github.com/culvertnet/culvert/coordinator/config"
 )
 
 // accepting takes connections from a listener and keeps them open.
-func accepting(t *testing.T, b *bounded) <-chan net.Conn {
+func accepting(t *testing.T, b *Listener) <-chan net.Conn {
 	t.Helper()
 	got := make(chan net.Conn, 100)
 	done := make(chan struct{})
@@ -70,7 +68,7 @@ func isTimeout(err error) bool {
 }
 
 func TestConnectionsOfOneAddress(t *testing.T) {
-	b := boundedListener(listen(t), config.Limits{Connections: 5, AddressConnections: 2}, nil)
+	b := NewListener(listen(t), ConnOptions{Open: 5, OpenAddr: 2})
 	got := accepting(t, b)
 	first := dialFrom(t, "127.0.0.1", b.Addr())
 	held := <-got
@@ -79,21 +77,21 @@ func TestConnectionsOfOneAddress(t *testing.T) {
 	shutOut(t, "127.0.0.1", b.Addr())
 	dialFrom(t, "127.0.0.2", b.Addr())
 	<-got
-	if b.count() != 3 || b.refused.Load() != 1 {
-		t.Errorf("%d open, %d refused", b.count(), b.refused.Load())
+	if b.Open() != 3 || b.Refused() != 1 {
+		t.Errorf("%d open, %d refused", b.Open(), b.Refused())
 	}
 	_ = first.Close()
 	_ = held.Close()
 	_ = held.Close() // counts once
-	if b.count() != 2 {
-		t.Errorf("%d open after one was closed", b.count())
+	if b.Open() != 2 {
+		t.Errorf("%d open after one was closed", b.Open())
 	}
 	dialFrom(t, "127.0.0.1", b.Addr())
 	<-got
 }
 
 func TestConnectionsInAll(t *testing.T) {
-	b := boundedListener(listen(t), config.Limits{Connections: 2, AddressConnections: 10}, nil)
+	b := NewListener(listen(t), ConnOptions{Open: 2, OpenAddr: 10})
 	got := accepting(t, b)
 	dialFrom(t, "127.0.0.1", b.Addr())
 	dialFrom(t, "127.0.0.2", b.Addr())
@@ -106,7 +104,7 @@ func TestConnectionsInAll(t *testing.T) {
 }
 
 func TestTrustedProxiesHoldMore(t *testing.T) {
-	b := boundedListener(listen(t), config.Limits{Connections: 10, AddressConnections: 1}, []netip.Prefix{netip.MustParsePrefix("127.0.0.1/32")})
+	b := NewListener(listen(t), ConnOptions{Open: 10, OpenAddr: 1, Trusted: []netip.Prefix{netip.MustParsePrefix("127.0.0.1/32")}})
 	got := accepting(t, b)
 	for range 3 {
 		dialFrom(t, "127.0.0.1", b.Addr())
@@ -124,7 +122,7 @@ func TestTrustedProxiesHoldMore(t *testing.T) {
 }
 
 func TestConnectionsOpenedFast(t *testing.T) {
-	b := boundedListener(listen(t), config.Limits{Connections: 10, AddressConnections: 10}, nil)
+	b := NewListener(listen(t), ConnOptions{Open: 10, OpenAddr: 10})
 	source := netip.MustParsePrefix("127.0.0.1/32")
 	for range defaultConnBurst + 1000 {
 		b.opened.Charge(source)
@@ -133,9 +131,9 @@ func TestConnectionsOpenedFast(t *testing.T) {
 	shutOut(t, "127.0.0.1", b.Addr())
 }
 
-// TestConnectionRate: the configuration says how fast one address may open them.
+// TestRate: the configuration says how fast one address may open them.
 func TestConnectionRate(t *testing.T) {
-	b := boundedListener(listen(t), config.Limits{ConnectionRate: 0.01}, nil)
+	b := NewListener(listen(t), ConnOptions{Rate: 0.01})
 	accepted := accepting(t, b)
 	dialFrom(t, "127.0.0.1", b.Addr())
 	<-accepted
