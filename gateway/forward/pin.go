@@ -11,7 +11,9 @@ type pin struct {
 
 // mark notes what the stack has promised the job by now: at any time half of the buffer, beyond what has been read. mu is held.
 func (w *window) mark() {
-	w.pinned.edge = max(w.pinned.edge, w.repayAt, w.read+w.ep.SocketOptions().GetReceiveBufferSize()/windowPart)
+	if !w.pinned.on {
+		w.pinned.edge = max(w.pinned.edge, w.repayAt, w.read+w.ep.SocketOptions().GetReceiveBufferSize()/windowPart)
+	}
 }
 
 // promised is how much of what has not been read the job may have sent, or still send, at most.
@@ -37,9 +39,9 @@ func (w *window) isPinned() bool {
 	return w.pinned.on
 }
 
-// pin has the job's window end where it does however much is read: a stack whose receive buffer is that small promises no more. What comes while
-// the buffer is smaller than what waits in it is dropped, so nothing should be on its way: all has come but less than a segment, or nothing comes.
-func (w *window) pin(unread int64) {
+// pin has the job's window end where it does however much is read: a stack whose receive buffer is that small promises nothing. What is on its
+// way beyond the buffer's size would be dropped, so all has to have come but less than a segment.
+func (w *window) pin() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.mark()
@@ -48,11 +50,7 @@ func (w *window) pin(unread int64) {
 		w.pinned.size = o.GetReceiveBufferSize()
 	}
 	w.pinned.on, w.pinned.ever = true, true
-	size := int64(1) // no segment fits into half of it, so reading tells the job of nothing
-	if rest := w.pinned.edge - w.read - unread; rest >= turnRest {
-		size = windowPart * rest
-	}
-	o.SetReceiveBufferSize(size, false)
+	o.SetReceiveBufferSize(1, false)
 }
 
 // open lets the job send so many bytes, or as many as the flow's buffer is for where the purse has no more, and tells it. What a turn needs beyond

@@ -13,62 +13,42 @@ import (
 	"gvisor.dev/gvisor/pkg/waiter"
 )
 
-// pinned is a connection from a job to the gateway itself, and what the forwarder would know of it.
-func pinned(t *testing.T) (e *env, job net.Conn, r *relay, p *purse) {
-	t.Helper()
-	e = newEnv(t, Limits{})
+// TestPin: while a window is pinned, reading lets the job send no more; each turn lets it send what the turn is for, nothing is sent twice, and
+// nothing is owed in the end.
+func TestPin(t *testing.T) {
+	e := newEnv(t, Limits{})
 	var wq waiter.Queue
 	ls, terr := e.f.stack.NewEndpoint(tcp.ProtocolNumber, ipv4.ProtocolNumber, &wq)
 	if terr != nil {
 		t.Fatal(terr)
 	}
-	t.Cleanup(ls.Close)
+	defer ls.Close()
 	if terr := ls.Bind(tcpip.FullAddress{Addr: tcpip.AddrFrom4(gateway4.As4()), Port: 7}); terr != nil {
 		t.Fatal(terr)
 	}
 	if terr := ls.Listen(1); terr != nil {
 		t.Fatal(terr)
 	}
-	job, err := e.dialFrom(job4, netip.AddrPortFrom(gateway4, 7), 20*time.Second)
+	c, err := e.dialFrom(job4, netip.AddrPortFrom(gateway4, 7), 20*time.Second)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = job.Close() })
+	defer c.Close()
 	var ep tcpip.Endpoint
 	eventually(t, "the connection is accepted", func() bool {
 		ep, _, terr = ls.Accept(nil)
 		return terr == nil
 	})
-	t.Cleanup(ep.Abort)
-	p = &purse{limit: 64 << 20}
-	return e, job, &relay{ep: ep, window: newWindow(ep, p, floors{sendFloor, receiveFloor})}, p
-}
-
-// readPinned reads all that has come, which is no more than was promised.
-func (r *relay) readPinned(t *testing.T) {
-	t.Helper()
-	for r.unread() > 0 {
-		if r.unread() > r.window.promised() {
-			t.Fatalf("%d bytes are there, and %d were promised", r.unread(), r.window.promised())
-		}
-		res, terr := r.ep.Read(io.Discard, tcpip.ReadOptions{})
-		if terr != nil {
-			t.Fatal(terr)
-		}
-		r.window.took(res.Count, func() (int64, bool) { return receiveFloor, true })
-	}
-}
-
-// TestPin: while a window is pinned, reading lets the job send no more; each turn lets it send what the turn is for, nothing is sent twice, and
-// nothing is owed in the end.
-func TestPin(t *testing.T) {
-	e, c, r, p := pinned(t)
-	w, ep := r.window, r.ep
+	defer ep.Abort()
+	p := &purse{limit: 64 << 20}
+	w := newWindow(ep, p, floors{sendFloor, receiveFloor})
+	r := &relay{ep: ep, window: w}
 	gone := make(chan struct{})
 	go func() {
 		defer close(gone)
 		_, _ = c.Write(make([]byte, 8<<20)) // more than all turns are for; ends with the connection
 	}()
+	share := func() (int64, bool) { return receiveFloor, true }
 	for turn := range 20 {
 		if turn > 0 {
 			w.settle()
@@ -78,8 +58,17 @@ func TestPin(t *testing.T) {
 			}
 		}
 		eventually(t, "all has come that the window was open for", func() bool { return w.promised() <= r.unread() })
-		w.pin(r.unread())
-		r.readPinned(t)
+		w.pin()
+		for r.unread() > 0 {
+			if r.unread() > w.promised() {
+				t.Fatalf("turn %d: %d bytes are there, and %d were promised", turn, r.unread(), w.promised())
+			}
+			res, terr := ep.Read(io.Discard, tcpip.ReadOptions{})
+			if terr != nil {
+				t.Fatal(terr)
+			}
+			w.took(res.Count, share)
+		}
 	}
 	if want := int64(20 * turnBytes); w.read > want || w.read < want-turnBytes {
 		t.Errorf("%d bytes came in 20 turns of %d, the first of them a floor's", w.read, turnBytes)
@@ -96,39 +85,6 @@ func TestPin(t *testing.T) {
 		t.Errorf("%d are still lent", lent)
 	}
 	ep.Abort()
-	<-gone
-}
-
-// TestPinHalfWay: a job that has not used all of its window may do so later, and no more.
-func TestPinHalfWay(t *testing.T) {
-	e, c, r, _ := pinned(t)
-	w := r.window
-	const first = 40 << 10
-	if _, err := c.Write(make([]byte, first)); err != nil {
-		t.Fatal(err)
-	}
-	eventually(t, "what was sent has come", func() bool { return r.unread() == first })
-	left := w.promised() - first
-	w.pin(first)
-	r.readPinned(t)
-	if got := w.promised(); got < left || got > left+1<<10 {
-		t.Fatalf("%d of the window are left, want %d", got, left)
-	}
-	gone := make(chan struct{})
-	go func() {
-		defer close(gone)
-		_, _ = c.Write(make([]byte, 1<<20))
-	}()
-	eventually(t, "the rest has come", func() bool { return r.unread() >= left-turnRest })
-	w.pin(r.unread())
-	r.readPinned(t)
-	if w.read > first+left+1<<10 {
-		t.Errorf("%d bytes came, %d were promised", w.read, first+left)
-	}
-	if n := e.job.Stack().Stats().TCP.Retransmits.Value(); n != 0 {
-		t.Errorf("the job sent %d segments again", n)
-	}
-	r.ep.Abort()
 	<-gone
 }
 

@@ -119,12 +119,12 @@ func (r *relay) gather(readable <-chan struct{}) error {
 		r.bulk = false
 		return nil // to look once more: what has woken it may have been the end
 	}
-	w.pin(r.unread())
+	w.pin()
 	return nil
 }
 
-// collect waits until all has come that the window was open for, the flow ends, or a turn may last no longer: false where less than half has come
-// by then. Less than a segment some jobs send, and others leave: which of them this is shows once.
+// collect waits until all has come that the window was open for, or the flow ends; false where that takes longer than a turn may last. Less than a
+// segment some jobs send, and others leave: which of them this is shows once.
 func (r *relay) collect(readable <-chan struct{}) bool {
 	t := &r.turn
 	timer := time.NewTimer(t.turns.patience())
@@ -141,7 +141,7 @@ func (r *relay) collect(readable <-chan struct{}) bool {
 		case <-readable:
 		case <-timer.C:
 			t.leaves = last
-			return 2*r.unread() >= r.window.promised()
+			return last
 		}
 	}
 	return true
