@@ -1,10 +1,6 @@
 package forward
 
-import (
-	"sync/atomic"
-
-	"github.com/culvertnet/culvert/internal/netstack"
-)
+import "sync/atomic"
 
 // Every flow has a floor of buffer space that nobody takes away. What it needs beyond is lent: by its session's purse, which
 // borrows from the process's. A flow pays back what it does not use, so that idle connections cost their floors alone, and a
@@ -20,7 +16,7 @@ import (
 // which is 172 MiB with the defaults, and the whole process TotalBytes beyond the floors of its flows.
 const (
 	sendFloor    = 64 << 10
-	receiveFloor = netstack.ForwardBuffer
+	receiveFloor = 128 << 10
 	smallFloor   = 8 << 10
 	smallFrom    = 256 // flows of one session
 )

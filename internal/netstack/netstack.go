@@ -43,9 +43,6 @@ const (
 const (
 	bufferMin     = 4 << 10
 	bufferDefault = 1 << 20
-	// ForwardBuffer is what a forwarded connection's receive buffer begins with, bytes: what the job sends at once is promised by it, before whoever
-	// carries the connection has heard of it.
-	ForwardBuffer = 128 << 10
 	receiveMax    = 16 << 20         // 800 Mbit/s at 80 ms: half of it is promised
 	sendMax       = 16 << 20         // the same: a writer is woken when half of it is free
 	timeWait      = 10 * time.Second // a gateway closes many flows first; the port pair is the job's, not ours
@@ -160,11 +157,7 @@ func newStack(opts Options) *stack.Stack {
 }
 
 func (d *Device) setup() error {
-	receive := bufferDefault
-	if d.opts.Forward {
-		receive = ForwardBuffer
-	}
-	if err := tuneTCP(d.stack, receive); err != nil {
+	if err := tuneTCP(d.stack); err != nil {
 		return err
 	}
 	if err := d.stack.CreateNIC(nicID, d.link); err != nil {
@@ -199,12 +192,12 @@ func (d *Device) setup() error {
 // The timeout forgets what was acknowledged out of order and sends the first segment again. When that is acknowledged, RACK finds the others
 // lost and enters recovery, where sender.SetPipe goes by the forgotten acknowledgements alone, and not by RACK's marks: all that was
 // lost counts as in flight, which is more than the window for as long as it has not been sent again. So each further segment takes a timeout.
-func tuneTCP(s *stack.Stack, receive int) error {
+func tuneTCP(s *stack.Stack) error {
 	sack := tcpip.TCPSACKEnabled(true)
 	recovery := tcpip.TCPRecovery(0)
 	moderate := tcpip.TCPModerateReceiveBufferOption(true)
 	snd := tcpip.TCPSendBufferSizeRangeOption{Min: bufferMin, Default: bufferDefault, Max: sendMax}
-	rcv := tcpip.TCPReceiveBufferSizeRangeOption{Min: bufferMin, Default: receive, Max: receiveMax}
+	rcv := tcpip.TCPReceiveBufferSizeRangeOption{Min: bufferMin, Default: bufferDefault, Max: receiveMax}
 	wait := tcpip.TCPTimeWaitTimeoutOption(timeWait)
 	retries := tcpip.TCPSynRetriesOption(synRetries)
 	timeout := tcpip.TCPMinRTOOption(minRTO)
