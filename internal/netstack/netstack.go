@@ -43,6 +43,9 @@ const (
 const (
 	bufferMin     = 4 << 10
 	bufferDefault = 1 << 20
+	// forwardBuffer is what a forwarded connection's receive buffer begins with, before whoever carries it has heard of it: half of that is promised to
+	// the job, for good. Enough for how a sender on a long path begins.
+	forwardBuffer = 256 << 10
 	receiveMax    = 16 << 20         // 800 Mbit/s at 80 ms: half of it is promised
 	sendMax       = 16 << 20         // the same: a writer is woken when half of it is free
 	timeWait      = 10 * time.Second // a gateway closes many flows first; the port pair is the job's, not ours
@@ -157,7 +160,11 @@ func newStack(opts Options) *stack.Stack {
 }
 
 func (d *Device) setup() error {
-	if err := tuneTCP(d.stack); err != nil {
+	receive := bufferDefault
+	if d.opts.Forward {
+		receive = forwardBuffer
+	}
+	if err := tuneTCP(d.stack, receive); err != nil {
 		return err
 	}
 	if err := d.stack.CreateNIC(nicID, d.link); err != nil {
@@ -192,12 +199,12 @@ func (d *Device) setup() error {
 // The timeout forgets what was acknowledged out of order and sends the first segment again. When that is acknowledged, RACK finds the others
 // lost and enters recovery, where sender.SetPipe goes by the forgotten acknowledgements alone, and not by RACK's marks: all that was
 // lost counts as in flight, which is more than the window for as long as it has not been sent again. So each further segment takes a timeout.
-func tuneTCP(s *stack.Stack) error {
+func tuneTCP(s *stack.Stack, receive int) error {
 	sack := tcpip.TCPSACKEnabled(true)
 	recovery := tcpip.TCPRecovery(0)
 	moderate := tcpip.TCPModerateReceiveBufferOption(true)
 	snd := tcpip.TCPSendBufferSizeRangeOption{Min: bufferMin, Default: bufferDefault, Max: sendMax}
-	rcv := tcpip.TCPReceiveBufferSizeRangeOption{Min: bufferMin, Default: bufferDefault, Max: receiveMax}
+	rcv := tcpip.TCPReceiveBufferSizeRangeOption{Min: bufferMin, Default: receive, Max: receiveMax}
 	wait := tcpip.TCPTimeWaitTimeoutOption(timeWait)
 	retries := tcpip.TCPSynRetriesOption(synRetries)
 	timeout := tcpip.TCPMinRTOOption(minRTO)
