@@ -60,8 +60,10 @@ type Config struct {
 	Lease          time.Duration
 	Downloads      string // folder with releases to serve; "" for none
 	InsecureHTTP   bool
-	Rules          []policy.Rule  // of all files
-	Policy         *policy.Policy // Rules, compiled
+	Rules          []policy.Rule                         // of all files
+	Targets        map[string][]string                   // likewise
+	Groups         map[string][]map[string]policy.Values // likewise
+	Policy         *policy.Policy                        // Rules, compiled
 }
 
 // TLS names the certificate's files. They are read again when they change.

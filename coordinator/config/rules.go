@@ -2,6 +2,7 @@ package config
 
 import (
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -27,8 +28,11 @@ func (r *reader) policy(c *Config, d *document) {
 			c.Included = append(c.Included, file)
 		}
 	}
+	c.Targets, c.Groups = map[string][]string{}, map[string][]map[string]policy.Values{}
 	for i := range sources {
 		c.Rules = append(c.Rules, sources[i].Rules...)
+		maps.Copy(c.Targets, sources[i].Targets)
+		maps.Copy(c.Groups, sources[i].Groups)
 	}
 	r.sources = sources
 	p, faults := policy.CompileAll(sources, policyOptions(c, d))

@@ -404,7 +404,7 @@ func TestFollowing(t *testing.T) {
 
 // TestPrivateListener: over TCP, audit log and profiles take the secret; the public listener has none of it.
 func TestPrivateListener(t *testing.T) {
-	sum := sha256.Sum256([]byte("sesame"))
+	sum, other := sha256.Sum256([]byte("sesame")), sha256.Sum256([]byte("other"))
 	for name, c := range map[string]struct {
 		extra string
 		want  map[string]int // by secret
@@ -436,7 +436,16 @@ func TestPrivateListener(t *testing.T) {
 					t.Errorf("%s: %d %s", path, code, body)
 				}
 			}
-			if _, body := get(t, r.client, base+"/metrics", ""); !strings.Contains(body, `culvert_coordinator_audit_records_total{event="policy.change"} 1`) {
+			r.write(strings.Replace(r.doc+c.extra, hex.EncodeToString(sum[:]), hex.EncodeToString(other[:]), 1))
+			if err := r.server.Reload(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			for secret, want := range map[string]int{"sesame": http.StatusUnauthorized, "other": c.want["sesame"]} {
+				if code, _ := get(t, r.client, base+audit.PathKey, secret); code != want {
+					t.Errorf("after a reload with another secret, with %q: %d, want %d", secret, code, want)
+				}
+			}
+			if _, body := get(t, r.client, base+"/metrics", ""); !strings.Contains(body, `culvert_coordinator_audit_records_total{event="policy.change"} 2`) {
 				t.Error("the metrics do not count records")
 			}
 			if code, _ := get(t, r.client, r.url()+"/metrics", ""); code != http.StatusNotFound {

@@ -20,20 +20,44 @@ import (
 func policyRecord(before, now *config.Config) audit.Record {
 	r := audit.Record{Event: audit.Policy, Entity: &audit.Entity{Name: now.File, Type: "policy"}}
 	r.Succeeded()
-	c := &audit.Change{SHA256: digest(now.Rules), Rules: len(now.Rules), Networks: now.NetworkNames()}
+	rules := spelledOut(now)
+	c := &audit.Change{SHA256: digest(rules), Rules: len(now.Rules), Networks: now.NetworkNames()}
 	r.Entity.UID = c.SHA256
 	if before != nil {
 		r.EntityResult = &audit.Entity{Name: now.File, Type: "policy", UID: c.SHA256}
-		r.Entity.UID = digest(before.Rules)
-		compareRules(c, before.Rules, now.Rules)
+		was := spelledOut(before)
+		r.Entity.UID = digest(was)
+		compareRules(c, was, rules)
 		c.Other = otherChanges(before, now)
 	}
 	r.Unmapped.Change = c
 	return r
 }
 
+// spelled is a rule with what it names: who widens a target or a group changes every rule that names it.
+type spelled struct {
+	policy.Rule
+	Lines map[string][]string                   // of its targets
+	Jobs  map[string][]map[string]policy.Values // of its groups
+}
+
+func spelledOut(c *config.Config) []spelled {
+	out := make([]spelled, 0, len(c.Rules))
+	for _, r := range c.Rules {
+		s := spelled{Rule: r, Lines: map[string][]string{}, Jobs: map[string][]map[string]policy.Values{}}
+		for _, name := range r.Targets {
+			s.Lines[name] = c.Targets[name]
+		}
+		for _, name := range r.Groups {
+			s.Jobs[name] = c.Groups[name]
+		}
+		out = append(out, s)
+	}
+	return out
+}
+
 // digest is a hash of rules that changes when anything that they say does.
-func digest(rules []policy.Rule) string {
+func digest(rules []spelled) string {
 	data, err := json.Marshal(rules) // maps in the order of their keys
 	if err != nil {
 		return ""
@@ -46,7 +70,7 @@ func digest(rules []policy.Rule) string {
 const maxNamed = 100
 
 // compareRules names what was added, removed and changed. Rules of one name count together.
-func compareRules(c *audit.Change, before, now []policy.Rule) {
+func compareRules(c *audit.Change, before, now []spelled) {
 	was, is := byName(before), byName(now)
 	for name := range is {
 		switch old, ok := was[name]; {
@@ -69,8 +93,8 @@ func compareRules(c *audit.Change, before, now []policy.Rule) {
 	}
 }
 
-func byName(rules []policy.Rule) map[string][]policy.Rule {
-	out := map[string][]policy.Rule{}
+func byName(rules []spelled) map[string][]spelled {
+	out := map[string][]spelled{}
 	for _, r := range rules {
 		out[r.Name] = append(out[r.Name], r)
 	}

@@ -11,6 +11,7 @@ import (
 	"net/http/pprof"
 	"os"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -32,7 +33,7 @@ import (
 type private struct {
 	servers []*http.Server
 	tcp     net.Listener
-	secret  [32]byte
+	secret  atomic.Pointer[[sha256.Size]byte] // its hash; zero: there is none
 }
 
 // maxSocketName is how long a socket's path may be on Linux (sockaddr_un); other systems take 104.
@@ -40,7 +41,8 @@ const maxSocketName = 104
 
 // openPrivate opens both listeners, and serves.
 func (s *Server) openPrivate(ctx context.Context) error {
-	s.private = &private{secret: s.config.Private.SecretSHA256}
+	s.private = &private{}
+	s.private.secret.Store(&s.config.Private.SecretSHA256)
 	open, closed := s.privatePages()
 	if name := s.config.Socket(); name != "" {
 		if err := s.serveSocket(ctx, name, closed); err != nil {
@@ -117,9 +119,9 @@ func (s *Server) privatePages() (open, closed http.Handler) {
 func (p *private) guarded(open, closed http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		scheme, secret, _ := strings.Cut(r.Header.Get("Authorization"), " ")
-		sum := sha256.Sum256([]byte(secret))
+		sum, want := sha256.Sum256([]byte(secret)), *p.secret.Load()
 		switch {
-		case p.secret != [32]byte{} && strings.EqualFold(scheme, wire.SchemeBearer) && subtle.ConstantTimeCompare(sum[:], p.secret[:]) == 1:
+		case want != [sha256.Size]byte{} && strings.EqualFold(scheme, wire.SchemeBearer) && subtle.ConstantTimeCompare(sum[:], want[:]) == 1:
 			closed.ServeHTTP(w, r)
 		case strings.HasPrefix(r.URL.Path, "/v1/") || strings.HasPrefix(r.URL.Path, "/debug/"):
 			w.Header().Set("WWW-Authenticate", "Bearer")

@@ -158,7 +158,7 @@ func (s *Server) Reload(ctx context.Context) error {
 
 // take replaces what a reload may replace. Verifiers whose issuers stay the same are kept, and their keys with them.
 func (s *Server) take(ctx context.Context, next *config.Config) error {
-	if fixed := needRestart(s.config, next); len(fixed) > 0 {
+	if fixed := needRestart(s.opts.Config, next); len(fixed) > 0 {
 		s.log.Warn("some changes wait for a restart", "keys", fixed)
 		next.URL = s.config.URL // the audience of every token that is on its way
 		next.Relay = s.config.Relay
@@ -180,6 +180,7 @@ func (s *Server) take(ctx context.Context, next *config.Config) error {
 	s.recordPolicy(ctx, policyRecord(s.config, next))
 	s.config, s.jobs, s.identities = next, jobs, ids
 	s.api.SetRules(s.apiRules())
+	s.private.secret.Store(&next.Private.SecretSHA256)
 	s.sessions.SetRules(ctx, s.sessionRules())
 	retire(oldJobs, jobs)
 	retire(oldIdentities, ids)
@@ -193,7 +194,7 @@ func retire(v, kept *claims.Verifier) {
 	}
 }
 
-// needRestart names the keys that changed and cannot be taken up while running.
+// needRestart names the keys of b that are others than those of a, with which the server started, and cannot be taken up while running.
 func needRestart(a, b *config.Config) []string {
 	var out []string
 	for _, c := range []struct {
@@ -202,7 +203,7 @@ func needRestart(a, b *config.Config) []string {
 	}{
 		{"url", a.URL, b.URL}, {"listen", a.Listen, b.Listen}, {"udp", a.UDP, b.UDP}, {"probe", a.Probe, b.Probe}, {"relay", a.Relay, b.Relay}, {"tls", a.TLS, b.TLS}, {"acme", a.ACME, b.ACME},
 		{"trusted_proxies", a.TrustedProxies, b.TrustedProxies}, {"state", a.State, b.State},
-		{"audit", a.Audit, b.Audit}, {"private", a.Private, b.Private}, {"limits", a.Limits, b.Limits},
+		{"audit", a.Audit, b.Audit}, {"private.listen", a.Private.Listen, b.Private.Listen}, {"limits", a.Limits, b.Limits},
 	} {
 		if !reflect.DeepEqual(c.a, c.b) {
 			out = append(out, c.key)

@@ -4,6 +4,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -11,6 +12,7 @@ import (
 	"github.com/coder/websocket"
 
 	"github.com/culvertnet/culvert/coordinator/api/apitest"
+	"github.com/culvertnet/culvert/coordinator/audit"
 	"github.com/culvertnet/culvert/internal/problem"
 	"github.com/culvertnet/culvert/internal/wire"
 )
@@ -153,6 +155,46 @@ func TestReloadIssuers(t *testing.T) {
 	}
 	if !strings.Contains(r.log.String(), "wait for a restart") {
 		t.Error("the changed url is not spoken of")
+	}
+}
+
+// TestTargetsAndGroupsOnRecord: who widens a rule by what it names leaves as much of a trace as who edits it.
+func TestTargetsAndGroupsOnRecord(t *testing.T) {
+	r := newRigOf(t, Options{}, func(doc string) string {
+		return doc + `
+  - {name: fresh, network: corp, groups: shop, match: {ref: refs/heads/main}, targets: db}
+groups: {shop: [{repository_owner_id: 9919, repository: acme/shop}]}
+targets: {db: ["tcp 10.20.0.9:1"]}
+`
+	})
+	for n, change := range [][2]string{{"10.20.0.9:1", "10.20.0.9:*"}, {"acme/shop", "acme/*"}, {"lease", "lease"}} {
+		r.doc = strings.Replace(r.doc, change[0], change[1], 1)
+		r.write(r.doc)
+		if err := r.server.Reload(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		same, d := change[0] == change[1], r.records(audit.Policy)
+		last := d[len(d)-1]
+		if got := slices.Equal(last.Unmapped.Change.Changed, []string{"fresh"}); len(d) != n+2 || got == same || (last.Entity.UID == last.EntityResult.UID) != same {
+			t.Errorf("%q: %+v", change, last.Unmapped.Change)
+		}
+	}
+}
+
+// TestReloadTellsWhatWaits: whatever is not as it was at the start waits, at each reload, and nothing does that was put back.
+func TestReloadTellsWhatWaits(t *testing.T) {
+	r := newRig(t, Options{})
+	for _, step := range []struct {
+		extra string
+		want  int
+	}{{"limits: {owner: 7}\n", 1}, {"limits: {owner: 7}\nlease: 5m\n", 2}, {"", 2}} {
+		r.write(r.doc + step.extra)
+		if err := r.server.Reload(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if got := strings.Count(r.log.String(), "wait for a restart"); got != step.want {
+			t.Errorf("with %q it was told %d times by then, want %d", step.extra, got, step.want)
+		}
 	}
 }
 

@@ -140,7 +140,8 @@ func (s *Server) Start(ctx context.Context) (err error) {
 		return err
 	}
 	s.metrics.loaded.SetToCurrentTime()
-	s.wg.Go(func() { _ = s.jobs.Prefetch(run) })   // failures are logged there; the first token tries again
+	jobs := s.jobs                                 // a reload may replace it
+	s.wg.Go(func() { _ = jobs.Prefetch(run) })     // failures are logged there; the first token tries again
 	s.wg.Go(func() { s.sessions.Reevaluate(run) }) // the rules may have changed while we were away
 	s.wg.Go(func() { s.expireLoop(run) })
 	s.wg.Go(func() { s.sessions.Expire(run) })
@@ -149,12 +150,12 @@ func (s *Server) Start(ctx context.Context) (err error) {
 		return err
 	}
 	s.wg.Go(s.serve)
+	s.log.Info("coordinator serves", "url", s.config.URL, "addr", s.Addr().String(), "stun", s.stunAt(),
+		"relays", len(s.relays()), "networks", s.config.NetworkNames(), "rules", len(s.config.Rules))
 	if s.opts.Reload > 0 && s.config.File != "" {
 		s.watch = newWatcher(s.config.File)
 		s.wg.Go(func() { s.reloadLoop(run) })
 	}
-	s.log.Info("coordinator serves", "url", s.config.URL, "addr", s.Addr().String(), "stun", s.stunAt(),
-		"relays", len(s.relays()), "networks", s.config.NetworkNames(), "rules", len(s.config.Rules))
 	return nil
 }
 

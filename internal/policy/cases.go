@@ -257,7 +257,7 @@ func told(d Decision) string {
 	case d.Allowed:
 		return fmt.Sprintf("allowed by %s", quoted(d.Rules))
 	case d.Denial == nil:
-		return "denied: no rule is for its owner"
+		return "denied: no rule is for its owner with a token of its issuer; iss is the issuer's URL, and GitHub's where neither case nor defaults say it"
 	}
 	got := "nothing"
 	if d.Denial.Got != "" {
